@@ -1,0 +1,64 @@
+# Works from a clean checkout with Python ≥ 3.11, make and the package index.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+REPORT := out/system-report.json
+WORKERS ?= 2
+
+# Nothing here downloads a model; the tests say so to the libraries as well.
+export HF_HUB_OFFLINE := 1
+export PYTHONWARNINGS ?= ignore::DeprecationWarning
+
+FAST   := -m "not full and not gpu" -n $(WORKERS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# What the demonstration asks: scenes of the reference world, and four methods with an eighth of the tokens.
+SCENES   := 7 12 40
+COMPARED := --method fastervlm:keep=32 --method divprune:keep=32 --method visionzip:keep=32 --method fastv:keep=32
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all lint bench systems systems-check images clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
+
+venv: $(STAMP) ## Create .venv with winnow and the development tools in it
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "winnow needs Python 3.11 or newer; say make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP) ## Questions about three scenes, answered with and without compression
+	$(BIN)/winnow run world:$(word 1,$(SCENES)) $(COMPARED) --overlay out/demo-1.png
+	$(BIN)/winnow run world:$(word 2,$(SCENES)) $(COMPARED) --overlay out/demo-2.png
+	$(BIN)/winnow run world:$(word 3,$(SCENES)) $(COMPARED) --overlay out/demo-3.png
+
+test: $(STAMP) ## The fast suite (no network, no GPU), and its report for the system table
+	$(PYTEST) $(FAST) --system-report $(REPORT)
+
+test-all: $(STAMP) ## Everything: the full product of methods and builds, and GPU tests where there is one
+	$(PYTEST) -n $(WORKERS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## Speed against the plain model and against the same model with M tokens
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/prefill.py
+
+systems: test ## Write the table of systems from what the tests prove
+	$(BIN)/python tools/systems.py write $(REPORT)
+
+systems-check: $(STAMP) ## Fail if the committed table differs from the last `make test`
+	$(BIN)/python tools/systems.py check $(REPORT)
+
+images: $(STAMP) ## Draw the pictures of the documentation
+	$(BIN)/winnow run world:$(word 1,$(SCENES)) --method fastervlm:keep=32 --overlay docs/images/kept.png
+
+clean: ## Remove the environment and everything generated
+	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache

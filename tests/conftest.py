@@ -1,0 +1,67 @@
+"""What every test shares: no network, one thread, and the report of what the tests prove about each system."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--system-report", metavar="FILE", help="write which marked checks of which systems passed")
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # under xdist the controller sees the reports of all workers
+        config.pluginmanager.register(SystemReport(config.getoption("--system-report")), "system-report")
+
+
+def pytest_collection_modifyitems(items):
+    """Attach (slug, check, build) of `@pytest.mark.system` to the reports of a test."""
+    from winnow.systems import CHECKS, systems
+
+    slugs = {system.slug for system in systems()}
+    for item in items:
+        for mark in item.iter_markers("system"):
+            given = item.callspec.params if hasattr(item, "callspec") else {}
+            slug, check = mark.args if len(mark.args) == 2 else (None, None)
+            build = mark.kwargs.get("build", given.get("build")) if check == "model" else ""
+            if slug not in slugs or check not in CHECKS or build is None:
+                raise pytest.UsageError(
+                    f"{item.nodeid}: mark.system{mark.args} takes a slug of winnow/data/systems.json and one of "
+                    f"{CHECKS}; 'model' needs a build, from the mark or from a parameter `build` of the test"
+                )
+            item.user_properties.append(("system", [slug, check, build]))
+
+
+class SystemReport:
+    """Collects the marks of the tests whose every phase passed."""
+
+    def __init__(self, path: str | None):
+        self.path = path
+        self.marks: dict[str, list[list[str]]] = {}
+        self.unproved: set[str] = set()
+
+    def pytest_runtest_logreport(self, report):
+        if marks := [value for name, value in report.user_properties if name == "system"]:
+            self.marks[report.nodeid] = marks
+        if not report.passed:
+            self.unproved.add(report.nodeid)
+
+    def pytest_sessionfinish(self):
+        if self.path is None:
+            return
+        found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for test in sorted(set(self.marks) - self.unproved):
+            for slug, check, build in self.marks[test]:
+                evidence = build if check == "model" else test
+                if evidence not in found[slug][check]:
+                    found[slug][check].append(evidence)
+        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+        Path(self.path).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")

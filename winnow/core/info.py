@@ -1,0 +1,51 @@
+"""ModelInfo: what is known about a model before it sees data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from winnow.core.errors import WinnowError
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a method may know when it lists its steps.
+
+    Attributes:
+        model: class name, for messages.
+        family: adapter name (`llava`, `llava_next`, `qwen2_5_vl`, …).
+        depth: LM layers.
+        width: LM hidden size.
+        vision_depth: blocks of the vision tower.
+        feature_layer: block whose output feeds the projector (negative counts from the end).
+        has_cls: whether the tower has a [CLS] token.
+        points: points at which this family can act.
+        mrope: whether positions are 3-D (temporal, height, width).
+        merge: patches of one side that make one token (2: a token is 2 × 2 patches).
+        vision_width: width of the tower's output at `features`.
+    """
+
+    model: str = "model"
+    family: str = "none"
+    depth: int = 1
+    width: int = 1
+    vision_depth: int = 1
+    feature_layer: int = -1
+    has_cls: bool = True
+    points: tuple[str, ...] = ("features", "projected", "layers")
+    mrope: bool = False
+    merge: int = 1
+    vision_width: int = 1
+
+    def lm_layer(self, layer: int, what: str = "layer") -> int:
+        """Check an LM layer number: `layers[k]` acts before layer k, so k is 0 … depth − 1."""
+        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < self.depth:
+            raise WinnowError(
+                f"{what}={layer!r}: {self.model} has {self.depth} LM layers; "
+                f"a step acts before layer 0 … {self.depth - 1}."
+            )
+        return layer
+
+    def at_depth(self, share: float) -> int:
+        """The layer at a share of the depth: `at_depth(7/8)` of 32 layers is 28; at most the last layer."""
+        return min(self.depth - 1, max(0, int(self.depth * share)))

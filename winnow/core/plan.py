@@ -1,0 +1,169 @@
+"""Plan: methods with their settings, in order, and the position policy. Its string is the key of every result."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from winnow.core.budget import Budget
+from winnow.core.errors import WinnowError
+from winnow.core.info import ModelInfo
+from winnow.core.method import Method
+from winnow.core.registry import method_class
+from winnow.core.step import Step
+
+SCHEMA = 1
+FULL = "full"
+POSITIONS = ("keep", "compact")
+_GRAMMAR = (
+    'write "slug:key=value,… + slug:… | positions=keep", for example "fastervlm:keep=64 + fastv:layer=2,keep=50%"'
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do to a model.
+
+    Args:
+        methods: applied along the data; at one point, in this order. None of them: the model in full ("full").
+        positions: `keep` (each survivor keeps its true position, a merged token its anchor's) or `compact` (survivors
+            and what follows them are renumbered, as several papers' code does; 1-D positions only).
+        seed: of the methods' own random numbers.
+    """
+
+    methods: tuple[Method, ...]
+    positions: str = "keep"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if not isinstance(method, Method):
+                raise WinnowError(f"A plan is made of Methods, got {type(method).__name__} {method!r}.")
+        if self.positions not in POSITIONS:
+            raise WinnowError(f"positions={self.positions!r}; allowed: {', '.join(POSITIONS)}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise WinnowError(f"seed={self.seed!r}; allowed: an int ≥ 0.")
+
+    @staticmethod
+    def of(spec: str | Plan | Method, *, positions: str | None = None) -> Plan:
+        """A plan from a string, a Method or a Plan; `positions` overrides what it says."""
+        if isinstance(spec, str):
+            plan = Plan.parse(spec)
+        elif isinstance(spec, Method):
+            plan = Plan((spec,))
+        elif isinstance(spec, Plan):
+            plan = spec
+        else:
+            raise WinnowError(f"A plan is a string, a Method or a Plan, got {type(spec).__name__}; {_GRAMMAR}.")
+        return plan if positions is None else dataclasses.replace(plan, positions=positions)
+
+    @staticmethod
+    def parse(text: str) -> Plan:
+        """Read a plan string. A leading `v1|` names the schema version and is checked."""
+        body = text.strip()
+        if version := re.match(r"v(\d+)\|", body):
+            if int(version[1]) != SCHEMA:
+                raise WinnowError(f"The plan {text!r} has schema {version[1]}; this winnow reads schema {SCHEMA}.")
+            body = body[version.end() :]
+        chain, *options = _split(body, "|")
+        if len(options) > 1:
+            raise WinnowError(f"The plan {text!r} has more than one '|'; {_GRAMMAR}.")
+        settings = _settings(options[0], text) if options else {}
+        unknown = set(settings) - {"positions", "seed"}
+        if unknown:
+            raise WinnowError(
+                f"Unknown plan option {', '.join(sorted(unknown))} in {text!r}; options: positions, seed."
+            )
+        methods = []
+        for part in [] if chain.strip() == FULL else _split(chain, "+"):
+            slug, _, args = part.strip().partition(":")
+            if not re.fullmatch(r"[\w-]+", slug.strip()):
+                raise WinnowError(f"Cannot read {part.strip()!r} in the plan {text!r}; {_GRAMMAR}.")
+            methods.append(method_class(slug.strip()).configured(**_settings(args, text)))
+        return Plan(tuple(methods), **settings)
+
+    def steps(self, info: ModelInfo) -> tuple[tuple[int, Step], ...]:
+        """(number of the method, step) along the data, checked against the model."""
+        found = [(i, s) for i, method in enumerate(self.methods) for s in method.checked_steps(info)]
+        return tuple(sorted(found, key=lambda pair: pair[1].at.rank))
+
+    def __str__(self) -> str:
+        """The shortest string that reads back as this plan: settings at their defaults are left out."""
+        return self._text(all_settings=False)
+
+    @property
+    def key(self) -> str:
+        """The string with its schema version and every setting: equal keys are equal plans in any later version."""
+        return f"v{SCHEMA}|{self._text(all_settings=True)}"
+
+    def _text(self, all_settings: bool) -> str:
+        parts = []
+        for method in self.methods:
+            shown = []
+            for name, field in method.settings().items():
+                value = getattr(method, name)
+                if all_settings or value != field.default:
+                    shown.append(f"{name}={_show(value)}")
+            parts.append(method.slug + (":" + ",".join(shown) if shown else ""))
+        text = " + ".join(parts) or FULL
+        options = []
+        if all_settings or self.positions != "keep":
+            options.append(f"positions={self.positions}")
+        if all_settings or self.seed:
+            options.append(f"seed={self.seed}")
+        return text + (" | " + ",".join(options) if options else "")
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Budget):
+        return str(value)
+    if isinstance(value, tuple):
+        return "[" + ",".join(_show(v) for v in value) + "]"
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return str(value)
+
+
+def _split(text: str, mark: str) -> list[str]:
+    """Split at a mark outside brackets."""
+    parts, depth, start = [], 0, 0
+    for i, char in enumerate(text):
+        depth += (char == "[") - (char == "]")
+        if char == mark and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    parts.append(text[start:])
+    return parts
+
+
+def _settings(text: str, whole: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for pair in _split(text, ","):
+        if not pair.strip():
+            continue
+        name, eq, value = pair.partition("=")
+        if not eq or not name.strip().isidentifier() or not value.strip():
+            raise WinnowError(f"Cannot read {pair.strip()!r} in the plan {whole!r}; {_GRAMMAR}.")
+        if name.strip() in values:
+            raise WinnowError(f"{name.strip()!r} is given twice in the plan {whole!r}.")
+        values[name.strip()] = _value(value.strip(), whole)
+    return values
+
+
+def _value(text: str, whole: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if text.lower() == "none":
+        return None
+    if text.startswith("["):
+        if not text.endswith("]"):
+            raise WinnowError(f"Unclosed bracket in {text!r} in the plan {whole!r}.")
+        return tuple(_value(v.strip(), whole) for v in _split(text[1:-1], ",") if v.strip())
+    try:
+        number = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return number if isinstance(number, int | float) else text

@@ -1,0 +1,127 @@
+"""The registry of methods. Listing it reads source files, not modules: `winnow methods` imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from winnow.core.errors import WinnowError
+
+if TYPE_CHECKING:
+    from winnow.core.method import Method
+
+M = TypeVar("M", bound=type)
+METHODS_DIR = Path(__file__).resolve().parent.parent / "methods"
+STAGES = ("input", "encoder", "connector", "decoder", "cache", "decoding")
+KINDS = ("training-free", "learned")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a method without importing it.
+
+    Attributes:
+        slug: its name in plans.
+        module: where its class is defined.
+        family: letter of the system table (A … I), or "user".
+        stages: input, encoder, connector, decoder, cache, decoding.
+        kind: training-free or learned.
+        arxiv: identifier of the source.
+        summary: first line of the class docstring.
+    """
+
+    slug: str
+    module: str
+    family: str = "user"
+    stages: tuple[str, ...] = ("connector",)
+    kind: str = "training-free"
+    arxiv: str = ""
+    summary: str = ""
+
+
+_extra: dict[str, Entry] = {}
+_classes: dict[str, type[Method]] = {}
+
+
+def register(
+    slug: str,
+    *,
+    family: str = "user",
+    stages: tuple[str, ...] = ("connector",),
+    kind: str = "training-free",
+    arxiv: str = "",
+) -> Callable[[M], M]:
+    """Register a Method class under a slug. Arguments must be literals: the listing reads them without importing."""
+    if kind not in KINDS or not set(stages) <= set(STAGES) or not stages:
+        raise WinnowError(
+            f"register({slug!r}): kind is one of {KINDS} and stages are from {STAGES}; got {kind!r}, {stages!r}."
+        )
+
+    def add(cls: M) -> M:
+        known, listed = _classes.get(slug), _builtin().get(slug)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise WinnowError(f"The slug {slug!r} is taken by {known.__module__}.{known.__qualname__}; choose another.")
+        if listed is not None and listed.module != cls.__module__:  # also while nobody has imported it yet
+            raise WinnowError(f"The slug {slug!r} is taken by {listed.module}; choose another.")
+        cls.slug = slug  # type: ignore[attr-defined]
+        _classes[slug] = cls
+        summary = (cls.__doc__ or "").strip().split("\n")[0]
+        if listed is None:
+            _extra[slug] = Entry(slug, cls.__module__, family, tuple(stages), kind, arxiv, summary)
+        return cls
+
+    return add
+
+
+def _read(path: Path) -> list[Entry]:
+    entries = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for call in node.decorator_list:
+            if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "register":
+                slug = ast.literal_eval(call.args[0])
+                facts = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+                summary = (ast.get_docstring(node) or "").split("\n")[0]
+                entries.append(Entry(slug, f"winnow.methods.{path.stem}", summary=summary, **facts))
+    return entries
+
+
+@functools.cache
+def _builtin() -> dict[str, Entry]:
+    entries = [entry for path in sorted(METHODS_DIR.glob("*.py")) for entry in _read(path)]
+    return {entry.slug: entry for entry in entries}
+
+
+def _from_entry_points() -> None:
+    """Load methods that other distributions offer under the entry point group `winnow.methods`."""
+    for point in importlib.metadata.entry_points(group="winnow.methods"):
+        if point.name not in _classes:
+            point.load()
+
+
+def entries() -> tuple[Entry, ...]:
+    """All methods, sorted by slug: the built-in ones, installed plug-ins, and those registered by the user."""
+    _from_entry_points()
+    return tuple(sorted((_builtin() | _extra).values(), key=lambda e: e.slug))
+
+
+def method_class(slug: str) -> type[Method]:
+    """The class of a slug; unknown slugs raise with the nearest names."""
+    if slug in _builtin():
+        importlib.import_module(_builtin()[slug].module)
+    elif slug not in _classes:
+        _from_entry_points()
+    if slug not in _classes:
+        known = [e.slug for e in entries()]
+        near = difflib.get_close_matches(slug, known, 3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise WinnowError(f"Unknown method {slug!r}; known: {', '.join(known)}.{hint}")
+    return _classes[slug]

@@ -1,0 +1,119 @@
+"""Steps and actions: what a method does at a point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from winnow.core.layout import Layout
+from winnow.core.point import Point
+from winnow.core.reduction import Reduction
+from winnow.core.signal import Signal
+from winnow.core.view import View
+
+
+@dataclass(frozen=True)
+class State:
+    """What a method remembers between its steps, for a group of b items of one request.
+
+    Attributes:
+        token: `[b, N, …]` per token; the engine carries these through every reduction (a merged token gets what its
+            anchor had), whoever made it.
+        item: `[b, …]` per item.
+        request: anything else that belongs to the request (a streaming history); shared by its items. A method that
+            uses it declares `streaming`.
+        summed: `[b, N, …]` per token, like `token`, but an output gets the sum over the sources that feed it: how many
+            patches a token stands for.
+
+    A step returns its fields in the coordinates of the view that it saw; the engine carries them through its action.
+    """
+
+    token: dict[str, Tensor] = field(default_factory=dict)
+    item: dict[str, Tensor] = field(default_factory=dict)
+    request: dict[str, Any] = field(default_factory=dict)
+    summed: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Action:
+    """What a step asks the engine to do."""
+
+
+@dataclass(frozen=True)
+class Reduce(Action):
+    """N → M rows. `separators="drop"` also removes the item's newlines; they go as well when nothing is kept.
+
+    `log_bias`, `[b, M]`, is added to the attention logits of each output as a key, in every later module of the same
+    stack (tower or LM); outputs of later reductions have that of their anchor. It replaces this method's earlier one.
+    """
+
+    reduction: Reduction
+    separators: str = "keep"
+    log_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Keep(Action):
+    """Nothing changes here; the step only looked (and perhaps remembered)."""
+
+
+@dataclass(frozen=True)
+class Route(Action):
+    """Only these rows are computed by the module at this point; all rows survive.
+
+    `output`, `[b, N, D]`, when given, supplies the rows that are not computed (a cache); else they pass through
+    unchanged. `context`, when given, holds keys and values `[b, N, H·d]` of all rows: the computed rows attend to it,
+    with their own keys and values in their places; else they attend to each other alone.
+    """
+
+    rows: Reduction
+    output: Tensor | None = None
+    context: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Attend(Action):
+    """Only these key/value rows are read in this step."""
+
+    rows: Reduction
+
+
+@dataclass(frozen=True)
+class KVReduce(Action):
+    """Separate maps per head for keys and values, with an optional additive bias on the logits of each new key.
+
+    Args:
+        k, v: maps with lanes `[b, H]`.
+        log_bias: `[b, H, M]`.
+    """
+
+    k: Reduction
+    v: Reduction
+    log_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Emit(Action):
+    """New tokens that are not linear in the old: `[b, M, D]`, their layout, and provenance where there is one."""
+
+    tokens: Tensor
+    layout: Layout
+    provenance: Reduction | None = None
+
+
+@dataclass(frozen=True)
+class Repose(Action):
+    """New positions for the tokens: `[b, N]`."""
+
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """One act of a method: at a point, with the signals it needs, a pure function of view and state."""
+
+    at: Point
+    run: Callable[[View, State], tuple[Action, State]]
+    needs: tuple[Signal, ...] = ()

@@ -1,0 +1,174 @@
+"""The logical face of a reduced cache, and what the engine remembers on it between forwards.
+
+Outside, a cache tells its logical length, so that `generate`, multi-turn use and stepping by hand work unchanged.
+Inside, each layer holds only what survived, and masks are made from those physical lengths.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer, StaticLayer
+
+from winnow.core.errors import UnsupportedError, WinnowError
+
+
+@dataclass(eq=False)
+class Past:
+    """What one layer's cache holds; layers that hold the same slots share one object.
+
+    Attributes:
+        mask: `[B, L]` True for real slots; None if none pads.
+        offset: `[B]` what a logical position exceeds the position used in this layer by (0 under `keep`).
+    """
+
+    mask: Tensor | None
+    offset: Tensor
+
+    def rows(self, index: Tensor) -> Past:
+        mask = None if self.mask is None else self.mask[index.to(self.mask.device)]
+        return Past(mask, self.offset[index.to(self.offset.device)])
+
+
+@dataclass(eq=False)
+class CacheState:
+    """Request state, on the cache object.
+
+    Attributes:
+        engine: whose reductions these are; a cache must not go on without it.
+        logical: tokens seen so far, as the caller counts them.
+        prompt: logical length of the reduced prompt, which cannot be cropped.
+        layers: by LM layer; a layer without entry holds everything.
+        rope_deltas: `[B, 1]` for 3-D positions: belongs to the request, not to the module.
+        real: `[B]` real tokens seen so far; needed with 3-D positions.
+    """
+
+    engine: Any
+    logical: int = 0
+    prompt: int = 0
+    layers: dict[int, Past] = field(default_factory=dict)
+    rope_deltas: Tensor | None = None
+    real: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheState:
+        made = CacheState(self.engine, self.logical, self.prompt, rope_deltas=self.rope_deltas, real=self.real)
+        made.layers = dict(self.layers)  # entries are never changed in place
+        return made
+
+    def select(self, index: Tensor) -> None:
+        """Reorder or repeat the batch."""
+        moved = {id(past): past.rows(index) for past in self.layers.values()}
+        self.layers = {i: moved[id(past)] for i, past in self.layers.items()}
+        if self.rope_deltas is not None and self.real is not None:
+            at = index.to(self.real.device)
+            self.rope_deltas, self.real = self.rope_deltas[at], self.real[at]
+
+
+class LogicalLength:
+    """Mixed into the class of a cache once it holds a reduced prompt."""
+
+    _winnow: CacheState
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._winnow.logical
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._winnow.logical + query_length, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if not self._winnow.engine.attached:
+            raise WinnowError(
+                "this cache holds a compressed prompt, but the model is no longer compressed; "
+                "compress it again with the same plan before you continue, or start with a new cache."
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[misc]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self._winnow.logical - tokens_to_remove < self._winnow.prompt:
+            raise WinnowError(
+                f"cannot crop {tokens_to_remove} of {self._winnow.logical} tokens: the first "
+                f"{self._winnow.prompt} are a compressed prompt, which cannot be cut; start with a new cache."
+            )
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        if tokens_to_remove > 0:
+            self._winnow.logical -= tokens_to_remove
+            if self._winnow.real is not None:
+                self._winnow.real = self._winnow.real - tokens_to_remove
+            cut = {
+                id(past): Past(None if past.mask is None else past.mask[:, :-tokens_to_remove], past.offset)
+                for past in self._winnow.layers.values()
+            }
+            self._winnow.layers = {i: cut[id(past)] for i, past in self._winnow.layers.items()}
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self._winnow.logical = self._winnow.prompt = 0
+        self._winnow.layers = {}
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._winnow.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._winnow.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self._winnow.layers:
+            rows = next(iter(self._winnow.layers.values())).offset.shape[0]
+            self._winnow.select(torch.arange(rows).repeat_interleave(repeats))
+
+
+@functools.cache
+def _logical_class(plain: type[Cache]) -> type[Cache]:
+    return type(f"Logical{plain.__name__}", (LogicalLength, plain), {})
+
+
+def state_of(cache: Any) -> CacheState | None:
+    """The engine's state on a cache, if its prompt was reduced."""
+    return getattr(cache, "_winnow", None)
+
+
+def tag(cache: Cache, engine: Any, logical: int) -> CacheState:
+    """Give a cache its logical face; `logical` is what it held before this forward."""
+    known = state_of(cache)
+    if known is not None:
+        return known
+    cache.__class__ = _logical_class(type(cache))  # type: ignore[arg-type]
+    state = CacheState(engine, logical)
+    cache._winnow = state  # type: ignore[attr-defined]
+    return state
+
+
+def check_layers(cache: Cache) -> None:
+    """Refuse storages that cannot hold a different number of tokens in each layer."""
+    for layer in cache.layers:
+        if isinstance(layer, StaticLayer):
+            raise UnsupportedError(
+                "a static cache has one fixed length for all layers and cannot hold a compressed prompt; "
+                "use the default dynamic cache (drop cache_implementation='static')."
+            )
+        if isinstance(layer, DynamicSlidingWindowLayer | QuantizedLayer) or not isinstance(layer, DynamicLayer):
+            raise UnsupportedError(
+                f"a cache with {type(layer).__name__} cannot hold a compressed prompt; use the default dynamic cache."
+            )
+
+
+class Physical:
+    """What mask making asks of a cache, answered with the lengths that one layer really holds."""
+
+    is_compileable = False
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.length + query_length, 0

@@ -1,0 +1,52 @@
+"""compress: the one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.method import Method
+from winnow.core.plan import Plan
+from winnow.engine.attach import Engine
+from winnow.engine.handle import Handle
+from winnow.engine.spans import template_suffix
+from winnow.models.families import family_of, unwrap
+
+DEFAULT = "fastervlm"
+
+
+def compress(
+    model: Any,
+    plan: str | Plan | Method | None = None,
+    *,
+    keep: int | float | str | None = None,
+    processor: Any = None,
+    positions: str | None = None,
+) -> Handle:
+    """Make a vision-language model read fewer tokens; call `model(**inputs)` and `model.generate(**inputs)` as ever.
+
+    Args:
+        model: a ForConditionalGeneration model of a supported family, PEFT-wrapped or not.
+        plan: `"slug:key=value,… + slug:… | positions=keep"`, a Method or a Plan.
+        keep: content tokens to keep of each item (64) or their share (0.25), with the default method: FasterVLM, which
+            needs nothing but one attention row of the vision tower, runs on every supported family and has one setting.
+        processor: its chat template tells where the question ends.
+        positions: `keep` or `compact`; overrides the plan's.
+
+    Raises:
+        UnsupportedError: the model, the method on this model, or the version; with what does work.
+        WinnowError: the plan cannot be read, or the model is compressed already.
+    """
+    family = family_of(unwrap(model))
+    if plan is not None and keep is not None:
+        raise WinnowError(f"give a plan or keep=, not both: write keep into the plan, as in '{DEFAULT}:keep={keep}'.")
+    if plan is None:
+        from winnow.core.registry import method_class
+
+        plan = method_class(DEFAULT).configured(**({} if keep is None else {"keep": keep}))
+    inner = unwrap(model)
+    if inner.training and getattr(inner, "is_gradient_checkpointing", False):
+        raise UnsupportedError("compression does not run with gradient checkpointing: layers would be reduced twice.")
+    engine = Engine(inner, family, Plan.of(plan, positions=positions), template_suffix(processor))
+    engine.attach()
+    return Handle(engine)

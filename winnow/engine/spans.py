@@ -1,0 +1,48 @@
+"""Spans: which text of a prompt is the question.
+
+They come from the caller, else from the chat template, else the question is the text after the last item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from winnow.core.errors import WinnowError
+
+MARK = "winnow"
+
+
+def template_suffix(processor: Any) -> tuple[int, ...]:
+    """Token ids that the chat template puts after the user's text (the start of the answer); empty if unknown."""
+    if processor is None or not getattr(processor, "chat_template", None):
+        return ()
+    tokenizer = getattr(processor, "tokenizer", processor)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": MARK}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    _, found, suffix = text.rpartition(MARK)
+    return tuple(tokenizer(suffix, add_special_tokens=False)["input_ids"]) if found and suffix else ()
+
+
+def checked_spans(spans: Any) -> tuple[tuple[int, int], ...] | None:
+    """The caller's question spans: one (start, end) of token positions for each sample, padding included."""
+    if spans is None:
+        return None
+    try:
+        pairs = tuple((int(s), int(e)) for s, e in spans)
+    except (TypeError, ValueError):
+        raise WinnowError(f"spans: one (start, end) of token positions for each sample; got {spans!r}.") from None
+    if any(not 0 <= s < e for s, e in pairs):
+        raise WinnowError(f"spans: each needs 0 ≤ start < end; got {pairs}.")
+    return pairs
+
+
+def question_span(ids: Sequence[int], after: int, end: int, suffix: Sequence[int]) -> tuple[int, int]:
+    """The question of one row: from `after` (behind the last item) to `end`, less the template's suffix.
+
+    Where nothing follows the last item (a bare picture), the last token stands for the question.
+    """
+    n = len(suffix)
+    if n and end - n > after and tuple(ids[end - n : end]) == tuple(suffix):
+        end -= n
+    return (after, end) if after < end else (max(0, end - 1), end)

@@ -1,0 +1,1 @@
+"""One file for each method, named after its slug. The registry reads these files; nothing is imported here."""

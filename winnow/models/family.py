@@ -1,0 +1,122 @@
+"""Family: what the engine must know about a model family, declared. One short file for each family derives this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from winnow.core.errors import UnsupportedError
+from winnow.core.info import ModelInfo
+from winnow.core.layout import Layout
+
+
+@dataclass
+class Encoding:
+    """One call of the encoder: what was encoded, and what taps and hooks saw of it.
+
+    Attributes:
+        modality: image or video.
+        inputs: the keyword arguments of the encoder call (sizes and grids are needed for layouts).
+        lengths: tokens of each item in the LM's sequence.
+        layouts: of each item in the LM's sequence.
+        heard: for each tapped block, the per-call results of the signals asked of it.
+        features: `[tiles, N, C]` the tower's tokens at the feature layer, [CLS] included, when a step asked for them.
+        expected: tiles and tokens that the projector would have got.
+        towers: layouts of the items as the tower gave them, when a step acted at `features`.
+        rows: rows of each item, when such a step replaced its tokens.
+        separators: whether the items keep their separators.
+        notes: what steps at `features` recorded.
+    """
+
+    modality: str
+    inputs: Mapping[str, Any]
+    plan: Any = None
+    lengths: tuple[int, ...] = ()
+    layouts: tuple[Layout, ...] = ()
+    heard: dict[Any, list[Tensor]] = field(default_factory=dict)
+    features: Tensor | None = None
+    expected: tuple[int, int] = (0, 0)
+    towers: tuple[Layout, ...] = ()
+    rows: list[Any] | None = None
+    separators: str = "keep"
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Family:
+    """The seams of a model family. Paths are relative to `model.base_model`.
+
+    Class attributes:
+        name: of the family.
+        model_types: `config.model_type` values.
+        tower, blocks, attention, projector: where the tower, its blocks, a block's attention and the connector are.
+        encoders: (method of the base model, modality, name of the placeholder id in the configuration).
+        points: where steps can act.
+    """
+
+    name: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+    tower: ClassVar[str] = "vision_tower"
+    blocks: ClassVar[str] = "vision_tower.encoder.layers"
+    attention: ClassVar[str] = "self_attn"
+    projector: ClassVar[str] = "multi_modal_projector"
+    encoders: ClassVar[tuple[tuple[str, str, str], ...]] = (("get_image_features", "image", "image_token_id"),)
+    points: ClassVar[tuple[str, ...]] = ("features", "projected", "layers")
+    mrope: ClassVar[bool] = False
+
+    def info(self, model: Any) -> ModelInfo:
+        """What is known of this model before data."""
+        raise NotImplementedError
+
+    def layouts(self, model: Any, encoding: Encoding) -> tuple[Layout, ...]:
+        """The layout of each item as its tokens stand in the LM's sequence."""
+        raise NotImplementedError
+
+    def tile_counts(self, model: Any, encoding: Encoding, tiles: int) -> tuple[int, ...]:
+        """Tiles of each item, where the tower saw `tiles` in all. Needed for steps at `features`."""
+        raise NotImplementedError
+
+    def tower_layouts(self, model: Any, encoding: Encoding, counts: tuple[int, ...]) -> tuple[Layout, ...]:
+        """The layout of each item as the tower gives it: tile-major, [CLS] before each tile. Needed for `features`."""
+        raise NotImplementedError
+
+    def entries(self, model: Any, encoding: Encoding, counts: tuple[int, ...]) -> tuple[int, ...]:
+        """Content tokens that each item will have in the LM. Needed for `features`."""
+        raise NotImplementedError
+
+    def cells(self, model: Any, encoding: Encoding, heard: Sequence[Tensor]) -> Tensor:
+        """Join what a block's calls gave, `[calls][tiles, N, …]`, into a row for each cell of the tower's output."""
+        raise NotImplementedError
+
+    def cell_starts(self, model: Any, encoding: Encoding) -> tuple[int, ...]:
+        """The first cell of each item in the rows that `cells` returns."""
+        raise NotImplementedError
+
+
+def seam(root: nn.Module, path: str, model: Any) -> Any:
+    """Follow a path of attributes; a missing one is a version that we do not know."""
+    at: Any = root
+    for name in path.split("."):
+        if not hasattr(at, name):
+            import transformers
+
+            raise UnsupportedError(
+                f"{type(model).__name__} has no {path!r} (missing {name!r}) in transformers "
+                f"{transformers.__version__}; winnow supports transformers ≥ 5.19, < 6."
+            )
+        at = getattr(at, name)
+    return at
+
+
+def feature_block(vision_feature_layer: int | Sequence[int]) -> int:
+    """The block whose output is `hidden_states[vision_feature_layer]` (the last one of a list)."""
+    layer = vision_feature_layer if isinstance(vision_feature_layer, int) else list(vision_feature_layer)[-1]
+    return layer if layer < 0 else layer - 1
+
+
+def join_tiles(heard: Sequence[Tensor]) -> Tensor:
+    """`[calls][tiles, N, …]` → `[tiles · N, …]`."""
+    return torch.cat([h.flatten(0, 1) for h in heard])

@@ -1,0 +1,69 @@
+"""LLaVA: one square picture, one grid; a CLIP tower with [CLS] or a SigLIP tower without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from winnow.core.errors import UnsupportedError
+from winnow.core.info import ModelInfo
+from winnow.core.layout import Layout
+from winnow.models.family import Encoding, Family, feature_block, join_tiles, seam
+
+
+class Llava(Family):
+    name = "llava"
+    model_types = ("llava",)
+
+    def info(self, model: Any) -> ModelInfo:
+        config = model.config
+        text = config.get_text_config()
+        tower = seam(model.base_model, self.tower, model)
+        return ModelInfo(
+            model=type(model).__name__,
+            family=self.name,
+            depth=text.num_hidden_layers,
+            width=text.hidden_size,
+            vision_depth=len(seam(model.base_model, self.blocks, model)),
+            feature_layer=feature_block(config.vision_feature_layer),
+            has_cls=hasattr(tower.embeddings, "class_embedding"),
+            points=self.points if isinstance(config.vision_feature_layer, int) else ("projected", "layers"),
+        )
+
+    def side(self, model: Any) -> int:
+        """Patches along one side of a tile."""
+        vision = model.config.vision_config
+        return vision.image_size // vision.patch_size
+
+    def layouts(self, model: Any, encoding: Encoding) -> tuple[Layout, ...]:
+        side = self.side(model)
+        cls = model.config.vision_feature_select_strategy == "full" and self.info(model).has_cls
+        layout = Layout.grid(side, side, cls=cls)
+        if any(n != layout.n for n in encoding.lengths):
+            raise UnsupportedError(
+                f"{type(model).__name__} gave items of {encoding.lengths} tokens where {layout.n} were expected; "
+                "only towers of a fixed grid are supported in this family."
+            )
+        return (layout,) * len(encoding.lengths)
+
+    def cells(self, model: Any, encoding: Encoding, heard: Sequence[Tensor]) -> Tensor:
+        return join_tiles(heard)
+
+    def tile_counts(self, model: Any, encoding: Encoding, tiles: int) -> tuple[int, ...]:
+        return (1,) * tiles
+
+    def tower_layouts(self, model: Any, encoding: Encoding, counts: tuple[int, ...]) -> tuple[Layout, ...]:
+        side = self.side(model)
+        return (Layout.grid(side, side, cls=self.info(model).has_cls),) * len(counts)
+
+    def entries(self, model: Any, encoding: Encoding, counts: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.side(model) ** 2,) * len(counts)
+
+    def cell_starts(self, model: Any, encoding: Encoding) -> tuple[int, ...]:
+        cells, starts, at = self.side(model) ** 2, [], 0
+        for tiles in self.tile_counts(model, encoding, len(encoding.lengths)):
+            starts.append(at)
+            at += tiles * cells
+        return tuple(starts)

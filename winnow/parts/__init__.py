@@ -1,0 +1,1 @@
+"""Algorithms on tensors that methods share. Import them from their modules."""

@@ -1,0 +1,88 @@
+"""Cosine similarity, item by item: a batched product need not give the bits that its items give alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+TABLE_LIMIT = 8192  # above this many tokens no V × V table is built
+
+Rows = Callable[[Int[Tensor, "b 1"]], Float[Tensor, "b n"]]
+"""Similarity of every token to one token of each item. The result may be a buffer that the next call overwrites."""
+
+
+def unit(tokens: Float[Tensor, "b n d"]) -> tuple[list[Float[Tensor, "n d"]], Bool[Tensor, "b n"]]:
+    """Tokens of each item at length 1, at least fp32, and which of them are broken (NaN or infinite; set to 0)."""
+    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    broken = ~wide.sum(-1).isfinite()
+    if tokens.dtype != wide.dtype:
+        wide.masked_fill_(broken[..., None], 0)
+    else:
+        wide = torch.where(broken[..., None], 0, wide)
+    return [normalize(item, dim=-1) for item in wide], broken
+
+
+def product(a: list[Float[Tensor, "m d"]], b: list[Float[Tensor, "n d"]]) -> Float[Tensor, "b m n"]:
+    """a · bᵀ of each item."""
+    out = a[0].new_empty(len(a), a[0].shape[0], b[0].shape[0])
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        torch.mm(x, y.T, out=out[i])
+    return out
+
+
+def table_rows(table: Float[Tensor, "b n n"]) -> Rows:
+    """Rows read from a table."""
+    lanes, n, _ = table.shape
+    flat = table.reshape(lanes * n, n)
+    start = torch.arange(lanes, device=table.device)[:, None] * n
+    buffer = table.new_empty(lanes, n)
+
+    def rows(at: Int[Tensor, "b 1"]) -> Float[Tensor, "b n"]:
+        return torch.index_select(flat, 0, (at + start)[:, 0], out=buffer)
+
+    return rows
+
+
+def product_rows(x: list[Float[Tensor, "n d"]]) -> Rows:
+    """Rows computed when they are asked for: one matrix-vector product for each item."""
+    buffers = [item.new_empty(item.shape[0]) for item in x]
+
+    def rows(at: Int[Tensor, "b 1"]) -> Float[Tensor, "b n"]:
+        for i, item in enumerate(x):
+            torch.mv(item, item.index_select(0, at[i])[0], out=buffers[i])
+        return buffers[0][None] if len(buffers) == 1 else torch.stack(buffers)
+
+    return rows
+
+
+def cosine_rows(x: list[Float[Tensor, "n d"]]) -> Rows:
+    """Rows from a table where that is no larger than the tokens (N ≤ D), else computed: memory stays O(N · D)."""
+    n, d = x[0].shape
+    return table_rows(product(x, x)) if n <= min(d, TABLE_LIMIT) else product_rows(x)
+
+
+def neighbours(x: list[Float[Tensor, "n d"]], block: int = 1024) -> tuple[Rows, Float[Tensor, "b n"]]:
+    """Rows, and the similarity of each token to its most similar other token (−1 where there is no other).
+
+    Up to 8,192 tokens both come from one V × V table for each item (in which a token is at −1 to itself); above, rows
+    are computed when they are asked for, and the neighbours in blocks.
+    """
+    n = x[0].shape[0]
+    if n <= TABLE_LIMIT:
+        table = product(x, x)
+        table.diagonal(dim1=1, dim2=2).fill_(-1)
+        # Rows and columns: two tokens that are each other's nearest must tie exactly, though products round unequally.
+        return table_rows(table), torch.maximum(table.amax(2), table.amax(1))
+    closest = x[0].new_full((len(x), n), -1)
+    for own, item in zip(closest, x, strict=True):
+        for start in range(0, n, block):
+            rows = item[start : start + block] @ item.T
+            rows.diagonal(start).fill_(-1)
+            part = own[start : start + block]
+            torch.maximum(part, rows.amax(1), out=part)
+            torch.maximum(own, rows.amax(0), out=own)
+    return product_rows(x), closest
