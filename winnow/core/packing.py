@@ -51,7 +51,8 @@ class Packing:
 
         `kept` must be False for padding; `sizes` are its row sums, which the caller knows without asking the device.
         """
-        width = max(sizes)
+        # Where nothing is dropped nothing moves, padding that all rows share included.
+        width = self.width if sizes == self.sizes else max(sizes)
         key = kept.to(torch.uint8)
         order = torch.argsort(1 - key if self.right else key, dim=1, stable=True)
         slots = order[:, :width] if self.right else order[:, order.shape[1] - width :]

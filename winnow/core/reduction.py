@@ -6,6 +6,7 @@ overlay, evidence recall, FLOPs, bytes, unmerging and composition, for every met
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -128,6 +129,8 @@ class Reduction:
             )
         if self.matrix is not None:
             return self.matrix.to(x.dtype) @ x
+        if x.shape[:-2] != self.lanes:
+            raise WinnowError(f"Reduction with lanes {tuple(self.lanes)} got tokens of shape {tuple(x.shape)}.")
         index = self.index[..., None].expand(*self.index.shape, x.shape[-1])  # type: ignore[index,union-attr]
         rows = x.gather(-2, index)
         if self.target is None:
@@ -222,14 +225,27 @@ class Reduction:
 
     def lane(self, i: int) -> Reduction:
         """The map of one item of the first axis, without that axis; ragged padding is cut."""
-        m = self.counts[i] if self.counts is not None else self.m
-        take = lambda x: None if x is None else x[i]  # noqa: E731
-        cut = lambda x: None if x is None else x[i][..., :m]  # noqa: E731
+        inner = math.prod(self.lanes[1:])
+        own = None if self.counts is None else self.counts[i * inner : (i + 1) * inner]
+        m = self.m if own is None else max(own)
+        counts = own if own is not None and len(set(own)) > 1 else None
+
+        def take(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[i]
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[i][..., :m]
+
         if self.matrix is not None:
-            return Reduction(
-                self.n, m, matrix=self.matrix[i][..., :m, :], anchor=cut(self.anchor), ordered=self.ordered
-            )
-        index = cut(self.index) if self.target is None else take(self.index)
+            matrix = self.matrix[i][..., :m, :]
+            return Reduction(self.n, m, matrix=matrix, counts=counts, anchor=cut(self.anchor), ordered=self.ordered)
         return Reduction(
-            self.n, m, index, take(self.target), take(self.weight), anchor=cut(self.anchor), ordered=self.ordered
+            self.n,
+            m,
+            cut(self.index) if self.target is None else take(self.index),
+            take(self.target),
+            take(self.weight),
+            counts=counts,
+            anchor=cut(self.anchor),
+            ordered=self.ordered,
         )

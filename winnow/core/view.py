@@ -81,4 +81,4 @@ class View:
 
     def groups(self, array: Any) -> Int[Tensor, "b n"]:
         """A per-content-token array of the layout (tiles, rows, …) at the ids of this view."""
-        return torch.as_tensor(array, device=self.tokens.device)[self.ids]
+        return torch.tensor(array, device=self.tokens.device)[self.ids]

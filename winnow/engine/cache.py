@@ -88,21 +88,25 @@ class LogicalLength:
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self._winnow.logical - tokens_to_remove < self._winnow.prompt:
+        """Remove the last |n| tokens (n < 0), or all behind the first n (n > 0, deprecated by transformers)."""
+        state = self._winnow
+        count = max(0, state.logical - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
+        if state.logical - count < state.prompt:
             raise WinnowError(
-                f"cannot crop {tokens_to_remove} of {self._winnow.logical} tokens: the first "
-                f"{self._winnow.prompt} are a compressed prompt, which cannot be cut; start with a new cache."
+                f"cannot crop {count} of {state.logical} tokens: the first {state.prompt} are a compressed "
+                "prompt, which cannot be cut; start with a new cache."
             )
-        super().crop(tokens_to_remove)  # type: ignore[misc]
-        if tokens_to_remove > 0:
-            self._winnow.logical -= tokens_to_remove
-            if self._winnow.real is not None:
-                self._winnow.real = self._winnow.real - tokens_to_remove
-            cut = {
-                id(past): Past(None if past.mask is None else past.mask[:, :-tokens_to_remove], past.offset)
-                for past in self._winnow.layers.values()
-            }
-            self._winnow.layers = {i: cut[id(past)] for i, past in self._winnow.layers.items()}
+        if count == 0:
+            return
+        super().crop(-count)  # type: ignore[misc]
+        state.logical -= count
+        if state.real is not None:
+            state.real = state.real - count
+        cut = {
+            id(past): Past(None if past.mask is None else past.mask[:, :-count], past.offset)
+            for past in state.layers.values()
+        }
+        state.layers = {i: cut[id(past)] for i, past in state.layers.items()}
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]

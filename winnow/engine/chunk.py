@@ -73,6 +73,8 @@ class Chunk:
 
     def layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Before LM layer `index`: run its steps, then set what the layer needs for the slots that are left."""
+        if self.cache is None:
+            self.cache = kwargs.get("past_key_values")  # the LM makes one where the caller gave none
         if self.items and index == 0:
             hidden = self._place_feature_rows(hidden)
         if self.items and index in self.compiled.layers:
@@ -118,8 +120,9 @@ class Chunk:
         slug = self.compiled.plan.methods[number].slug
         probed = self._probed(step, index, hidden, kwargs)
         outcomes: list[tuple[list[Item], Reduce, View]] = []
-        for group in stepping.groups([item for item in self.items if item.count], number):
-            view = self._view(group, step, hidden, probed)
+        streaming = self.compiled.plan.methods[number].streaming
+        for group in stepping.groups([item for item in self.items if item.count], number, streaming):
+            view = self._view(group, number, step, hidden, probed)
             state = stepping.joined([item.states.get(number, State()) for item in group])
             with torch.no_grad():
                 action, after = stepping.act(step, slug, view, state, self._note)
@@ -143,7 +146,7 @@ class Chunk:
             q, k = probe_layer(layer, hidden, embeddings, self.cache, rows)
             return {s: listener.read(s, q, k, _scaling(layer.self_attn, q)) for s in wanted}
 
-    def _view(self, group: list[Item], step: Any, hidden: Tensor, probed: dict[Signal, Tensor]) -> View:
+    def _view(self, group: list[Item], number: int, step: Any, hidden: Tensor, probed: dict[Signal, Tensor]) -> View:
         rows = torch.tensor([item.row for item in group], device=hidden.device)
         slots = torch.stack([item.slots for item in group])
         ids = torch.stack([item.ids for item in group])
@@ -157,7 +160,13 @@ class Chunk:
                 signals[signal] = torch.stack([vision_signal(self.engine, item, signal)[item.ids] for item in group])
         first = group[0]
         return View(
-            hidden[rows[:, None], slots], first.layout, ids, first.record.entry, signals, seed=self.compiled.plan.seed
+            hidden[rows[:, None], slots],
+            first.layout,
+            ids,
+            first.record.entry,
+            signals,
+            seed=self.compiled.plan.seed,
+            module=self.compiled.modules[number],
         )
 
     def _note(self, notes: dict[str, Any]) -> None:
@@ -194,7 +203,8 @@ class Chunk:
                     source[item.row, places] = rows[i, :m].to(source.dtype)
                     self.position_of[item.row, places] = where
                 moved.append((item, places, item.ids[own]))
-                item.states = {k: stepping.carried(s, own[None]) for k, s in item.states.items()}
+                one = reduction.lane(i)
+                item.states = {k: stepping.carried(s, one) for k, s in item.states.items()}
         for item, places, ids in moved:
             item.slots, item.ids = places, ids
         return self._repack(source, kept, tuple(sizes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
@@ -21,6 +22,8 @@ class Compiled:
         layers: LM layer → steps before it; `projected` is before layer 0, ahead of `layers[0]`.
         vision: tower block → signals heard there.
         lm: LM layer → signals heard while it runs.
+        probed: LM layers that are probed.
+        modules: the parameters of each method, None for those without.
     """
 
     plan: Plan
@@ -30,6 +33,7 @@ class Compiled:
     vision: dict[int, tuple[Signal, ...]] = field(default_factory=dict)
     lm: dict[int, tuple[Signal, ...]] = field(default_factory=dict)
     probed: frozenset[int] = frozenset()
+    modules: tuple[Any, ...] = ()
 
     @staticmethod
     def of(plan: Plan, info: ModelInfo) -> Compiled:
@@ -69,6 +73,7 @@ class Compiled:
             {k: tuple(sorted(v, key=repr)) for k, v in vision.items()},
             {k: tuple(sorted(v, key=repr)) for k, v in lm.items()},
             frozenset(probed),
+            tuple(method.build(info) for method in plan.methods),
         )
 
 

@@ -176,6 +176,7 @@ def run_features(engine: Engine, encoding: Encoding) -> Tensor | None:
                     entries[first],
                     signals,
                     seed=encoding.plan.plan.seed,
+                    module=encoding.plan.modules[number],
                 )
                 with torch.no_grad():
                     action, _ = stepping.act(step, slug, view, State(), encoding.notes.update)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.packing import Packing
-from winnow.engine.cache import CacheState, state_of
+from winnow.engine.cache import CacheState, check_layers, state_of
 from winnow.engine.chunk import Chunk
 from winnow.engine.current import chunk_now
 from winnow.engine.items import Item, find_items
@@ -84,6 +84,8 @@ class Forward:
         if not called["encodings"] and state_of(cache) is None:
             return
         compiled = self.engine.active()
+        if cache is not None and compiled.plan.methods:
+            check_layers(cache)
         rows, length = embeds.shape[:2]
         given = called.get("attention_mask")
         if given is not None and (not isinstance(given, Tensor) or given.ndim != 2):

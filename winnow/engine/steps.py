@@ -15,46 +15,57 @@ from winnow.core.view import View
 from winnow.engine.items import Item
 
 
-def groups(items: Iterable[Item], number: int) -> list[list[Item]]:
-    """Items of equal length, layout and remembered fields, which can be one dense view."""
+def groups(items: Iterable[Item], number: int, streaming: bool) -> list[list[Item]]:
+    """Items of equal length, layout and remembered fields, which can be one dense view.
+
+    Views of a streaming method never join samples, because what it remembers of a request belongs to one.
+    """
     found: dict[Any, list[Item]] = {}
     for item in items:
         state = item.states.get(number, State())
-        key = (item.count, item.layout, item.record.entry, tuple(sorted(state.token)), tuple(sorted(state.item)))
+        fields = tuple(tuple(sorted(kind)) for kind in (state.token, state.item, state.summed))
+        key = (item.count, item.layout, item.record.entry, fields, item.row if streaming else None)
         found.setdefault(key, []).append(item)
     return list(found.values())
 
 
 def joined(states: list[State]) -> State:
     """The states of a group as one, `b` first."""
-    first = states[0]
-    return State(
-        {k: torch.cat([s.token[k] for s in states]) for k in first.token},
-        {k: torch.cat([s.item[k] for s in states]) for k in first.item},
-        first.request,
-    )
+
+    def cat(name: str) -> dict[str, Tensor]:
+        return {k: torch.cat([getattr(s, name)[k] for s in states]) for k in getattr(states[0], name)}
+
+    return State(cat("token"), cat("item"), states[0].request, cat("summed"))
 
 
 def split(state: State, b: int) -> list[State]:
     """The state of each item, with a leading axis of one."""
-    return [
-        State(
-            {k: v[i : i + 1] for k, v in state.token.items()},
-            {k: v[i : i + 1] for k, v in state.item.items()},
-            state.request,
-        )
-        for i in range(b)
-    ]
+
+    def lane(fields: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+        return {k: v[i : i + 1] for k, v in fields.items()}
+
+    return [State(lane(state.token, i), lane(state.item, i), state.request, lane(state.summed, i)) for i in range(b)]
 
 
-def carried(state: State, anchors: Tensor) -> State:
-    """Per-token fields after a reduction: an output has what its anchor had."""
+def carried(state: State, reduction: Reduction) -> State:
+    """What a method remembers of one item after a reduction, its own or another's.
+
+    Per-token fields go with the anchors; summed fields add up over the sources that feed an output.
+    """
 
     def take(x: Tensor) -> Tensor:
-        index = anchors.reshape(*anchors.shape, *(1,) * (x.ndim - 2)).expand(*anchors.shape, *x.shape[2:])
-        return x.gather(1, index)
+        return x[:, reduction.anchors]
 
-    return State({k: take(v) for k, v in state.token.items()}, state.item, state.request)
+    def add(x: Tensor) -> Tensor:
+        feeds = (reduction.to_matrix() != 0).to(x.dtype)
+        return (feeds @ x.flatten(2) if x.ndim > 2 else x @ feeds.T).reshape(x.shape[0], reduction.m, *x.shape[2:])
+
+    return State(
+        {k: take(v) for k, v in state.token.items()},
+        state.item,
+        state.request,
+        {k: add(v) for k, v in state.summed.items()},
+    )
 
 
 def act(
@@ -69,6 +80,8 @@ def act(
         raise UnsupportedError(
             f"{slug} asks for {type(action).__name__} at {step.at}, which the engine does not do yet."
         )
+    if action.log_bias is not None:
+        raise UnsupportedError(f"{slug} asks for an attention bias at {step.at}, which the engine does not do yet.")
     check(action.reduction, view, slug)
     return action, after
 

@@ -26,6 +26,7 @@ class Llava(Family):
             family=self.name,
             depth=text.num_hidden_layers,
             width=text.hidden_size,
+            vision_width=config.vision_config.hidden_size,
             vision_depth=len(seam(model.base_model, self.blocks, model)),
             feature_layer=feature_block(config.vision_feature_layer),
             has_cls=hasattr(tower.embeddings, "class_embedding"),

@@ -37,6 +37,7 @@ class Qwen25VL(Family):
             family=self.name,
             depth=text.num_hidden_layers,
             width=text.hidden_size,
+            vision_width=model.config.vision_config.hidden_size,
             vision_depth=len(seam(model.base_model, self.blocks, model)),
             feature_layer=-1,
             has_cls=False,

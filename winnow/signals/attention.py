@@ -1,7 +1,8 @@
 """Attention without its matrix: a few rows, or the sums of its columns in tiles.
 
 Everything is computed in fp32 (fp64 for fp64 models) from the queries and keys that the attention function received,
-so that fused attention stays on. Nothing of heads × N × N is allocated: a tile of rows holds no more elements than the queries themselves.
+so that fused attention stays on. Nothing of heads × N × N is allocated: a tile of rows holds no more elements than
+the queries themselves.
 """
 
 from __future__ import annotations

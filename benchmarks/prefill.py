@@ -1,0 +1,208 @@
+"""Prefill under compression against the plain model and against the model run natively with M tokens.
+
+One thread, interleaved rounds, medians with bootstrap intervals; the gate is the unfavourable end of each interval.
+Run with nothing else on the machine: `make bench`.
+
+- efficiency = (t_full − t_method) / (t_full − t_native-M): 100 % means that the method itself costs nothing;
+- selection: time in taps, scores, choice and packing, as a share of the plain prefill (timed in extra, synchronised runs);
+- decoder methods: against their own ideal, the same layers run natively with as many tokens as each layer reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import winnow
+
+IMAGE, TEXT, LAYERS, SIDE = 500, 32, 16, 24
+CONTENT = SIDE * SIDE
+KEEP = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plan, what it is compared with, and its gates."""
+
+    plan: str
+    group: str
+    layer_tokens: tuple[int, ...]
+
+    @property
+    def gates(self) -> dict[str, float]:
+        if self.group == "decoder":
+            return {"over_ideal": 1.05}
+        return (
+            {"efficiency": 0.97, "selection": 0.01}
+            if self.group == "score"
+            else {"efficiency": 0.90, "selection": 0.04}
+        )
+
+
+CASES = (
+    Case(f"fastervlm:keep={KEEP}", "score", (KEEP,) * LAYERS),
+    Case(f"vtc-cls:keep={KEEP}", "score", (KEEP,) * LAYERS),
+    Case(f"hiprune:keep={KEEP}", "score", (KEEP,) * LAYERS),
+    Case(f"visionzip:keep={KEEP}", "score", (KEEP,) * LAYERS),
+    Case(f"divprune:keep={KEEP}", "greedy", (KEEP,) * LAYERS),
+    Case(f"todre:keep={KEEP}", "greedy", (KEEP,) * LAYERS),
+    Case("fastv:layer=2,keep=25%", "decoder", (CONTENT,) * 2 + (CONTENT // 4,) * (LAYERS - 2)),
+    Case("pyramiddrop", "decoder", tuple(CONTENT >> cut for cut in range(4) for _ in range(LAYERS // 4))),
+)
+
+
+def build() -> LlavaForConditionalGeneration:
+    """A LLaVA-shaped model with random weights: 24 × 24 patches, an LM of 16 × 384, a tower in proportion (12 × 128)."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=12,
+        num_attention_heads=2,
+        image_size=SIDE * 14,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        vocab_size=512, hidden_size=384, intermediate_size=1024, num_hidden_layers=LAYERS, num_attention_heads=6,
+        num_key_value_heads=6, max_position_embeddings=4096, pad_token_id=0,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    ).eval()
+
+
+def prompt(tokens: int) -> torch.Tensor:
+    text = torch.arange(5, 5 + TEXT)[None]
+    return torch.cat([text[:, :8], torch.full((1, tokens), IMAGE), text[:, 8:]], 1)
+
+
+def native(model: LlavaForConditionalGeneration, features: torch.Tensor, tokens: int) -> Callable[[], object]:
+    """A prefill of the untouched model with `tokens` visual embeddings."""
+    ids = prompt(tokens)
+    rows = [features[:tokens].clone()]
+    pooled = transformers.modeling_outputs.BaseModelOutputWithPooling
+
+    def run() -> object:
+        return model(
+            input_ids=ids, mm_encoder_outputs={"image": pooled(pooler_output=rows)}, use_cache=True, logits_to_keep=1
+        )
+
+    return run
+
+
+def clocked(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1000
+
+
+def interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
+    """Median and its 95 % bootstrap interval."""
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(values, (draws, len(values))), 1)
+    return float(np.median(values)), float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
+
+
+def measure(model: LlavaForConditionalGeneration, case: Case, pixels: torch.Tensor, rounds: int) -> dict[str, object]:
+    """Interleaved rounds of full, method and native prefills; then timed runs for the share of selection."""
+    ids = prompt(CONTENT)
+    features = model.model.get_image_features(pixels).pooler_output[0]
+    natives = {n: native(model, features, n) for n in sorted({CONTENT, *case.layer_tokens})}
+    times: dict[str, list[float]] = {"method": [], **{str(n): [] for n in natives}}
+    handle = winnow.compress(model, case.plan)
+    encoded = model.model.get_image_features(pixels)
+    handle.detach()
+
+    def method() -> object:
+        return model(input_ids=ids, mm_encoder_outputs={"image": encoded}, use_cache=True, logits_to_keep=1)
+
+    for turn in range(rounds + 3):
+        handle = winnow.compress(model, case.plan)
+        encoded._winnow.plan = handle._engine.default  # the same plan, attached anew
+        spent = clocked(method)
+        read = handle.last.layer_tokens
+        handle.detach()
+        found = {n: clocked(run) for n, run in natives.items()}
+        if turn >= 3:  # warm-up
+            times["method"].append(spent)
+            for n, t in found.items():
+                times[str(n)].append(t)
+    if tuple(t[0] - TEXT for t in read) != case.layer_tokens:
+        raise SystemExit(f"{case.plan} read {read}, expected {case.layer_tokens}")
+    t = {name: np.array(values) for name, values in times.items()}
+    full, ideal = t[str(CONTENT)], sum(t[str(n)] for n in case.layer_tokens) / LAYERS
+    result: dict[str, object] = {
+        "plan": case.plan,
+        "group": case.group,
+        "full_ms": interval(full),
+        "method_ms": interval(t["method"]),
+        "ideal_ms": interval(ideal),
+        "speedup": interval(full / t["method"]),
+        "efficiency": interval((full - t["method"]) / (full - ideal)),
+        "over_ideal": interval(t["method"] / ideal),
+        "selection": interval(selection(model, case, pixels, rounds) / np.median(full)),
+    }
+    result["pass"] = all(
+        result[name][1] >= bound if name == "efficiency" else result[name][2] <= bound  # type: ignore[index]
+        for name, bound in case.gates.items()
+    )
+    return result
+
+
+def selection(model: LlavaForConditionalGeneration, case: Case, pixels: torch.Tensor, rounds: int) -> np.ndarray:
+    """Milliseconds spent in taps, scores, choice and packing, over encoder and prefill."""
+    spent = []
+    with winnow.compress(model, case.plan) as handle:
+        handle.timing = True
+        for turn in range(rounds + 3):
+            model(input_ids=prompt(CONTENT), pixel_values=pixels, use_cache=True, logits_to_keep=1)
+            if turn >= 3:
+                spent.append(handle.last.times["select"])
+    return np.array(spent)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--only", default="", help="plans that start with this")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = build()
+    pixels = torch.randn(1, 3, SIDE * 14, SIDE * 14)
+    results = []
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, 1 thread, {options.rounds} rounds"
+    )
+    print(
+        f"{'plan':28s} {'full':>7s} {'method':>7s} {'ideal':>7s} {'speed-up':>8s}  efficiency [95 %]      over ideal [95 %]     selection [95 %]"
+    )
+    with torch.no_grad():
+        for case in (c for c in CASES if c.plan.startswith(options.only)):
+            r = measure(model, case, pixels, options.rounds)
+            results.append(r)
+            e, o, s = r["efficiency"], r["over_ideal"], r["selection"]
+            print(
+                f"{case.plan:28s} {r['full_ms'][0]:7.1f} {r['method_ms'][0]:7.1f} {r['ideal_ms'][0]:7.1f} {r['speedup'][0]:7.2f}×  "
+                f"{e[0]:6.1%} [{e[1]:6.1%}, {e[2]:6.1%}]  {o[0]:.3f} [{o[1]:.3f}, {o[2]:.3f}]  "
+                f"{s[0]:.2%} [{s[1]:.2%}, {s[2]:.2%}]  {'pass' if r['pass'] else 'FAIL'}",
+                flush=True,
+            )
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+    sys.exit(0 if all(r["pass"] for r in results) else 1)
+
+
+if __name__ == "__main__":
+    main()
