@@ -14,12 +14,12 @@ export PYTHONWARNINGS ?= ignore::DeprecationWarning
 FAST   := -m "not full and not gpu" -n $(WORKERS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-# What the demonstration asks: scenes of the reference world, and four methods with an eighth of the tokens.
-SCENES   := 7 12 40
+# The demonstration compares four methods that keep an eighth of the tokens.
+RUN      := $(BIN)/winnow run
 COMPARED := --method fastervlm:keep=32 --method divprune:keep=32 --method visionzip:keep=32 --method fastv:keep=32
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint bench systems systems-check images clean
+.PHONY: help venv demo test test-all lint bench systems systems-check docs images clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -33,9 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## Questions about three scenes, answered with and without compression
-	$(BIN)/winnow run world:$(word 1,$(SCENES)) $(COMPARED) --overlay out/demo-1.png
-	$(BIN)/winnow run world:$(word 2,$(SCENES)) $(COMPARED) --overlay out/demo-2.png
-	$(BIN)/winnow run world:$(word 3,$(SCENES)) $(COMPARED) --overlay out/demo-3.png
+	$(RUN) world:54 "where is the motorcycle?" $(COMPARED) --overlay out/demo-1.png
+	$(RUN) world:34 "which bar is shortest?" $(COMPARED) --overlay out/demo-2.png
+	$(RUN) world:3 "what color is the triangle?" $(COMPARED) --overlay out/demo-3.png
 
 test: $(STAMP) ## The fast suite (no network, no GPU), and its report for the system table
 	$(PYTEST) $(FAST) --system-report $(REPORT)
@@ -53,12 +53,18 @@ bench: $(STAMP) ## Speed against the plain model and against the same model with
 
 systems: test ## Write the table of systems from what the tests prove
 	$(BIN)/python tools/systems.py write $(REPORT)
+	$(BIN)/python tools/docs.py write
 
 systems-check: $(STAMP) ## Fail if the committed table differs from the last `make test`
 	$(BIN)/python tools/systems.py check $(REPORT)
 
+docs: $(STAMP) ## The documentation as a site in site/, with a page for each method
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/python tools/docs.py write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 images: $(STAMP) ## Draw the pictures of the documentation
-	$(BIN)/winnow run world:$(word 1,$(SCENES)) --method fastervlm:keep=32 --overlay docs/images/kept.png
+	$(RUN) world:54 "where is the motorcycle?" --method fastervlm:keep=32 --overlay docs/images/kept.png
 
 clean: ## Remove the environment and everything generated
-	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) out build dist site .pytest_cache .mypy_cache .ruff_cache

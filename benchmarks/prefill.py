@@ -4,7 +4,7 @@ One thread, interleaved rounds, medians with bootstrap intervals; the gate is th
 Run with nothing else on the machine: `make bench`.
 
 - efficiency = (t_full − t_method) / (t_full − t_native-M): 100 % means that the method itself costs nothing;
-- selection: time in taps, scores, choice and packing, as a share of the plain prefill (timed in extra, synchronised runs);
+- selection: taps, scores, choice and packing, as a share of the plain prefill (timed in extra, synchronised runs);
 - decoder methods: against their own ideal, the same layers run natively with as many tokens as each layer reads.
 """
 
@@ -63,7 +63,7 @@ CASES = (
 
 
 def build() -> LlavaForConditionalGeneration:
-    """A LLaVA-shaped model with random weights: 24 × 24 patches, an LM of 16 × 384, a tower in proportion (12 × 128)."""
+    """A LLaVA-shaped model with random weights: 24 × 24 patches, an LM of 16 × 384, a tower of 12 × 128."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=128,
@@ -182,19 +182,18 @@ def main() -> None:
     model = build()
     pixels = torch.randn(1, 3, SIDE * 14, SIDE * 14)
     results = []
-    print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, 1 thread, {options.rounds} rounds"
-    )
-    print(
-        f"{'plan':28s} {'full':>7s} {'method':>7s} {'ideal':>7s} {'speed-up':>8s}  efficiency [95 %]      over ideal [95 %]     selection [95 %]"
-    )
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, 1 thread")
+    print(f"{options.rounds} interleaved rounds; milliseconds; intervals are 95 %")
+    heads = f"{'full':>7s} {'method':>7s} {'ideal':>7s} {'speed-up':>8s}  {'efficiency':24s}{'over ideal':22s}selection"
+    print(f"{'plan':28s} {heads}")
     with torch.no_grad():
         for case in (c for c in CASES if c.plan.startswith(options.only)):
             r = measure(model, case, pixels, options.rounds)
             results.append(r)
             e, o, s = r["efficiency"], r["over_ideal"], r["selection"]
             print(
-                f"{case.plan:28s} {r['full_ms'][0]:7.1f} {r['method_ms'][0]:7.1f} {r['ideal_ms'][0]:7.1f} {r['speedup'][0]:7.2f}×  "
+                f"{case.plan:28s} {r['full_ms'][0]:7.1f} {r['method_ms'][0]:7.1f} {r['ideal_ms'][0]:7.1f} "
+                f"{r['speedup'][0]:7.2f}×  "
                 f"{e[0]:6.1%} [{e[1]:6.1%}, {e[2]:6.1%}]  {o[0]:.3f} [{o[1]:.3f}, {o[2]:.3f}]  "
                 f"{s[0]:.2%} [{s[1]:.2%}, {s[2]:.2%}]  {'pass' if r['pass'] else 'FAIL'}",
                 flush=True,

@@ -24,6 +24,7 @@ class View:
         layout: the item's layout at this point (the tower's at `features`, else as it entered the LM).
         ids: `[b, N]` absolute ids: which content token of `layout` each one is (a merged token: its anchor).
         entry: content tokens at entry, the denominator of budgets.
+        entered: content tokens that entered `layers[0]`, behind the connector's steps; `entry` before that.
         signals: what the step listed in `needs`; read it with `view[signal]`.
         seed: seeds this view's own random numbers; the global generator is never used.
         module: what the method's `build` made, on the right device and in the right dtype; None if it made nothing.
@@ -38,6 +39,11 @@ class View:
     seed: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
     module: Any = None
+    entered: int = -1
+
+    def __post_init__(self) -> None:
+        if self.entered < 0:
+            object.__setattr__(self, "entered", self.entry)
 
     @staticmethod
     def of(
@@ -46,6 +52,7 @@ class View:
         *,
         layout: Layout | None = None,
         entry: int | None = None,
+        entered: int = -1,
         seed: int = 0,
     ) -> View:
         """A view on plain tensors, with no model at hand; a single tensor answers for whatever signal is asked."""
@@ -56,7 +63,8 @@ class View:
         ids = torch.arange(n, device=tokens.device).expand(b, n)
         named = signal if isinstance(signal, Mapping) else {}
         only = signal if isinstance(signal, Tensor) else None
-        return View(tokens, layout, ids, layout.n_content if entry is None else entry, named, only, seed)
+        entry = layout.n_content if entry is None else entry
+        return View(tokens, layout, ids, entry, named, only, seed, entered=entered)
 
     def __getitem__(self, signal: Signal) -> Tensor:
         if signal in self.signals:

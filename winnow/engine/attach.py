@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -108,11 +109,22 @@ class Engine:
         """Put everything back. A second call does nothing."""
         if not self.attached:
             return
-        me = threading.get_ident()
-        busy = [thread.name for i, thread in list(self.running.items()) if i != me and thread.is_alive()]
+        busy = [thread.name for i, thread in list(self.running.items()) if self._inside(i)]
         if busy:
             raise WinnowError(f"cannot detach: a request is running in {', '.join(busy)}; wait for it, then detach.")
         self._remove()
+
+    def _inside(self, ident: int) -> bool:
+        """Whether another thread is in the model's forward at this moment.
+
+        `running` alone cannot tell: no hook runs after a KeyboardInterrupt, so a thread may have left without notice.
+        """
+        frame = None if ident == threading.get_ident() else sys._current_frames().get(ident)
+        while frame is not None:
+            if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is self.base:
+                return True
+            frame = frame.f_back
+        return False
 
     def _remove(self) -> None:
         self.attached = False

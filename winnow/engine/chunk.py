@@ -118,6 +118,9 @@ class Chunk:
 
     def _run(self, number: int, step: Any, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         slug = self.compiled.plan.methods[number].slug
+        if step.at.name == "layers":
+            for item in self.items:
+                item.entered = item.count if item.entered is None else item.entered
         probed = self._probed(step, index, hidden, kwargs)
         outcomes: list[tuple[list[Item], Reduce, View]] = []
         streaming = self.compiled.plan.methods[number].streaming
@@ -167,6 +170,7 @@ class Chunk:
             signals,
             seed=self.compiled.plan.seed,
             module=self.compiled.modules[number],
+            entered=-1 if first.entered is None else first.entered,
         )
 
     def _note(self, notes: dict[str, Any]) -> None:

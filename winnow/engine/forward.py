@@ -47,6 +47,8 @@ class Forward:
                 "pass the pixels instead, or encode under the plan."
             )
         state = state_of(kwargs.get("past_key_values"))
+        if state is not None and state.engine.model is engine.model:
+            state.engine = engine  # detached and compressed again in between
         if engine.clock.on:
             if not encodings and state is None:
                 engine.clock.restart()

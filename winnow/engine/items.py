@@ -24,6 +24,7 @@ class Item:
         ids: `[n]` their content ids (a merged token: its anchor).
         separators: `[s]` physical slots of its separators.
         number: its place in the encoding.
+        entered: content tokens with which it entered `layers[0]`, once it has.
         states: what each method of the plan remembers of it.
     """
 
@@ -34,6 +35,7 @@ class Item:
     ids: Int[Tensor, " n"]
     separators: Int[Tensor, " s"]
     record: ItemLedger
+    entered: int | None = None
     states: dict[int, State] = field(default_factory=dict)
 
     @property

@@ -24,7 +24,7 @@ def groups(items: Iterable[Item], number: int, streaming: bool) -> list[list[Ite
     for item in items:
         state = item.states.get(number, State())
         fields = tuple(tuple(sorted(kind)) for kind in (state.token, state.item, state.summed))
-        key = (item.count, item.layout, item.record.entry, fields, item.row if streaming else None)
+        key = (item.count, item.layout, item.record.entry, item.entered, fields, item.row if streaming else None)
         found.setdefault(key, []).append(item)
     return list(found.values())
 

@@ -3,7 +3,7 @@
 Source: arXiv 2410.17247. Looks at: one attention row of the layer that follows each cut. Cost: O(H · S · D) for each.
 
 Departs from the paper: nothing for prefill. Its cuts after 8, 16 and 24 of 32 layers are at 1/4, 1/2 and 3/4 of any
-depth; counts are shares of the item's content tokens at entry, rounded down.
+depth; counts are shares of the item's content tokens that entered the LM, rounded down.
 Departs from the released code: any padding side; positions are kept unless the plan says `positions=compact`, which is
 what the code does.
 """
@@ -34,7 +34,7 @@ class PyramidDrop(Method):
     """Keep ever fewer image tokens at three depths of the LM, by the last prompt token's attention.
 
     Args:
-        ratios: budgets of the cuts, all of the tokens at entry.
+        ratios: budgets of the cuts, all of the tokens that entered the LM.
         layers: LM layers before which the cuts are made, ascending; default: equal parts of the depth.
     """
 
@@ -72,7 +72,7 @@ class PyramidDrop(Method):
 
     def cut(self, view: View, layer: int, budget: Budget) -> Reduction:
         """The map of the cut before `layer`."""
-        return top_k(view[LMAttention(layer, rows="last")], budget.of(view, rounding="floor"), view)
+        return top_k(view[LMAttention(layer, rows="last")], budget.of(view.entered, rounding="floor"), view)
 
     def _step(self, layer: int, budget: Budget, view: View, state: State) -> tuple[Reduce, State]:
         return Reduce(self.cut(view, layer, budget)), state

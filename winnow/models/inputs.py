@@ -39,7 +39,8 @@ def prompt(processor: Any, question: str) -> str:
     if getattr(processor, "chat_template", None) is None:
         return f"USER: <image>\n{question} ASSISTANT:"
     content = [{"type": "image"}, {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    messages = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     # A tokenizer that adds the start token would double the one that a template has written.
     tokenizer = processor.tokenizer
     start = tokenizer.bos_token

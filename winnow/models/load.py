@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def load(
     processor = _attempt(
         f"The processor of {name} could not be loaded",
         lambda: AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code),
+        _HOW if find_spec("torchvision") else _NEEDS,
     )
     if getattr(processor, "image_processor", None) is None:
         raise WinnowError(f"{name} has no image processor (preprocessor_config.json); use a complete checkpoint.")
@@ -77,18 +79,24 @@ def _placed(built: nn.Module, where: torch.device, precision: str | torch.dtype 
     return built.to(where, None if isinstance(precision, str) else precision).eval()
 
 
-def _attempt(what: str, step: Any) -> Any:
+def _attempt(what: str, step: Any, how: str = "") -> Any:
     """Run a step of transformers; its failure becomes one line of ours, without the library's text."""
     try:
         return step()
     except Exception as error:
         reason = type(error).__name__
-    raise WinnowError(f"{what} ({reason}): {_HOW}")
+    raise WinnowError(f"{what} ({reason}): {how or _HOW}")
 
 
 _HOW = (
     "give a Hub id such as llava-hf/llava-1.5-7b-hf that is in the local cache or can be downloaded (HF_HUB_OFFLINE is "
     "not set), or a folder with config.json, *.safetensors and the processor's files."
+)
+
+
+_NEEDS = (
+    "use a complete checkpoint; and this one may need torchvision, which is not installed (Qwen2.5-VL's processor "
+    "does): pip install torchvision"
 )
 
 

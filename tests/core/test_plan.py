@@ -1,0 +1,187 @@
+"""The plan grammar: a round trip, a key, and errors that name what is allowed (B4, B7)."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.info import ModelInfo
+from winnow.core.plan import Plan
+from winnow.methods.fastervlm import FasterVLM
+from winnow.methods.fastv import FastV
+from winnow.methods.hiprune import HiPrune
+from winnow.methods.pyramiddrop import PyramidDrop
+from winnow.methods.todre import ToDRE
+from winnow.methods.visionzip import VisionZip
+from winnow.methods.vtc_cls import VtcCls
+
+CLIP_LLAMA = ModelInfo("LLaVA", "llava", depth=32, vision_depth=24, feature_layer=-2)
+
+keeps = st.one_of(
+    st.integers(1, 5000),
+    st.floats(1e-5, 1, exclude_max=True),
+    st.integers(1, 100).map(lambda p: f"{p}%"),
+    st.integers(1, 99).map(str),
+)
+layers = st.lists(st.integers(0, 31), min_size=1, max_size=4, unique=True).map(lambda found: tuple(sorted(found)))
+methods = st.one_of(
+    st.builds(
+        FasterVLM, keep=keeps, query=st.sampled_from(["auto", "cls", "all"]), layer=st.sampled_from(["feature", -2, 3])
+    ),
+    st.builds(VtcCls, keep=keeps, start=st.none() | st.integers(-3, 9), combine=st.sampled_from(["sum", "max", "min"])),
+    st.builds(VtcCls, keep=keeps, layers=layers),
+    st.builds(
+        HiPrune, keep=keeps, alpha=st.floats(0, 1), wrap=st.booleans(), object_layer=st.none() | st.integers(-2, 8)
+    ),
+    st.builds(ToDRE, keep=keeps, stage2=st.booleans(), tau=st.floats(0, 1)),
+    st.builds(FastV, keep=keeps, layer=st.integers(0, 31)),
+    st.builds(VisionZip, keep=keeps, contextual=st.floats(0, 0.99)),
+    st.builds(
+        VisionZip, dominant=st.integers(1, 200), contextual=st.integers(0, 50), merge=st.sampled_from(["sum", "mean"])
+    ),
+    layers.flatmap(
+        lambda at: st.builds(
+            PyramidDrop, layers=st.just(at), ratios=st.lists(keeps, min_size=len(at), max_size=len(at)).map(tuple)
+        )
+    ),
+)
+plans = st.builds(
+    Plan,
+    st.lists(methods, min_size=1, max_size=3).map(tuple),
+    positions=st.sampled_from(["keep", "compact"]),
+    seed=st.integers(0, 2**40),
+)
+
+
+@given(plans)
+def test_reading_what_was_written_gives_the_same_plan(plan):
+    assert Plan.of(str(plan)) == plan
+    assert Plan.of(plan.key) == plan
+    assert str(Plan.of(str(plan))) == str(plan)
+    assert Plan.of(str(plan)).key == plan.key
+
+
+@given(plans, plans)
+def test_equal_keys_are_equal_plans(a, b):
+    assert (a.key == b.key) == (a == b)
+
+
+def test_the_string_leaves_defaults_out_and_the_key_does_not():
+    plan = Plan.of("fastervlm:keep=64 + fastv:keep=50%,layer=3 | positions=compact")
+    assert str(plan) == "fastervlm + fastv:layer=3 | positions=compact"
+    assert plan.key == (
+        "v1|fastervlm:keep=64,query=auto,layer=feature + fastv:keep=50%,layer=3 | positions=compact,seed=0"
+    )
+
+
+def test_what_can_be_written():
+    plan = Plan.of("  vtc-cls : keep = 0.25 , layers = [ 3, 5 ] + todre:stage2=FALSE | seed = 7 ")
+    assert plan == Plan((VtcCls(keep=0.25, layers=(3, 5)), ToDRE(stage2=False)), seed=7)
+    assert Plan.of("hiprune:object_layer=none,alpha=5e-2") == Plan((HiPrune(alpha=0.05),))
+    assert Plan.of("pyramiddrop:ratios=[60%,0.3,10]") == Plan((PyramidDrop(ratios=("60%", 0.3, 10)),))
+
+
+def test_of_takes_plans_methods_and_strings():
+    plan = Plan((FasterVLM(keep=9),), positions="compact")
+    assert Plan.of(plan) is plan
+    assert Plan.of(FasterVLM(keep=9), positions="compact") == plan
+    assert Plan.of(plan, positions="keep").positions == "keep"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "Cannot read ''"),
+        ("fastervlm + ", "Cannot read ''"),
+        ("fastervlm:keep", "Cannot read 'keep'"),
+        ("fastervlm:keep=", "Cannot read 'keep='"),
+        ("fastervlm:=3", "Cannot read '=3'"),
+        ("fastervlm:keep=3,keep=4", "'keep' is given twice"),
+        ("fastervlm:kep=3", "no setting 'kep'; it has keep, query, layer. Did you mean 'keep'"),
+        ("fastervlm:keep=[3", "Unclosed bracket"),
+        ("fastervlm | positions=near", "positions='near'; allowed: keep, compact"),
+        ("fastervlm | seed=-1", "seed=-1; allowed: an int ≥ 0"),
+        ("fastervlm | seed=true", "seed=True"),
+        ("fastervlm | speed=1", "Unknown plan option speed"),
+        ("fastervlm | seed=1 | positions=keep", "more than one '|'"),
+        ("v2|fastervlm", "schema 2; this winnow reads schema 1"),
+        ("fastervlm!", "Cannot read 'fastervlm!'"),
+        ("fastervlm:keep=much", "keep='much' cannot be read; allowed"),
+    ],
+)
+def test_errors_say_what_was_got(text, message):
+    with pytest.raises(WinnowError) as error:
+        Plan.of(text)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("value", [3, None, ["fastervlm"], FasterVLM])
+def test_other_types_are_refused(value):
+    with pytest.raises(WinnowError, match="A plan is a string, a Method or a Plan"):
+        Plan.of(value)
+    with pytest.raises(WinnowError, match="made of Methods"):
+        Plan((value,))
+
+
+def test_the_full_model_is_a_plan_too():
+    assert Plan.of("full") == Plan(())
+    assert Plan.of(str(Plan((), seed=3))) == Plan((), seed=3)
+    assert Plan.of(Plan(()).key) == Plan(())
+    assert Plan(()).steps(CLIP_LLAMA) == ()
+
+
+@pytest.mark.parametrize(
+    ("slug", "near"), [("fastervml", "fastervlm"), ("fast-v", "fastv"), ("pyramid-drop", "pyramiddrop")]
+)
+def test_B7_unknown_method_names_the_nearest(slug, near):
+    with pytest.raises(WinnowError, match=rf"Unknown method {slug!r}; known: .*divprune.*Did you mean .*{near}"):
+        Plan.of(slug)
+
+
+def test_B7_unknown_method_that_is_like_nothing_lists_the_known():
+    with pytest.raises(WinnowError, match=r"known: .*divprune") as error:
+        Plan.of("qqqqqqq")
+    assert "Did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["fastv:layer=32", "pyramiddrop:layers=[8,16,99]"])
+def test_B4_layer_beyond_the_model(text):
+    with pytest.raises(WinnowError, match=r"32 LM layers; a step acts before layer 0 … 31"):
+        Plan.of(text).steps(CLIP_LLAMA)
+
+
+@pytest.mark.parametrize("text", ["fastv:layer=-1", "pyramiddrop:layers=[16,8,24]", "pyramiddrop:layers=[8,8,24]"])
+def test_B4_layer_negative_double_or_not_in_order(text):
+    with pytest.raises(WinnowError, match="allowed"):
+        Plan.of(text)
+
+
+def test_B4_the_last_layer_can_be_cut_before():
+    ((_, step),) = Plan.of("fastv:layer=31").steps(CLIP_LLAMA)
+    assert str(step.at) == "layers[31]"
+
+
+def test_B8_a_model_that_cannot_is_refused_before_data():
+    no_cls = ModelInfo("Qwen", "qwen2_5_vl", depth=28, vision_depth=32, has_cls=False, points=("projected", "layers"))
+    with pytest.raises(UnsupportedError, match=r"vtc-cls cannot run on Qwen.*no \[CLS\].*hiprune, divprune"):
+        Plan.of("vtc-cls").steps(no_cls)
+    with pytest.raises(
+        UnsupportedError, match=r"visionzip acts at features, which Qwen does not offer.*projected, layers"
+    ):
+        Plan.of("visionzip").steps(no_cls)
+
+
+def test_steps_go_along_the_data_and_keep_the_order_of_the_plan_at_one_point():
+    plan = Plan.of("pyramiddrop + fastv:layer=8 + hiprune + divprune + visionzip")
+    found = [(number, str(step.at)) for number, step in plan.steps(CLIP_LLAMA)]
+    assert found == [
+        (4, "features"),
+        (2, "projected"),
+        (3, "projected"),
+        (0, "layers[8]"),
+        (1, "layers[8]"),
+        (0, "layers[16]"),
+        (0, "layers[24]"),
+    ]

@@ -1,0 +1,142 @@
+"""Methods that exist only to test the engine, and the short ways in which its tests call a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from byhand import top
+from torch import Tensor, nn
+
+from winnow.core.budget import Budget
+from winnow.core.info import ModelInfo
+from winnow.core.method import Method
+from winnow.core.point import Point
+from winnow.core.reduction import Reduction
+from winnow.core.signal import Signal
+from winnow.core.step import Action, Keep, Reduce, State, Step
+from winnow.core.view import View
+
+STEPS = 6
+HALF = Budget("50%")
+
+
+def score(tokens: Tensor) -> Tensor:
+    """`[…, N, D]` → `[…, N]`: a number for each token that only its own row decides."""
+    width = tokens.shape[-1]
+    direction = torch.cos(torch.arange(width, dtype=torch.float32) * 1.7)
+    return tokens.float() @ direction
+
+
+@dataclass(frozen=True)
+class Pick(Method):
+    """Keeps the tokens with the largest score of their own row, at any point."""
+
+    keep: Budget = HALF
+    at: str = "projected"  # type: ignore[misc]
+    separators: str = "keep"
+    slug: ClassVar[str] = "pick"
+
+    def steps(self, info: ModelInfo) -> tuple[Step, ...]:
+        return (Step(Point.of(self.at), self._pick),)
+
+    def _pick(self, view: View, state: State) -> tuple[Action, State]:
+        count = self.keep.of(view)
+        lanes = [top(score(lane), count) for lane in view.tokens]
+        return Reduce(Reduction.select(torch.stack(lanes), view.n), self.separators), state
+
+
+@dataclass(frozen=True)
+class Halve(Method):
+    """Merges neighbours two by two into their mean; an odd last token stays alone."""
+
+    at: str = "projected"  # type: ignore[misc]
+    slug: ClassVar[str] = "halve"
+
+    def reduce(self, view: View) -> Reduction:
+        m = (view.n + 1) // 2
+        cluster = (torch.arange(view.n) // 2).expand(view.b, -1)
+        size = torch.bincount(cluster[0], minlength=m)
+        weight = (1 / size.float())[cluster]
+        return Reduction.assign(cluster, weight, m=m, anchor=(2 * torch.arange(m)).expand(view.b, -1))
+
+
+@dataclass(frozen=True)
+class Look(Method):
+    """Changes nothing; keeps the views that it was given."""
+
+    needs: tuple[Signal, ...] = ()
+    at: str = "projected"  # type: ignore[misc]
+    views: list[View] = field(default_factory=list, compare=False, metadata={"setting": False})
+    slug: ClassVar[str] = "look"
+
+    def steps(self, info: ModelInfo) -> tuple[Step, ...]:
+        return (Step(Point.of(self.at), self._look, self.needs),)
+
+    def _look(self, view: View, state: State) -> tuple[Action, State]:
+        self.views.append(view)
+        return Keep(), state
+
+    def seen(self, signal: Signal) -> list[Tensor]:
+        """The signal for each item, in the order in which the engine showed them."""
+        return [lane for view in self.views for lane in view[signal]]
+
+
+@dataclass(frozen=True)
+class Call(Method):
+    """Calls a function with each view, and keeps everything."""
+
+    function: Callable[[View], Any] = field(default=lambda view: None, compare=False, metadata={"setting": False})
+    at: str = "projected"  # type: ignore[misc]
+    slug: ClassVar[str] = "call"
+
+    def steps(self, info: ModelInfo) -> tuple[Step, ...]:
+        return (Step(Point.of(self.at), self._call),)
+
+    def _call(self, view: View, state: State) -> tuple[Action, State]:
+        self.function(view)
+        return Keep(), state
+
+
+@dataclass(frozen=True)
+class Watched(Method):
+    """Another method, with a count of the items that its steps were run on."""
+
+    inner: Method = field(default_factory=Pick)
+    items: list[int] = field(default_factory=list, compare=False, metadata={"setting": False})
+    slug: ClassVar[str] = "watched"
+
+    def steps(self, info: ModelInfo) -> tuple[Step, ...]:
+        return tuple(dataclasses.replace(step, run=self._watch(step)) for step in self.inner.steps(info))
+
+    def _watch(self, step: Step) -> Callable[[View, State], tuple[Action, State]]:
+        def run(view: View, state: State) -> tuple[Action, State]:
+            self.items.append(view.b)
+            return step.run(view, state)
+
+        return run
+
+
+@torch.no_grad()
+def forward(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> Any:
+    return model(**inputs, **options)
+
+
+@torch.no_grad()
+def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int = STEPS, **options: Any) -> Any:
+    """Greedy decoding (unless the options say otherwise) with the raw logits of each step."""
+    defaults = {"do_sample": False, "max_new_tokens": steps, "return_dict_in_generate": True, "output_logits": True}
+    return model.generate(**inputs, **defaults | options)
+
+
+def new_tokens(output: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """`[B, T]` what was generated."""
+    return output.sequences[:, inputs["input_ids"].shape[1] :]
+
+
+def step_logits(output: Any) -> Tensor:
+    """`[B, T, vocabulary]`."""
+    return torch.stack(output.logits, 1)

@@ -1,0 +1,283 @@
+"""Every way of `generate` works as before, on a reduced prompt: beams, sampling, streaming, look-up, no cache."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import zoo
+from byhand import Reference
+from cases import SUBSETS, identities, pairs, same
+from probes import Halve, Pick, forward, generate, new_tokens, step_logits
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import winnow
+from winnow.core.plan import Plan
+
+PROBES = ("fastervlm", "visionzip", "pyramiddrop")  # before the LM, merged, and in three cuts
+
+
+@pytest.mark.parametrize(("slug", "build"), pairs(PROBES))
+def test_beams_score_what_they_say_by_hand(slug, build):
+    """Three beams, two returned: the score of each sequence is the sum of its own log-probabilities, worked by hand."""
+    model, parts = zoo.model(build), zoo.samples(build, zoo.MIXED)
+    inputs, (plan, by_hand) = zoo.collate(parts), SUBSETS[slug]
+    reference = Reference(model)
+    with winnow.compress(model, plan):
+        options = {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.0, "output_scores": True}
+        output = generate(model, inputs, **options)
+    said = new_tokens(output, inputs)
+    assert said.shape == (6, 6)
+    for row, tokens in enumerate(said):
+        part = parts[row // 2]
+        worked = by_hand(reference, part, reference.entry(part))
+        trace = reference.run(worked.entry, tokens[:-1].tolist(), worked.cuts)
+        total = trace.logits.log_softmax(-1).gather(1, tokens[:, None]).sum()
+        assert abs(float(total - output.sequences_scores[row])) <= 1e-4
+
+
+@pytest.mark.parametrize(("slug", "build"), pairs(PROBES))
+def test_beams_of_a_batch_are_those_of_each_sample_alone(slug, build):
+    model, parts = zoo.model(build), zoo.samples(build, zoo.MIXED)
+    inputs = zoo.collate(parts)
+    with winnow.compress(model, SUBSETS[slug][0]):
+        together = generate(model, inputs, num_beams=3, num_return_sequences=2)
+        for row, part in enumerate(parts):
+            alone = generate(model, part, num_beams=3, num_return_sequences=2)
+            assert torch.equal(new_tokens(alone, part), new_tokens(together, inputs)[2 * row : 2 * row + 2])
+
+
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_beams_under_identity_are_bit_identical(build):
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.MIXED)
+    options = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
+    plain = generate(model, inputs, **options)
+    for plan in identities(build):
+        with winnow.compress(model, plan):
+            found = generate(model, inputs, **options)
+        assert same(found, plain), plan
+        assert torch.equal(found.sequences_scores, plain.sequences_scores)
+
+
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_sampling_with_a_seed_is_bit_identical_under_identity(build):
+    """Methods draw from generators of their own: not a number of the global one is used."""
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
+    options = {"do_sample": True, "temperature": 1.3, "num_return_sequences": 2}
+    torch.manual_seed(5)
+    plain = generate(model, inputs, **options)
+    for plan in [*identities(build), "todre:keep=100%,stage2=false,pivot=random", "fastv:keep=100%,layer=0"]:
+        with winnow.compress(model, plan):
+            torch.manual_seed(5)
+            assert same(generate(model, inputs, **options), plain), plan
+
+
+@pytest.mark.parametrize(("slug", "build"), pairs(PROBES))
+def test_sampled_logits_equal_by_hand(slug, build):
+    """Two sampled continuations of each row: the batch is repeated before the prompt is read, pictures are not."""
+    model, parts = zoo.model(build), zoo.samples(build, zoo.MIXED)
+    inputs, (plan, by_hand) = zoo.collate(parts), SUBSETS[slug]
+    reference = Reference(model)
+    torch.manual_seed(7)
+    with winnow.compress(model, plan) as handle:
+        output = generate(model, inputs, do_sample=True, temperature=2.0, num_return_sequences=2)
+        assert [item.row for item in handle.last.items] == [0, 1, 4, 4, 5, 5]
+    said = new_tokens(output, inputs)
+    assert not torch.equal(said[::2], said[1::2])
+    for row, tokens in enumerate(said):
+        part = parts[row // 2]
+        worked = by_hand(reference, part, reference.entry(part))
+        trace = reference.run(worked.entry, tokens[:-1].tolist(), worked.cuts)
+        assert (step_logits(output)[row] - trace.logits).abs().max() <= 1e-5
+
+
+class Collector(BaseStreamer):
+    """What TextIteratorStreamer is, without a tokenizer: ids of one row, as they come."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.ended = False
+
+    def put(self, value):
+        self.ids += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize(("slug", "build"), pairs(PROBES))
+def test_a_streaming_thread_sees_the_plan(slug, build):
+    """`Thread(target=model.generate)` is how text is streamed: the plan is the model's, not that of one thread."""
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
+    with winnow.compress(model, SUBSETS[slug][0]) as handle:
+        expected, ledger = generate(model, inputs), handle.last
+        streamer = Collector()
+        options = {"max_new_tokens": 6, "do_sample": False, "streamer": streamer}
+        thread = threading.Thread(target=model.generate, kwargs={**inputs, **options})
+        thread.start()
+        thread.join()
+        assert streamer.ended
+        assert handle.last is not ledger
+        assert handle.last.layer_tokens == ledger.layer_tokens
+    assert streamer.ids == expected.sequences[0].tolist()
+
+
+LOOKED_UP = {
+    "before": Plan((Pick(keep=5),)),
+    "merged": Plan((Halve(),)),
+    "cut twice": Plan((Pick(keep=9, at="layers[1]"), Pick(keep=4, at="layers[3]"))),
+}
+
+
+@pytest.mark.parametrize("plan", LOOKED_UP.values(), ids=LOOKED_UP)
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_prompt_lookup_gives_the_greedy_tokens(build, plan):
+    """Candidates are checked several at a time, the first with the prompt itself, and the cache is cropped.
+
+    For plans that do not look at the text: what does sees the last candidate as the last token of the prompt.
+    """
+    model = zoo.model(build)
+    inputs = zoo.sample(build, "9 A 9")
+    phrase = torch.tensor([21, 22, 23])
+    inputs["input_ids"][0, :9] = phrase.repeat(3)
+    inputs["input_ids"][0, -9:] = phrase.repeat(3)
+    with winnow.compress(model, plan):
+        greedy = generate(model, inputs, steps=12)
+        looked = generate(model, inputs, steps=12, prompt_lookup_num_tokens=3)
+    assert torch.equal(looked.sequences, greedy.sequences)
+    assert (step_logits(looked) - step_logits(greedy)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_prompt_lookup_really_crops(build):
+    """The test above would prove nothing if no candidate were ever refused."""
+    from transformers import DynamicCache
+
+    model, crops = zoo.model(build), []
+    inputs = zoo.sample(build, "9 A 9")
+    inputs["input_ids"][0, -9:] = torch.tensor([21, 22, 23]).repeat(3)
+    cache = DynamicCache(config=model.config.get_text_config())
+    crop = type(cache).crop
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DynamicCache, "crop", lambda self, n: (crops.append(n), crop(self, n))[1])
+        with winnow.compress(model, Pick(keep=5)):
+            generate(model, inputs, steps=12, prompt_lookup_num_tokens=3, past_key_values=cache)
+    assert any(n != 0 for n in crops)
+
+
+@pytest.mark.parametrize(("slug", "build"), pairs(("fastervlm", "divprune", "visionzip")))
+def test_without_cache_the_tokens_and_logits_are_the_same(slug, build):
+    """Every step is a prefill of its own; what does not look at the last token chooses the same each time."""
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.MIXED)
+    with winnow.compress(model, SUBSETS[slug][0]):
+        cached = generate(model, inputs)
+        uncached = generate(model, inputs, use_cache=False)
+    assert torch.equal(cached.sequences, uncached.sequences)
+    assert (step_logits(cached) - step_logits(uncached)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_logits_processors_and_stopping_criteria_see_the_prompt_as_given(build):
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.MIXED)
+    seen: list[torch.Tensor] = []
+
+    class Watch(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(input_ids.clone())
+            return scores
+
+    class Stop(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= width + 3)
+
+    width = inputs["input_ids"].shape[1]
+    with winnow.compress(model, Pick(keep=3)):
+        output = generate(
+            model,
+            inputs,
+            steps=6,
+            logits_processor=LogitsProcessorList([Watch()]),
+            stopping_criteria=StoppingCriteriaList([Stop()]),
+        )
+    assert output.sequences.shape[1] == width + 3
+    assert torch.equal(seen[0], inputs["input_ids"])
+    assert torch.equal(output.sequences[:, :width], inputs["input_ids"])
+
+
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_max_length_counts_the_prompt_as_given(build):
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.MIXED)
+    width = inputs["input_ids"].shape[1]
+    with winnow.compress(model, Pick(keep=3)), torch.no_grad():
+        output = model.generate(**inputs, max_length=width + 4, do_sample=False)
+    assert output.shape[1] == width + 4
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"cache_implementation": "static"}, "static"),
+        ({"prefill_chunk_size": 8}, "chunk"),
+        ({"cache_implementation": "quantized"}, "cache"),
+    ],
+    ids=["static", "chunked", "quantized"],
+)
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_what_cannot_hold_a_reduced_prompt_is_refused(build, options, reason):
+    """In winnow's own words, and the model works afterwards."""
+    if options.get("cache_implementation") == "quantized":
+        pytest.importorskip("optimum.quanto", reason="transformers builds a quantized cache only with optimum-quanto")
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
+    with winnow.compress(model, Pick(keep=3)):
+        expected = generate(model, inputs)
+        with pytest.raises(winnow.WinnowError, match=reason):
+            generate(model, inputs, **options)
+        assert same(generate(model, inputs), expected)
+
+
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_a_prompt_as_embeddings_is_refused(build):
+    """Without ids there is no telling where the pictures are. Text that is continued has none, and passes."""
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    bare = {k: v for k, v in inputs.items() if k != "input_ids"}
+    with winnow.compress(model, Pick(keep=3)):
+        with pytest.raises(winnow.WinnowError, match="input_ids"):
+            forward(model, {**bare, "inputs_embeds": embeds})
+        with pytest.raises(winnow.WinnowError, match="input_ids"):
+            generate(model, {**bare, "inputs_embeds": embeds})
+
+
+def test_sliding_windows_are_refused_at_compress():
+    text = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    with pytest.raises(winnow.UnsupportedError, match="sliding"):
+        winnow.compress(zoo.model("qwen2_5_vl", **text), Pick(keep=3))
+
+
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_pictures_that_do_not_match_the_prompt_are_refused_by_the_model(build):
+    """transformers counts placeholders itself; compression neither hides that nor leaves anything behind."""
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
+    wrong = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    wrong["input_ids"][0, -1] = zoo.IMAGE
+    with winnow.compress(model, Pick(keep=3)):
+        expected = generate(model, inputs)
+        with pytest.raises(ValueError, match=r"(?i)tokens|placeholders"):
+            forward(model, wrong)
+        assert same(generate(model, inputs), expected)
+
+
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_encoding_beforehand_is_the_same_as_encoding_inside(build):
+    """`generate` encodes pictures before the forward; so may the caller, under the plan."""
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.MIXED)
+    pictures = {k: inputs[k] for k in ("pixel_values", "image_sizes", "image_grid_thw") if k in inputs}
+    rest = {k: v for k, v in inputs.items() if k not in pictures or k == "image_grid_thw"}
+    with winnow.compress(model, "divprune:keep=5"):
+        inside = forward(model, inputs).logits
+        with torch.no_grad():
+            encoded = model.model.get_image_features(**pictures, return_dict=True)
+        outside = forward(model, {**rest, "mm_encoder_outputs": {"image": encoded}}).logits
+    assert torch.equal(inside, outside)

@@ -1,0 +1,125 @@
+"""`keep`: each survivor keeps its true position. `compact`: survivors and what follows are numbered without gaps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import byhand_methods as hand
+import pytest
+import torch
+import zoo
+from byhand import Reference, cut, top
+from byhand_methods import Hand
+from cases import SUBSETS, check_against_hand, identities, pairs, same
+from probes import Halve, Pick, forward, generate, new_tokens, score, step_logits
+
+import winnow
+from winnow.core.plan import Plan
+
+ONE_DIMENSIONAL = ("llava_clip", "llava_siglip", "llava_next")
+
+
+def compact(plan) -> Plan:
+    return replace(Plan.of(plan), positions="compact")
+
+
+def compact_by_hand(slug: str) -> partial:
+    """The same choice, except where the attention that decides is itself computed at compact positions."""
+    by_hand = SUBSETS[slug][1]
+    return partial(by_hand, compact=True) if slug in ("fastv", "pyramiddrop") else by_hand
+
+
+@pytest.mark.parametrize("rows", [zoo.RAGGED, zoo.MIXED], ids=["ragged", "mixed"])
+@pytest.mark.parametrize(("slug", "build"), pairs([s for s in SUBSETS if s != "todre"], ONE_DIMENSIONAL))
+def test_compact_equals_by_hand(slug, build, rows):
+    """Every layer numbers what it reads 0 … n − 1 and decodes on from n: three offsets under PyramidDrop."""
+    plan = compact(SUBSETS[slug][0])
+    check_against_hand(zoo.model(build), zoo.samples(build, rows), plan, compact_by_hand(slug), compact=True)
+
+
+@pytest.mark.parametrize("build", ONE_DIMENSIONAL)
+def test_compact_differs_from_keep(build):
+    """Else the comparison above would not show that anything was renumbered."""
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
+    with winnow.compress(model, Pick(keep=6)):
+        kept = forward(model, inputs).logits[:, -1]
+    with winnow.compress(model, compact(Pick(keep=6))) as handle:
+        assert (forward(model, inputs).logits[:, -1] - kept).abs().max() > 1e-3
+        assert handle.last.positions == "compact"
+
+
+@pytest.mark.parametrize("build", ONE_DIMENSIONAL)
+def test_the_argument_of_compress_overrides_the_plan(build):
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
+    with winnow.compress(model, compact("divprune:keep=6")):
+        said = generate(model, inputs)
+    with winnow.compress(model, "divprune:keep=6", positions="compact"):
+        assert same(generate(model, inputs), said)
+    with winnow.compress(model, "divprune:keep=6 | positions=compact"):
+        assert same(generate(model, inputs), said)
+
+
+@pytest.mark.parametrize("build", ONE_DIMENSIONAL)
+def test_compact_with_everything_kept_is_bit_identical(build):
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.MIXED)
+    plain = generate(model, inputs)
+    for plan in identities(build):
+        with winnow.compress(model, compact(plan)):
+            assert same(generate(model, inputs), plain), plan
+
+
+def test_compact_is_refused_where_positions_have_three_dimensions():
+    with pytest.raises(winnow.UnsupportedError, match=r"compact.*3-D.*positions=keep"):
+        winnow.compress(zoo.model("qwen2_5_vl"), "fastv:keep=50% | positions=compact")
+
+
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+@pytest.mark.parametrize("build", ONE_DIMENSIONAL)
+def test_positions_of_later_turns_equal_by_hand(build, positions):
+    """Text of a second turn, several tokens at once, on layers of three lengths: it goes on where each layer ended."""
+    parts = zoo.samples(build, zoo.RAGGED)
+    inputs = zoo.collate(parts)
+    plan = Plan.of("pyramiddrop:ratios=[50%,25%,12.5%],layers=[1,2,3]", positions=positions)
+    tight = positions == "compact"
+    by_hand = partial(hand.pyramiddrop, ratios=("50%", "25%", "12.5%"), layers=(1, 2, 3), compact=tight)
+    model = zoo.model(build)
+    reference = Reference(model)
+    turn = torch.randint(10, 200, (3, 5), generator=torch.Generator().manual_seed(3))
+    with winnow.compress(model, plan):
+        first = generate(model, inputs)
+        ids = torch.cat([first.sequences, turn], 1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(3, ids.shape[1] - inputs["input_ids"].shape[1])], 1)
+        second_inputs = {"input_ids": ids, "attention_mask": mask.long()}
+        second = generate(model, second_inputs, past_key_values=first.past_key_values)
+    said, answer = new_tokens(first, inputs), new_tokens(second, second_inputs)
+    for row, part in enumerate(parts):
+        worked = by_hand(reference, part, reference.entry(part))
+        forced = [*said[row].tolist(), *turn[row].tolist(), *answer[row, :-1].tolist()]
+        trace = reference.run(worked.entry, forced, worked.cuts, tight)
+        expected = trace.logits[-answer.shape[1] :]
+        assert (step_logits(second)[row] - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_a_merged_token_has_the_position_of_its_anchor(build):
+    """By hand: the pair stands where its first token stood; on Qwen in all three dimensions."""
+    parts = zoo.samples(build, zoo.RAGGED)
+    model = zoo.model(build)
+    with winnow.compress(model, Halve()) as handle:
+        forward(model, zoo.collate(parts))
+        for item in handle.last.items:
+            assert item.kept.tolist() == list(range(0, item.entry, 2))
+
+
+@pytest.mark.parametrize("build", ONE_DIMENSIONAL)
+def test_compact_at_depth_leaves_earlier_layers_alone(build):
+    """Layers before the cut hold all positions and decode at the full length; only later ones are offset."""
+    parts = zoo.samples(build, zoo.SINGLE)
+
+    def by_hand(reference, sample, entry):
+        choose = lambda number, rows, seen: rows[top(score(seen[-1].hidden[0, rows]), 4)]  # noqa: E731
+        return Hand(entry, {3: cut(entry, choose)})
+
+    plan = compact(Pick(keep=4, at="layers[3]"))
+    check_against_hand(zoo.model(build), parts, plan, by_hand, compact=True)

@@ -1,0 +1,150 @@
+"""Loading: a complete checkpoint in safetensors, or an error of our own that says what to do. F1, F2, F3."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.models.load import load
+from winnow.reference.build import make_model, make_processor
+from winnow.reference.presets import preset
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_model(preset("micro"), seed=3).save_pretrained(folder)
+    make_processor(preset("micro")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "copy")
+
+
+def refused(folder, **kwargs) -> str:
+    with pytest.raises(WinnowError) as caught:
+        load(folder, **kwargs)
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None, "the library's own error must not ride along"
+    return str(caught.value)
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_folder_gives_the_same_weights_in_evaluation_mode(original):
+    model, processor = load(original, device="cpu")
+    expected = make_model(preset("micro"), seed=3).state_dict()
+    assert not model.training
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert processor.image_processor is not None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_dtype(original, dtype):
+    assert load(original, device="cpu", dtype=dtype)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float33", torch.int64, "nn"])
+def test_a_dtype_that_is_none_is_refused(original, dtype):
+    assert "bfloat16" in refused(original, dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:97", "meta7"])
+def test_a_device_that_is_not_there_is_refused(original, device):
+    if device.startswith("cuda") and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "cpu" in refused(original, device=device)
+
+
+@pytest.mark.parametrize("name", ["no/such-checkpoint", "nothing", "./nowhere", "../../etc/passwd", "a b/c", ""])
+def test_what_is_not_there_is_named_with_what_to_give(name):
+    text = refused(name)
+    assert "llava-hf/llava-1.5-7b-hf" in text
+    assert "http" not in text
+
+
+def test_a_folder_without_a_config_is_no_checkpoint(tmp_path):
+    assert "config.json" in refused(tmp_path)
+
+
+def test_a_language_model_is_unsupported(checkpoint):
+    edit(checkpoint, model_type="llama")
+    with pytest.raises(UnsupportedError, match="llava_next"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"auto_map": {"AutoModel": "evil.Model"}},
+        {"_attn_implementation_internal": "somebody/kernel"},
+        {"attn_implementation": "somebody/kernel"},
+    ],
+    ids=["auto_map", "attn_internal", "attn_kernel"],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_F3_a_config_that_brings_code_is_refused(checkpoint, changes, nested):
+    (checkpoint / "evil.py").write_text("raise SystemExit('the code of the checkpoint ran')")
+    text = json.loads((checkpoint / "config.json").read_text())["text_config"]
+    edit(checkpoint, **({"text_config": {**text, **changes}} if nested else changes))
+    message = refused(checkpoint)
+    assert next(iter(changes)) in message
+    assert "trust_remote_code" in message
+
+
+def test_F3_code_in_the_processor_alone_is_not_run(checkpoint):
+    (checkpoint / "evil.py").write_text("raise SystemExit('the code of the checkpoint ran')")
+    path = checkpoint / "processor_config.json"
+    settings = {"auto_map": {"AutoProcessor": "evil.Processor"}, "processor_class": "EvilProcessor"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    assert "processor" in refused(checkpoint)
+
+
+def test_F1_pickled_weights_are_refused(checkpoint):
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    assert "safetensors" in refused(checkpoint)
+
+
+def test_F2_a_truncated_file_is_refused(checkpoint):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "safetensors" in refused(checkpoint)
+
+
+def test_F2_missing_weights_are_named_instead_of_made_up(checkpoint):
+    from safetensors.torch import load_file, save_file
+
+    path = checkpoint / "model.safetensors"
+    weights = load_file(path)
+    gone = next(name for name in weights if "mlp" in name and name.endswith("down_proj.weight"))
+    del weights[gone]
+    save_file(weights, path, metadata={"format": "pt"})
+    assert "down_proj" in refused(checkpoint)
+
+
+def test_F2_a_weight_of_another_shape_is_refused(checkpoint):
+    from safetensors.torch import load_file, save_file
+
+    path = checkpoint / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("down_proj.weight"))
+    weights[name] = weights[name][:, :-1].contiguous()
+    save_file(weights, path, metadata={"format": "pt"})
+    assert refused(checkpoint)
+
+
+def test_a_checkpoint_without_a_processor_is_refused(checkpoint):
+    for path in checkpoint.glob("*"):
+        if path.name not in ("config.json", "model.safetensors"):
+            path.unlink()
+    assert "processor" in refused(checkpoint)

@@ -1,0 +1,275 @@
+"""The command line: `winnow run`, `methods`, `systems`, `doctor`, `world`, `train`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from winnow import __version__
+from winnow.core.errors import WinnowError
+
+
+class _Group(TyperGroup):
+    """Turns a user's mistake into one line on stderr and exit code 2, and Ctrl-C into exit code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except WinnowError as error:
+            typer.echo("winnow: " + " ".join(str(error).split()), err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            typer.echo(
+                f"winnow: {error.strerror or type(error).__name__}: {error.filename or 'no file named'}", err=True
+            )
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make a vision-language model read fewer tokens and keep its answer, and prove both.",
+)
+world = typer.Typer(
+    no_args_is_help=True, help="The reference world: drawn scenes whose questions carry their evidence."
+)
+train = typer.Typer(no_args_is_help=True, help="Train what winnow ships.")
+app.add_typer(world, name="world")
+app.add_typer(train, name="train")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="A Hub id or a folder [default: the bundled reference model].", show_default=False
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default="a GPU if there is one")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, …", show_default="as in the checkpoint")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"winnow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    picture: Annotated[str, typer.Argument(help="A picture file, or world:SEED for a scene of the reference world.")],
+    question: Annotated[
+        str | None, typer.Argument(help="The question; a scene brings its own.", show_default=False)
+    ] = None,
+    model: Model = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="A slug or a plan; give it several times to compare.", show_default="fastervlm"),
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Visual tokens to keep: 64, 0.25 or 25%.", show_default="as the method says")
+    ] = None,
+    positions: Annotated[str | None, typer.Option(help="keep or compact.", show_default="keep")] = None,
+    overlay: Annotated[Path | None, typer.Option(help="Draw the kept tokens into this picture file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Length of the answer.")] = 16,
+    runs: Annotated[int, typer.Option(min=1, max=1000, help="Timed runs after a warm-up; medians are shown.")] = 3,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Answer a question about a picture, with and without compression, and say what each answer cost."""
+    import torch
+    import transformers
+
+    from winnow import cli_run
+    from winnow.cli_meter import busy
+    from winnow.models.load import load
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    wanted = cli_run.plans(method or ["fastervlm"], keep, positions)
+    cli_run.overlay_paths(overlay, wanted)
+    asked = cli_run.subject(picture, question)
+    note = busy()
+    if model is None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # the bundled model gains little from more, and loses much when a core is taken
+    loaded, processor = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    warnings = cli_run.warnings(asked) if model is None else []
+    for warning in warnings:
+        typer.echo(f"winnow: warning: {warning}", err=True)
+    result = cli_run.compare(
+        loaded, processor, asked, wanted, max_new_tokens=max_new_tokens, runs=runs, picture=overlay
+    )
+    result = {"winnow": __version__, "model": model or "bundled reference model", **result}
+    if warnings:
+        result["warning"] = " ".join(warnings)
+    if note:
+        result["note"] = note
+    if as_json:
+        _print_json(result)
+    else:
+        from winnow.cli_show import comparison
+
+        comparison(result)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods that a plan may name."""
+    from winnow.core.registry import entries
+
+    found = entries()
+    if as_json:
+        _print_json([dataclasses.asdict(entry) for entry in found])
+        return
+    from winnow.cli_show import listing
+
+    rows = [(e.slug, ", ".join(e.stages), e.kind, e.family, e.arxiv, e.summary) for e in found]
+    listing(("slug", "stages", "kind", "family", "arXiv", "what it does"), rows)
+
+
+@app.command()
+def systems(
+    state: Annotated[str | None, typer.Option(help="Only those that are: works, partly or none.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the published systems that winnow is to contain, and how far the tests prove each of them."""
+    from winnow import systems as table
+
+    if state is not None and state not in table.STATES:
+        raise WinnowError(f"--state {state!r}; allowed: {', '.join(table.STATES)}.")
+    found = [system for system in table.systems() if state in (None, system.state)]
+    if as_json:
+        _print_json([dataclasses.asdict(system) for system in found])
+        return
+    from winnow.cli_show import listing
+
+    rows = [
+        (s.slug + (" ◦" if s.extra else ""), s.family, ", ".join(s.stages), s.kind, s.state, s.arxiv) for s in found
+    ]
+    listing(("slug", "family", "stages", "kind", "state", "arXiv"), rows)
+    counts = ", ".join(f"{sum(s.state == name for s in found)} {name}" for name in table.STATES)
+    typer.echo(f"{len(found)} systems: {counts}. ◦ is outside the list of 107.")
+
+
+@app.command()
+def doctor(
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Run the engine's own checks on a checkpoint: identity, one token, a subset by hand, detaching."""
+    import transformers
+
+    from winnow.engine.doctor import diagnose
+    from winnow.models.load import load
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    found = diagnose(*load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code))
+    if as_json:
+        _print_json([{"name": check.name, "ok": check.ok, "detail": check.detail} for check in found])
+    else:
+        from winnow.cli_show import checks
+
+        checks(found)
+    if not all(check.ok for check in found):
+        raise typer.Exit(1)
+
+
+Count = Annotated[int, typer.Option("--count", "-n", min=1, help="How many scenes.")]
+Size = Annotated[int, typer.Option(help="Pixels of a side.")]
+Split = Annotated[str, typer.Option(help="train, test or heldout_glyphs.")]
+Seed = Annotated[int, typer.Option(help="Of the first scene.")]
+
+
+@world.command("show")
+def world_show(
+    sheet: Annotated[Path, typer.Argument(help="The PNG to write.")],
+    count: Count = 20,
+    size: Size = 224,
+    split: Split = "test",
+    seed: Seed = 0,
+    boxes: Annotated[bool, typer.Option("--boxes", help="Outline the evidence of each question.")] = False,
+) -> None:
+    """Draw scenes and their questions on one sheet."""
+    from winnow.world.export import show
+
+    typer.echo(show(sheet, count, size, split, seed, boxes=boxes))
+
+
+@world.command("export")
+def world_export(
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+    count: Count = 20,
+    size: Size = 224,
+    split: Split = "test",
+    seed: Seed = 0,
+) -> None:
+    """Write scenes as PNG files, and their questions with answers and evidence as JSON lines."""
+    from winnow.world.export import export
+
+    typer.echo(export(folder, count, size, split, seed))
+
+
+@train.command("reference")
+def train_reference(
+    preset: Annotated[str, typer.Argument(help="small or base.")] = "small",
+    out: Annotated[Path, typer.Option(help="The folder of the run.")] = Path("runs/reference"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    processes: Annotated[int, typer.Option(min=1, help="On a CPU: one for each core to use.")] = 1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    scale: Annotated[float, typer.Option(help="Share of the full schedule.")] = 1.0,
+) -> None:
+    """Train the reference model from nothing but its seed."""
+    from winnow.learn.recipes.reference import train as fit
+
+    typer.echo(fit(preset, out, resume=resume, device=device, processes=processes, seed=seed, scale=scale))
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=1))
+
+
+def main() -> None:
+    """The `winnow` command."""
+    try:
+        app()
+    finally:
+        # A reader that went away (`winnow systems | head`) must not cause a traceback when Python flushes at exit.
+        with contextlib.suppress(ValueError):
+            try:
+                sys.stdout.flush()
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""`winnow bench`, `winnow speed` and `winnow report`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from winnow.core.errors import WinnowError
+
+EIGHT = "fastervlm,visionzip,vtc-cls,hiprune,divprune,todre,fastv,pyramiddrop"
+BUDGETS = "128,64,32,16"
+
+StorePath = Annotated[Path, typer.Option(help="The SQLite file of results; a killed sweep goes on from it.")]
+Methods = Annotated[str, typer.Option(help="Slugs, to which --keep applies, or plans with settings of their own.")]
+Keep = Annotated[str, typer.Option(help="Budgets: content tokens (64) or shares (12.5%).")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="A Hub id or a folder [default: the bundled reference model].", show_default=False
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(help='Your own questions: JSON lines of {"image", "question", "answer"[, "evidence", "type", "id"]}.'),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default="a GPU if there is one")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, …", show_default="as in the checkpoint")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command("bench")(bench)
+    app.command("speed")(speed)
+    app.command("report")(report)
+
+
+def bench(
+    store: StorePath = Path("runs.sqlite"),
+    methods: Methods = EIGHT,
+    keep: Keep = BUDGETS,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="How many.", show_default="400 of winnow's world, all of --data")
+    ] = None,
+    model: Model = None,
+    data: Data = None,
+    split: Annotated[str, typer.Option(help="Of winnow's world: train, test or heldout_glyphs.")] = "test",
+    start: Annotated[int, typer.Option(min=0, help="Of winnow's world: the first scene.")] = 0,
+    baselines: Annotated[
+        str, typer.Option(help="Of random, uniform, downsample, ceiling, oracle; random and downsample always run.")
+    ] = "random,uniform,downsample,ceiling,oracle",
+    batch: Annotated[int, typer.Option(min=1, help="Questions in a forward; it changes no answer.")] = 16,
+    processes: Annotated[int, typer.Option(min=1, help="On a CPU: one for each core to use.")] = 1,
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the baselines' draws.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Length of an answer.", show_default="16")
+    ] = None,
+    positions: Annotated[str | None, typer.Option(help="keep or compact.", show_default="keep")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what the store has of this run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Ask questions with every method at every budget, next to the baselines; results go to a store."""
+    from winnow.bench import processes as several
+    from winnow.bench.store import Store
+
+    several.quiet_libraries()
+    sweep = several.Sweep(
+        str(store), several.listed(methods, "--methods fastervlm,divprune"), several.budgets_of(keep), model,
+        None if data is None else str(data), questions, split, start,
+        several.listed(baselines, "--baselines random,uniform"), batch, seed, max_new_tokens, positions, device, dtype,
+        trust_remote_code, threads=threads if threads is not None or processes == 1 else 1, resume=not fresh,
+    )  # fmt: skip
+    run = several.run_all(sweep, processes, progress=sys.stderr.isatty() and not as_json, say=_warn)
+    with Store(store) as results:
+        _print_accuracy(results, run, as_json)
+
+
+def speed(
+    store: StorePath = Path("runs.sqlite"),
+    methods: Methods = EIGHT,
+    keep: Keep = "64",
+    model: Model = None,
+    data: Data = None,
+    batches: Annotated[str | None, typer.Option(help="Batch sizes.", show_default="1,8,32; on a CPU 1,8")] = None,
+    ragged: Annotated[bool, typer.Option(help="Also 8 questions of unequal lengths in a padded batch.")] = True,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 20,
+    warm_up: Annotated[int, typer.Option(min=0, help="Rounds before them.")] = 5,
+    new_tokens: Annotated[int, typer.Option(min=2, max=4096, help="Length of every answer.")] = 8,
+    allow_busy: Annotated[
+        bool, typer.Option("--allow-busy", help="Time on a busy machine; no speed-up is printed then.")
+    ] = False,
+    threads: Threads = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Time every method next to the full model and to the model that is fed as few tokens (native-M)."""
+    from winnow.bench import processes as several
+    from winnow.bench import speed as timing
+    from winnow.bench.store import Store
+
+    several.quiet_libraries()
+    sweep = several.Sweep(
+        str(store), several.listed(methods, "--methods fastervlm,divprune"), several.budgets_of(keep), model,
+        None if data is None else str(data), 64, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+        threads=threads,
+    )  # fmt: skip
+    loaded, processor = sweep.loaded()
+    on_gpu = loaded.device.type == "cuda"
+    sizes = _sizes(batches) if batches is not None else timing.BATCHES if on_gpu else timing.BATCHES[:2]
+    with Store(store, create=True) as results:
+        run = timing.speed(
+            loaded, processor, sweep.methods, sweep.budgets, sweep.task(loaded), results,
+            name=model or "bundled reference model", sizes=sizes, ragged=ragged, repeats=repeats, warm_up=warm_up,
+            new_tokens=new_tokens, allow_busy=allow_busy, progress=sys.stderr.isatty() and not as_json,
+        )  # fmt: skip
+        _print_speed(results, run, as_json)
+
+
+def report(
+    store: Annotated[Path, typer.Argument(help="The store that `winnow bench` and `winnow speed` wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page: curves with intervals, tables, pictures of what was kept."""
+    from winnow.bench.report import write_report
+
+    typer.echo(write_report(store, out))
+
+
+def _warn(text: str) -> None:
+    typer.echo(f"winnow: {text}", err=True)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise WinnowError(f"--batches {text!r}; write sizes such as 1,8,32.")
+    return tuple(map(int, parts))
+
+
+def _print_accuracy(store: Any, run: str, as_json: bool) -> None:
+    from winnow.bench.summary import accuracy_table, summarise
+
+    rows = summarise(store, run)
+    if as_json:
+        typer.echo(json.dumps({"run": run, "cells": [row.as_json() for row in rows]}, ensure_ascii=False, indent=1))
+        return
+    from winnow.cli_show import listing
+
+    listing(*accuracy_table(rows))
+    typer.echo(f"Run {run} in {store.path}. Next: winnow report {shlex.quote(str(store.path))} -o report.html")
+
+
+def _print_speed(store: Any, run: str, as_json: bool) -> None:
+    import dataclasses
+
+    from winnow.bench.speed import lines
+    from winnow.bench.summary import speed_table
+
+    found = lines(store, run)
+    if as_json:
+        about = store.run(run).environment
+        content = {"run": run, "environment": about, "lines": [dataclasses.asdict(line) for line in found]}
+        typer.echo(json.dumps(content, ensure_ascii=False, indent=1))
+        return
+    from winnow.cli_show import listing
+
+    listing(*speed_table(found))
+    if reason := store.run(run).environment.get("busy"):
+        _warn(f"no speed-up is shown, because the machine was busy: {reason}")

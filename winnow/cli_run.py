@@ -1,0 +1,244 @@
+"""`winnow run`: answer one question about one picture, with and without compression, and say what each cost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from winnow.cli_meter import answer
+from winnow.core.errors import WinnowError
+from winnow.core.plan import Plan
+from winnow.core.registry import method_class
+from winnow.engine.compress import compress
+from winnow.media import open_image
+from winnow.models.inputs import model_inputs
+from winnow.overlay import Box, overlay, provenance, shown_box
+from winnow.reference import unknown_words
+from winnow.world import SPLITS, VERSION, Scene, scene
+from winnow.world.export import origin
+from winnow.world.names import SIZES
+
+CHECKPOINT = "llava-hf/llava-1.5-7b-hf"  # what a picture that the bundled model does not know is for
+FOREIGN = (
+    "the bundled reference model knows only winnow's own world of drawn scenes, and its answer to this picture means "
+    f"nothing; use a real checkpoint: --model {CHECKPOINT}"
+)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A picture and a question, with what is known of the answer.
+
+    Attributes:
+        name: the picture, as the user gave it.
+        truth: the right answer, where the scene knows it.
+        evidence: pixels on which the answer depends.
+        bundled: whether the picture is a scene of winnow's world.
+    """
+
+    name: str
+    image: Image.Image
+    question: str
+    truth: str | None = None
+    evidence: tuple[Box, ...] = ()
+    bundled: bool = False
+
+
+def subject(picture: str, question: str | None) -> Subject:
+    """Open a file, or draw the scene of `world:SEED`, whose first question is asked when none is given."""
+    if picture.startswith("world:"):
+        seed = picture.removeprefix("world:")
+        if not seed.isdecimal():
+            raise WinnowError(
+                f"A bundled scene is world:SEED with a whole number, for example world:7; got {picture!r}."
+            )
+        drawn: Scene | None = scene(int(seed), split="test")
+        image = drawn.image  # type: ignore[union-attr]
+    else:
+        image = open_image(picture)
+        drawn = _scene_of(picture, image)
+    asked = question.strip() if question is not None else ""
+    if not asked and not (drawn and drawn.questions):
+        raise WinnowError(f'What shall be asked about {picture}? Say winnow run {picture} "QUESTION".')
+    if drawn is None:
+        return Subject(picture, image, asked)
+    known = next((q for q in drawn.questions if asked in ("", q.text)), None)
+    if known is None:
+        return Subject(picture, image, asked, bundled=True)
+    return Subject(picture, image, known.text, known.answer, known.evidence, True)
+
+
+def _scene_of(path: str, image: Image.Image) -> Scene | None:
+    """The scene that a file says it holds, if drawing it again gives the same pixels."""
+    said = origin(path)
+    if said is None or said.version != VERSION or said.split not in SPLITS or said.size not in SIZES:
+        return None
+    with contextlib.suppress(WinnowError):  # the stamp is not ours: its seed is out of range
+        drawn = scene(said.seed, said.size, said.split)
+        if np.array_equal(drawn.pixels, np.asarray(image)):
+            return drawn
+    return None
+
+
+def warnings(asked: Subject) -> list[str]:
+    """What must be said when the bundled model answers: it knows one world and some three hundred words."""
+    unknown = unknown_words(asked.question)
+    found = [] if asked.bundled else [FOREIGN]
+    if unknown and asked.bundled:
+        found.append(
+            f"the bundled reference model does not know the words {', '.join(unknown)}, so its answer means nothing; "
+            "winnow world show draws scenes with the questions that it does know."
+        )
+    return found
+
+
+def plans(methods: Sequence[str], keep: str | None, positions: str | None) -> list[Plan]:
+    """A plan for each `--method`: a slug, to which `--keep` applies, or a plan string, which has its own settings."""
+    made = []
+    for spec in methods:
+        bare = spec.strip().replace("-", "").replace("_", "").isalnum()
+        if keep is not None and not bare:
+            raise WinnowError(
+                f"--keep and the settings in --method {spec!r} exclude each other: write keep=… in the plan."
+            )
+        plan: Any = spec if keep is None else method_class(spec.strip()).configured(keep=_number(keep))
+        made.append(Plan.of(plan, positions=positions))
+    return made
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def compare(
+    model: Any,
+    processor: Any,
+    asked: Subject,
+    wanted: Iterable[Plan],
+    *,
+    max_new_tokens: int = 16,
+    runs: int = 3,
+    picture: Path | None = None,
+) -> dict[str, Any]:
+    """Answer without compression and with each plan; the result is what `winnow run --json` prints.
+
+    Args:
+        picture: where to save the overlay; with several plans, their methods are added to the name.
+    """
+    wanted = list(wanted)
+    inputs = model_inputs(model, processor, asked.image, asked.question)
+    paths = overlay_paths(picture, wanted)
+    text, times = answer(model, processor, inputs, max_new_tokens=max_new_tokens, runs=runs)
+    plain: dict[str, Any] = {"answer": text, "ms": times}
+    results = []
+    for plan, path in zip(wanted, paths, strict=True):
+        with compress(model, plan, processor=processor) as handle:
+            handle.timing = True
+            text, times = answer(model, processor, inputs, max_new_tokens=max_new_tokens, runs=runs, handle=handle)
+            result, full = _costs(handle.last)
+        plain |= full
+        result = {
+            "method": str(plan),
+            "plan": plan.key,
+            "answer": text,
+            "same": text == plain["answer"],
+            **result,
+            "ms": times,
+        }
+        result |= _picture(asked, processor, handle, path, str(plan))
+        results.append(result)
+    return {
+        "ran_on": _where(model),
+        "picture": asked.name,
+        "question": asked.question,
+        "truth": asked.truth,
+        "plain": plain,
+        "methods": results,
+    }
+
+
+def _where(model: Any) -> str:
+    """The machine part of a time: device, threads, dtype."""
+    device = str(model.device)
+    if device == "cpu":
+        device += f", {torch.get_num_threads()} threads" if torch.get_num_threads() > 1 else ", 1 thread"
+    return f"{device}, {str(model.dtype).removeprefix('torch.')}"
+
+
+def _costs(ledger: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the ledger says of the compressed run, and of the plain run that it replaces."""
+    item = ledger.items[0]
+    layers = [samples[0] for samples in ledger.layer_tokens]
+    points = [{"point": str(at), "method": slug, "from": r.n, "to": r.m} for at, slug, r in item.reductions]
+    compressed = {
+        "tokens": {"visual": len(item.kept), "layers": layers, "mean": statistics.fmean(layers)},
+        "points": points,
+        "flops": ledger.flops,
+        "kv_bytes": ledger.kv_bytes,
+    }
+    logical = ledger.logical[0]
+    full = {"tokens": {"visual": item.layout.n_content, "layers": [logical] * len(layers), "mean": logical}}
+    return compressed, full | {"flops": ledger.flops_full, "kv_bytes": ledger.kv_bytes_full}
+
+
+def _picture(asked: Subject, processor: Any, handle: Any, path: Path | None, name: str) -> dict[str, Any]:
+    """Evidence recall, where the evidence is known, and the overlay, where it is wanted."""
+    item = handle.last.items[0]
+    box = shown_box(processor, asked.image.size)
+    found: dict[str, Any] = {}
+    if asked.evidence:
+        x0, y0, x1, y1 = box
+        shares = [
+            ((a - x0) / (x1 - x0), (b - y0) / (y1 - y0), (c - x0) / (x1 - x0), (d - y0) / (y1 - y0))
+            for a, b, c, d in asked.evidence
+        ]
+        matters = item.layout.covering(shares)
+        found["evidence_recall"] = float(matters[item.kept.numpy()].sum() / max(1, matters.sum()))
+    if path is not None:
+        caption = f"{name}: {len(item.kept)} of {item.layout.n_content} tokens · {asked.question}"
+        kept = provenance(item, handle.info.has_cls)
+        save(overlay(asked.image, item.layout, kept, evidence=asked.evidence, shown=box, caption=caption), path)
+        found["overlay"] = str(path)
+    return found
+
+
+def overlay_paths(picture: Path | None, wanted: Sequence[Plan]) -> list[Path | None]:
+    """Where each plan's overlay goes."""
+    if picture is None:
+        return [None] * len(wanted)
+    if picture.suffix.lower() not in SUFFIXES:
+        raise WinnowError(f"--overlay {picture} is no name of a picture; its end is one of {', '.join(SUFFIXES)}.")
+    if len(wanted) == 1:
+        return [picture]
+    names = ["+".join(method.slug for method in plan.methods) for plan in wanted]
+    numbered = [n if names.count(n) == 1 else f"{n}-{i + 1}" for i, n in enumerate(names)]
+    return [picture.with_stem(f"{picture.stem}-{name}") for name in numbered]
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Write a picture completely or not at all."""
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    failed = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(part)
+        os.replace(part, path)
+    except OSError as error:
+        failed = error.strerror or type(error).__name__
+        with contextlib.suppress(OSError):
+            part.unlink()
+    if failed:
+        raise WinnowError(f"The overlay cannot be written to {path}: {failed}.")
