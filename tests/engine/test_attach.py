@@ -177,11 +177,11 @@ def test_a_detached_handle_says_so():
 
 
 class Inside:
-    """A request that another thread runs, held inside a layer until it is released."""
+    """A request that another thread runs, held inside a module until it is released."""
 
-    def __init__(self, model, inputs):
+    def __init__(self, model, inputs, module):
         self.entered, self.leave, self.result = threading.Event(), threading.Event(), queue.Queue()
-        self.hook = model.model.language_model.layers[1].register_forward_hook(self._wait)
+        self.hook = module.register_forward_hook(self._wait)
         self.thread = threading.Thread(target=lambda: self.result.put(generate(model, inputs)), name="request")
         self.thread.start()
         assert self.entered.wait(30)
@@ -198,16 +198,22 @@ class Inside:
         return self.result.get(timeout=30)
 
 
+@pytest.mark.parametrize("place", ["layer", "tower"])
 @pytest.mark.parametrize("build", zoo.BUILDS)
-def test_detaching_under_a_running_request_raises_and_changes_nothing(build):
+def test_detaching_under_a_running_request_raises_and_changes_nothing(build, place):
+    """Also while `generate` encodes its pictures, before it has entered the model's forward."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
+    tower = model.model.visual.blocks[2] if build == "qwen2_5_vl" else model.model.vision_tower.encoder.layers[2]
     handle = winnow.compress(model, Pick(keep=3))
     expected = generate(model, inputs)
-    running = Inside(model, inputs)
-    with pytest.raises(winnow.WinnowError, match=r"request.*running"):
-        handle.detach()
-    assert handle.attached
-    assert same(running.finish(), expected)
+    running = Inside(model, inputs, tower if place == "tower" else model.model.language_model.layers[1])
+    try:
+        with pytest.raises(winnow.WinnowError, match=r"request.*running"):
+            handle.detach()
+        assert handle.attached
+    finally:
+        output = running.finish()
+    assert same(output, expected)
     handle.detach()
     assert not handle.attached
 

@@ -47,6 +47,19 @@ def test_B1_zero_is_allowed_where_it_is_meant(build):
         assert [item.kept.tolist() for item in handle.last.items] == [[], [], []]
 
 
+def test_B1_whether_nothing_may_be_kept_is_part_of_a_plan():
+    """Two budgets that differ in it are two plans: 1 % of 25 tokens is one token, or none."""
+    one, none = Budget("1%"), Budget("1%", allow_empty=True)
+    assert Plan((Pick(keep=one),)).key != Plan((Pick(keep=none),)).key
+    model, inputs = zoo.model("llava_clip"), zoo.inputs("llava_clip", zoo.SINGLE)
+    with winnow.compress(model, Pick(keep=one)) as handle:
+        forward(model, inputs)
+        assert len(handle.last.items[0].kept) == 1
+        with handle.using(Pick(keep=none)):
+            forward(model, inputs)
+            assert len(handle.last.items[0].kept) == 0
+
+
 @pytest.mark.parametrize("slug", ["fastervlm", "hiprune", "divprune", "todre", "fastv"])
 @pytest.mark.parametrize("build", zoo.BUILDS)
 def test_B2_more_than_there_is_keeps_all_and_a_share_of_nothing_keeps_one(slug, build):

@@ -10,7 +10,8 @@ import zoo
 from byhand import Reference
 from cases import SUBSETS, identities, pairs, same
 from probes import Halve, Pick, forward, generate, new_tokens, step_logits
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicSlidingWindowLayer, QuantizedLayer, StaticLayer
 from transformers.generation.streamers import BaseStreamer
 
 import winnow
@@ -153,8 +154,6 @@ def test_prompt_lookup_gives_the_greedy_tokens(build, plan):
 @pytest.mark.parametrize("build", zoo.BUILDS)
 def test_prompt_lookup_really_crops(build):
     """The test above would prove nothing if no candidate were ever refused."""
-    from transformers import DynamicCache
-
     model, crops = zoo.model(build), []
     inputs = zoo.sample(build, "9 A 9")
     inputs["input_ids"][0, -9:] = torch.tensor([21, 22, 23]).repeat(3)
@@ -217,24 +216,55 @@ def test_max_length_counts_the_prompt_as_given(build):
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [
-        ({"cache_implementation": "static"}, "static"),
-        ({"prefill_chunk_size": 8}, "chunk"),
-        ({"cache_implementation": "quantized"}, "cache"),
-    ],
-    ids=["static", "chunked", "quantized"],
+    [({"cache_implementation": "static"}, "static"), ({"prefill_chunk_size": 8}, "chunk")],
+    ids=["static", "chunked"],
 )
 @pytest.mark.parametrize("build", zoo.BUILDS)
 def test_what_cannot_hold_a_reduced_prompt_is_refused(build, options, reason):
     """In winnow's own words, and the model works afterwards."""
-    if options.get("cache_implementation") == "quantized":
-        pytest.importorskip("optimum.quanto", reason="transformers builds a quantized cache only with optimum-quanto")
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
     with winnow.compress(model, Pick(keep=3)):
         expected = generate(model, inputs)
         with pytest.raises(winnow.WinnowError, match=reason):
             generate(model, inputs, **options)
         assert same(generate(model, inputs), expected)
+
+
+class Rounded(QuantizedLayer):
+    """A quantized layer as transformers has them, without a library for it."""
+
+    def _quantize(self, tensor, axis):
+        return tensor
+
+    def _dequantize(self, tensor):
+        return tensor
+
+
+LAYERS = {
+    "static": lambda: StaticLayer(max_cache_len=512),
+    "sliding": lambda: DynamicSlidingWindowLayer(sliding_window=8),
+    "quantized": lambda: Rounded(residual_length=4),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_caches_of_other_kinds_are_refused_by_name(build, make):
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
+    cache = DynamicCache(config=model.config.get_text_config())
+    cache.layers = [make() for _ in cache.layers]
+    with winnow.compress(model, Pick(keep=3)):
+        with pytest.raises(winnow.UnsupportedError, match=r"cache.*dynamic cache"):
+            forward(model, inputs, past_key_values=cache)
+        forward(model, inputs)
+
+
+def test_a_prepared_mask_is_refused():
+    model, inputs = zoo.model("llava_clip"), zoo.inputs("llava_clip", zoo.SINGLE)
+    n = inputs["input_ids"].shape[1]
+    prepared = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
+    with winnow.compress(model, Pick(keep=3)), pytest.raises(winnow.UnsupportedError, match="2-D attention_mask"):
+        forward(model, {**inputs, "attention_mask": prepared})
 
 
 @pytest.mark.parametrize("build", zoo.BUILDS)
@@ -281,3 +311,39 @@ def test_encoding_beforehand_is_the_same_as_encoding_inside(build):
             encoded = model.model.get_image_features(**pictures, return_dict=True)
         outside = forward(model, {**rest, "mm_encoder_outputs": {"image": encoded}}).logits
     assert torch.equal(inside, outside)
+
+
+@pytest.mark.parametrize("plan", ["divprune:keep=5", "visionzip:keep=7"])
+@pytest.mark.parametrize("build", zoo.WITH_CLS)
+def test_a_picture_that_is_encoded_once_serves_two_questions(build, plan):
+    """Nothing of the first request is left on the encoder's outputs; under another plan they are refused."""
+    model, part = zoo.model(build), zoo.sample(build, "3 A 6")
+    pictures = {k: part[k] for k in ("pixel_values", "image_sizes") if k in part}
+    other = zoo.sample(build, "3 A 9")["input_ids"]
+    with winnow.compress(model, plan) as handle:
+        with torch.no_grad():
+            encoded = model.model.get_image_features(**pictures, return_dict=True)
+        for ids in (part["input_ids"], other, part["input_ids"]):
+            text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            expected = generate(model, {**text, **pictures})
+            assert same(generate(model, {**text, "mm_encoder_outputs": {"image": encoded}}), expected)
+        with handle.using("divprune:keep=6"), pytest.raises(winnow.WinnowError, match="another plan"):
+            forward(model, {**text, "mm_encoder_outputs": {"image": encoded}})
+    with (
+        winnow.compress(model, "divprune:keep=6"),
+        pytest.raises(winnow.WinnowError, match=r"another plan|before the model"),
+    ):
+        forward(model, {**text, "mm_encoder_outputs": {"image": encoded}})
+
+
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_inference_mode_and_positional_ids(build):
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
+    rest = {k: v for k, v in inputs.items() if k != "input_ids"}
+    with winnow.compress(model, "pyramiddrop"):
+        expected = generate(model, inputs)
+        with torch.inference_mode():
+            output = model.generate(inputs["input_ids"], **rest, max_new_tokens=6, do_sample=False)
+            logits = model(inputs["input_ids"], **rest).logits
+        assert torch.equal(output, expected.sequences)
+        assert torch.equal(logits, forward(model, inputs).logits)

@@ -60,6 +60,18 @@ def test_keep_all_is_bit_identical_under_right_padding(build):
             assert torch.equal(forward(model, inputs).logits, plain), plan
 
 
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_keep_all_is_bit_identical_under_padding_that_all_rows_share(build):
+    """Nothing is dropped, so nothing is narrowed, not even padding that no row needs."""
+    model = zoo.model(build)
+    inputs = zoo.collate(zoo.samples(build, zoo.MIXED), extra=3)
+    plain, said = forward(model, inputs).logits, generate(model, inputs)
+    for plan in identities(build):
+        with winnow.compress(model, plan):
+            assert torch.equal(forward(model, inputs).logits, plain), plan
+            assert same(generate(model, inputs), said), plan
+
+
 @pytest.mark.parametrize("point", ["projected", "layers[0]", "layers[1]", "layers[3]"])
 @pytest.mark.parametrize("build", zoo.BUILDS)
 def test_a_selection_of_all_is_bit_identical_at_every_point(build, point):

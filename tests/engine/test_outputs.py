@@ -211,3 +211,20 @@ def test_train_mode_is_as_good_as_eval_mode(build, training):
         expected = forward(model, inputs).logits
         model.train(training)
         assert torch.equal(forward(model, inputs).logits, expected)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_gradient_checkpointing_is_refused(when):
+    """Layers would be run twice, and the second run would reduce what is reduced already."""
+    model, inputs = zoo.model("llava_clip"), zoo.inputs("llava_clip", zoo.RAGGED)
+
+    def run():
+        with winnow.compress(model, "pyramiddrop"):
+            if when == "after":
+                model.train().gradient_checkpointing_enable()
+            model(**inputs, labels=labelled(inputs)).loss.backward()
+
+    if when == "before":
+        model.train().gradient_checkpointing_enable()
+    with pytest.raises(winnow.UnsupportedError, match="gradient checkpointing"):
+        run()

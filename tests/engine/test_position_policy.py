@@ -123,3 +123,18 @@ def test_compact_at_depth_leaves_earlier_layers_alone(build):
 
     plan = compact(Pick(keep=4, at="layers[3]"))
     check_against_hand(zoo.model(build), parts, plan, by_hand, compact=True)
+
+
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+@pytest.mark.parametrize("build", ONE_DIMENSIONAL)
+def test_positions_of_the_caller_are_respected(build, positions):
+    """Counted over the mask, as `generate` does: its logits; from a far start: the same, as RoPE is relative."""
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
+    counted = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    with winnow.compress(model, "pyramiddrop", positions=positions):
+        expected = step_logits(generate(model, inputs))[:, 0]
+        for given in (counted, counted + 100):
+            found = forward(model, {**inputs, "position_ids": given}).logits[:, -1]
+            assert (found - expected).abs().max() <= 1e-4
+        exactly = forward(model, {**inputs, "position_ids": counted}, logits_to_keep=1).logits[:, 0]
+        assert torch.equal(exactly, expected)

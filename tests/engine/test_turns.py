@@ -10,6 +10,7 @@ import zoo
 from byhand import Reference
 from cases import SUBSETS, identities, pairs, same
 from probes import STEPS, Pick, forward, generate, new_tokens, step_logits
+from transformers import DynamicCache
 
 import winnow
 
@@ -275,3 +276,34 @@ def test_a_cache_that_was_reset_starts_anew(build):
         cache.reset()
         assert cache.get_seq_length() == 0
         assert same(generate(model, inputs, past_key_values=cache), expected)
+
+
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_an_empty_cache_of_the_caller_is_filled(build):
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
+    with winnow.compress(model, "pyramiddrop") as handle:
+        expected = generate(model, inputs)
+        cache = DynamicCache(config=model.config.get_text_config())
+        assert same(generate(model, inputs, past_key_values=cache), expected)
+        assert cache.get_seq_length() == expected.sequences.shape[1] - 1
+        assert [layer.keys.shape[2] for layer in cache.layers] == [
+            max(counts) + STEPS - 1 for counts in handle.last.layer_tokens
+        ]
+
+
+@pytest.mark.parametrize("plan", ["divprune:keep=5", "pyramiddrop"])
+@pytest.mark.parametrize("build", ["llava_clip", "llava_siglip", "llava_next"])
+def test_a_first_picture_in_the_second_turn_equals_one_shot(build, plan):
+    """The cache holds plain text of ragged rows, padding included; only then comes something to reduce."""
+    model = zoo.model(build)
+    texts = zoo.collate([zoo.sample(build, row) for row in ("5", "9", "7")])
+    news = [zoo.sample(build, "2 A 4", seed=seed) for seed in range(3)]
+    new = zoo.collate(news)
+    pictures = {k: new[k] for k in ("pixel_values", "image_sizes") if k in new}
+    with winnow.compress(model, plan):
+        first = generate(model, texts)
+        talk = prolonged(texts, first.sequences, new["input_ids"])
+        second = generate(model, {**talk, **pictures}, past_key_values=first.past_key_values)
+        one_shot = generate(model, {**talk, **pictures})
+    assert torch.equal(second.sequences, one_shot.sequences)
+    assert (step_logits(second) - step_logits(one_shot)).abs().max() <= 1e-5

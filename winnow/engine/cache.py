@@ -41,7 +41,7 @@ class CacheState:
     Attributes:
         engine: whose reductions these are; a cache must not go on without it.
         logical: tokens seen so far, as the caller counts them.
-        prompt: logical length of the reduced prompt, which cannot be cropped.
+        prompt: where the last reduced item ends; what lies before cannot be cropped.
         layers: by LM layer; a layer without entry holds everything.
         rope_deltas: `[B, 1]` for 3-D positions: belongs to the request, not to the module.
         real: `[B]` real tokens seen so far; needed with 3-D positions.

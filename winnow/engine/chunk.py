@@ -342,7 +342,7 @@ class Chunk:
         if state is not None:
             state.logical = self.before + self.packing.logical
             if self.items:
-                state.prompt = state.logical
+                state.prompt = self.before + max(self.ends)
             if self.engine.info.mrope:
                 self._remember_positions(state)
         return self.logical(last, self.packing)

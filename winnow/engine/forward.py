@@ -83,9 +83,11 @@ class Forward:
             return
         self._called.set(None)
         cache = kwargs.get("past_key_values")
-        if not called["encodings"] and state_of(cache) is None:
-            return
         compiled = self.engine.active()
+        if not called["encodings"]:
+            self._check_no_placeholders(called.get("input_ids"))
+            if state_of(cache) is None:
+                return
         if cache is not None and compiled.plan.methods:
             check_layers(cache)
         rows, length = embeds.shape[:2]
@@ -108,6 +110,18 @@ class Forward:
         if chunk.positions is None:
             chunk.positions = torch.arange(before, before + length, device=embeds.device)[None]
         chunk_now.set(chunk)
+
+    def _check_no_placeholders(self, ids: Tensor | None) -> None:
+        """Placeholders without pictures would be read as words; a prompt that is prefilled in chunks comes so."""
+        if ids is None or ids.shape[1] == 1 or not self.engine.active().plan.methods:
+            return
+        for _, modality, name in self.engine.family.encoders:
+            count = int((ids == getattr(self.engine.model.config, name)).sum())
+            if count:
+                raise UnsupportedError(
+                    f"the prompt holds {count} {modality} placeholders, but no {modality} came with it. Pass the pixels; "
+                    "a prompt that is prefilled in chunks (prefill_chunk_size) is not supported under compression."
+                )
 
     def _items(
         self, called: dict[str, Any], mask: Tensor | None, sizes: tuple[int, ...], length: int, right: bool, device: Any
