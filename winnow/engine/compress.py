@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.errors import WinnowError
 from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.engine.attach import Engine
+from winnow.engine.forward import check_training
 from winnow.engine.handle import Handle
 from winnow.engine.spans import template_suffix
 from winnow.models.families import family_of, unwrap
@@ -45,8 +46,7 @@ def compress(
 
         plan = method_class(DEFAULT).configured(**({} if keep is None else {"keep": keep}))
     inner = unwrap(model)
-    if inner.training and getattr(inner, "is_gradient_checkpointing", False):
-        raise UnsupportedError("compression does not run with gradient checkpointing: layers would be reduced twice.")
+    check_training(inner)
     engine = Engine(inner, family, Plan.of(plan, positions=positions), template_suffix(processor))
     engine.attach()
     return Handle(engine)

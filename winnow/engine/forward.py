@@ -88,8 +88,10 @@ class Forward:
             self._check_no_placeholders(called.get("input_ids"))
             if state_of(cache) is None:
                 return
-        if cache is not None and compiled.plan.methods:
-            check_layers(cache)
+        if compiled.plan.methods:
+            check_training(self.engine.model)
+            if cache is not None:
+                check_layers(cache)
         rows, length = embeds.shape[:2]
         given = called.get("attention_mask")
         if given is not None and (not isinstance(given, Tensor) or given.ndim != 2):
@@ -119,8 +121,8 @@ class Forward:
             count = int((ids == getattr(self.engine.model.config, name)).sum())
             if count:
                 raise UnsupportedError(
-                    f"the prompt holds {count} {modality} placeholders, but no {modality} came with it. Pass the pixels; "
-                    "a prompt that is prefilled in chunks (prefill_chunk_size) is not supported under compression."
+                    f"the prompt holds {count} {modality} placeholders, but no {modality} came with it. "
+                    "Pass the pixels; a prompt that is prefilled in chunks (prefill_chunk_size) is not supported."
                 )
 
     def _items(
@@ -178,6 +180,15 @@ class Forward:
             packings = [chunk.layer_packings[max(0, i - 1)] for i in range(len(states))]
             output["hidden_states"] = tuple(chunk.logical(h, p) for h, p in zip(states, packings, strict=True))
         return output
+
+
+def check_training(model: Any) -> None:
+    """Refuse gradient checkpointing, which runs layers again in the backward pass, outside any request."""
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
+        raise UnsupportedError(
+            "compression does not run with gradient checkpointing: layers would be reduced twice. "
+            "Call model.gradient_checkpointing_disable(), or train without compression."
+        )
 
 
 @functools.cache
