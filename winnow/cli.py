@@ -1,4 +1,4 @@
-"""The command line: `winnow run`, `methods`, `systems`, `doctor`, `world`, `train`."""
+"""The command line: `winnow run`, `bench`, `speed`, `report`, `methods`, `systems`, `doctor`, `world`, `train`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from winnow import __version__
+from winnow import __version__, cli_bench
 from winnow.core.errors import WinnowError
 
 
@@ -50,6 +50,7 @@ world = typer.Typer(
 train = typer.Typer(no_args_is_help=True, help="Train what winnow ships.")
 app.add_typer(world, name="world")
 app.add_typer(train, name="train")
+cli_bench.register(app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Model = Annotated[

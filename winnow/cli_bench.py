@@ -132,11 +132,13 @@ def speed(
 def report(
     store: Annotated[Path, typer.Argument(help="The store that `winnow bench` and `winnow speed` wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    pictures: Annotated[Path | None, typer.Option(help="Where the pictures of --data are, for the overlays.")] = None,
 ) -> None:
     """Write one self-contained HTML page: curves with intervals, tables, pictures of what was kept."""
     from winnow.bench.report import write_report
 
-    typer.echo(write_report(store, out))
+    for path in write_report(store, out, pictures=pictures):
+        typer.echo(path)
 
 
 def _warn(text: str) -> None:

@@ -1,0 +1,93 @@
+"""A very small reference model with weights that make its answers differ, and a few questions for it."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from transformers.trainer_utils import set_seed
+
+from winnow.bench.runner import bench
+from winnow.bench.store import Store
+from winnow.bench.tasks import world_task
+from winnow.reference.build import make_model, make_processor
+from winnow.reference.presets import PRESETS
+
+METHODS = ("fastervlm", "fastv")
+BUDGETS = ("16", "4")
+QUESTIONS = 8
+BASELINES = ("random", "uniform", "downsample", "ceiling", "oracle")
+
+
+@functools.cache
+def _built():
+    """64 visual tokens, 3 LM layers. Larger weights than at the start of training: no argmax hangs on rounding."""
+    set_seed(0)
+    model = make_model(PRESETS["micro"], seed=3).eval()
+    generator = torch.Generator().manual_seed(3)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2 and "position" not in name:
+            scale = 0.5 if "embed_tokens" in name else 1.5 / math.sqrt(weight.shape[1])
+            weight.data.normal_(0, scale, generator=generator)
+    return model, make_processor(PRESETS["micro"])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def little():
+    """(model, processor)"""
+    return _built()
+
+
+@pytest.fixture(scope="session")
+def task():
+    return world_task(QUESTIONS, seed=40)
+
+
+@pytest.fixture
+def sweep(little, task, tmp_path):
+    """Run a small sweep into a store: `sweep(store="a.sqlite", **settings)` returns (store, key of the run)."""
+    opened = []
+
+    def run(store="a.sqlite", *, methods=METHODS, budgets=BUDGETS, task=task, model=little[0], **settings):
+        results = Store(tmp_path / store, create=True)
+        opened.append(results)
+        options = {"batch": 4, "max_new_tokens": 3, "checked": 0, "baselines": ()} | settings
+        return results, bench(model, little[1], methods, budgets, task, results, **options)
+
+    yield run
+    for results in opened:
+        results.close()
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """The bytes of a store's export."""
+
+    def read(store):
+        return store.export_json(tmp_path / "export.json").read_bytes()
+
+    return read
+
+
+@pytest.fixture
+def generated(monkeypatch, little):
+    """Counts the calls of the model's `generate`."""
+    model, calls = little[0], []
+    plain = type(model).generate
+
+    def counting(self, *args, **kwargs):
+        calls.append(1)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "generate", counting)
+    return calls

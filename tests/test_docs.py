@@ -1,0 +1,134 @@
+"""The pages of the methods: written from the registry, complete, and up to date."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.bench import synthetic
+from winnow.core.method import Method
+from winnow.core.plan import Plan
+from winnow.core.registry import entries, method_class
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILT_IN = [entry for entry in entries() if entry.module.startswith("winnow.methods.")]
+
+
+@pytest.fixture(scope="module")
+def docs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_tool", ROOT / "tools" / "docs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def elsewhere(docs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tool with its outputs in a folder of the test."""
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    monkeypatch.setattr(docs, "PAGES", tmp_path / "methods")
+    monkeypatch.setattr(docs, "MEASURED", tmp_path / "measured.json")
+    monkeypatch.setattr(docs, "PICTURES", tmp_path / "images" / "methods")
+    return tmp_path
+
+
+def test_the_committed_pages_are_what_the_registry_says(docs: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert docs.main(["check"]) == 0, capsys.readouterr().err
+
+
+def test_check_finds_what_is_changed_missing_or_left_over(
+    docs: ModuleType, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert docs.main(["write"]) == 0
+    assert docs.main(["check"]) == 0
+    (elsewhere / "methods" / "fastv.md").write_text("other")
+    (elsewhere / "methods" / "divprune.md").unlink()
+    (elsewhere / "methods" / "gone.md").write_text("a method that is no more")
+    assert docs.main(["check"]) == 1
+    said = capsys.readouterr().err
+    assert all(name in said for name in ("fastv.md", "divprune.md", "gone.md"))
+    assert "hiprune.md" not in said
+    assert docs.main(["write"]) == 0
+    assert not (elsewhere / "methods" / "gone.md").exists()
+    assert docs.main(["check"]) == 0
+    assert docs.main(["other"]) == 2
+
+
+@pytest.mark.parametrize("entry", BUILT_IN, ids=lambda entry: entry.slug)
+def test_every_method_says_what_its_page_needs(docs: ModuleType, entry: object) -> None:
+    cls: type[Method] = method_class(entry.slug)  # type: ignore[attr-defined]
+    parts = docs.told(cls)
+    for name in ("idea", *docs.FACTS):
+        assert parts.get(name, "").strip(" ."), f"the docstring of {cls.__module__} does not say: {name}"
+    assert set(docs.arguments(cls)) == set(cls.settings()), "Args of the class docstring and its settings differ"
+    if cls.identity is not None:
+        plan = re.search(r"`(.*)`", docs.identity(cls))
+        assert plan is not None
+        assert Plan.of(plan[1]).methods == (cls.configured(**cls.identity),)
+
+
+def test_a_docstring_is_taken_apart_at_its_labels(docs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("made_up")
+    module.__doc__ = """Name: keep
+    things.
+
+    Source: arXiv 1. Looks at: a row,
+    and more. Cost: O(V).
+
+    A formula.
+
+    Ends here. Departs from the paper: nothing. Departs from the released code: a | b.
+    """
+    module.__doc__ = module.__doc__.replace("keep\n    things.", "keep things.")
+    monkeypatch.setattr(docs.importlib, "import_module", lambda name: module)
+    assert docs.told(Method) == {
+        "idea": "keep things.",
+        "how": "A formula.\n\nEnds here.",
+        "Source": "arXiv 1.",
+        "Looks at": "a row, and more.",
+        "Cost": "O(V).",
+        "Departs from the paper": "nothing.",
+        "Departs from the released code": "a | b.",
+    }
+    assert docs.cell("a | <b>") == "a \\| &lt;b>"
+
+
+def test_measured_rows_and_pictures_come_from_a_store(docs: ModuleType, elsewhere: Path) -> None:
+    store = elsewhere / "runs.sqlite"
+    synthetic.accuracy(store, questions=26, budgets=(64, 16), methods=("fastervlm", "visionzip"), pictures=2)
+    assert docs.main(["measure", str(store)]) == 0
+    found = json.loads((elsewhere / "measured.json").read_text(encoding="utf-8"))
+    assert found["command"] == "winnow bench --methods all"
+    page = (elsewhere / "methods" / "fastervlm.md").read_text(encoding="utf-8")
+    row = next(r for r in found["rows"] if (r["label"], r["budget"]) == ("fastervlm", "64"))
+    assert f"| fastervlm 64 | 64 | 76 | {100 * row['accuracy']:.1f} [" in page
+    assert "| full | 256 | 268 |" in page
+    assert "```sh\nwinnow bench --methods all\n```" in page
+    assert "../images/methods/fastervlm.webp" in page
+    assert (elsewhere / "images" / "methods" / "fastervlm.webp").stat().st_size > 1000
+    assert "## Measured" not in (elsewhere / "methods" / "fastv.md").read_text(encoding="utf-8")
+    assert docs.main(["check"]) == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra docs: pip install .[docs]")
+def test_the_site_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    pages = sorted((tmp_path / "site").rglob("*.html"))
+    assert {f"{entry.slug}.html" for entry in BUILT_IN} <= {page.name for page in pages}
+    loaded = re.compile(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']?(\S+?)[\"'>\s]|<link\b([^>]*)>")
+    for page in pages:
+        for source, link in loaded.findall(page.read_text(encoding="utf-8")):
+            assert not source.startswith(("http:", "https:", "//")), (page.name, source)
+            assert "http" not in link or "rel=canonical" in link.replace('"', ""), (page.name, link)
+    for sheet in (tmp_path / "site").rglob("*.css"):
+        assert not re.search(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet.name

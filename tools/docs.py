@@ -1,0 +1,286 @@
+"""Write the pages of the methods from the registry, or check that the committed ones agree with it.
+
+    python tools/docs.py write            docs/methods/*.md
+    python tools/docs.py check            exit 1 if they differ from what `write` would write
+    python tools/docs.py measure STORE    docs/measured.json and docs/images/methods/ from a store of `winnow bench`
+
+A page says what the method's own module says; what was measured comes from docs/measured.json, where there is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from winnow.core.budget import Budget
+from winnow.core.info import ModelInfo
+from winnow.core.method import Method
+from winnow.core.registry import Entry, entries, method_class
+from winnow.systems import System, families, systems
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ROOT / "docs" / "methods"
+MEASURED = ROOT / "docs" / "measured.json"
+PICTURES = ROOT / "docs" / "images" / "methods"
+MARK = "<!-- Written by tools/docs.py from the registry; do not edit. -->\n"
+FACTS = ("Source", "Looks at", "Cost", "Departs from the paper", "Departs from the released code")
+EXAMPLE = ModelInfo(
+    model="LLaVA-1.5-7B", family="llava", depth=32, width=4096, vision_depth=24, feature_layer=-2, vision_width=1024
+)
+
+
+def told(cls: type[Method]) -> dict[str, str]:
+    """The parts of a method's module docstring: its first line as `idea`, each of `FACTS`, and the rest as `how`."""
+    text = inspect.cleandoc(importlib.import_module(cls.__module__).__doc__ or "")
+    first, _, rest = text.partition("\n")
+    found: dict[str, str] = {"idea": first.partition(": ")[2] or first, "how": ""}
+    for paragraph in re.split(r"\n\s*\n", rest.strip()):
+        lead, *parts = re.split(rf"({'|'.join(FACTS)}): ", " ".join(paragraph.split()))
+        found["how"] = f"{found['how']}\n\n{lead.strip()}".strip()
+        for name, said in zip(parts[::2], parts[1::2], strict=True):
+            found[name] = f"{found.get(name, '')} {said.strip()}".strip()
+    return found
+
+
+def arguments(cls: type[Method]) -> dict[str, str]:
+    """What the class docstring says of each setting."""
+    _, _, listed = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")
+    found: dict[str, str] = {}
+    for name, said in re.findall(r"^    (\w[\w, ]*): (.*(?:\n(?:      .*)?)*)", listed, re.MULTILINE):
+        for one in name.split(", "):
+            found[one] = " ".join(said.split())
+    return found
+
+
+def shown(value: Any) -> str:
+    """A setting as a plan string writes it."""
+    if isinstance(value, Budget):
+        return str(value)
+    if isinstance(value, tuple):
+        return f"[{','.join(map(shown, value))}]"
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def cell(text: str) -> str:
+    """Text inside a table."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def wrapped(text: str) -> str:
+    """A paragraph, or an entry of a list, in short lines."""
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.fill(text, 118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def settings(cls: type[Method]) -> list[str]:
+    """A table of the settings with their types and defaults."""
+    said = arguments(cls)
+    lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in cls.settings().items():
+        default = "required" if field.default is dataclasses.MISSING else f"`{shown(field.default)}`"
+        kind = str(getattr(field.type, "__name__", field.type)).replace(" | ", " or ")
+        lines.append(f"| `{name}` | {cell(kind)} | {default} | {cell(said.get(name, ''))} |")
+    return lines
+
+
+def points(cls: type[Method]) -> str:
+    """Where it acts with its defaults, on a model of the size of LLaVA-1.5-7B."""
+    at = dict.fromkeys(f"`{step.at}`" for step in cls().checked_steps(EXAMPLE))
+    return ", ".join(at)
+
+
+def identity(cls: type[Method]) -> str:
+    """The setting that changes nothing, as a plan."""
+    if cls.identity is None:
+        return "none: it changes the tokens at every setting"
+    return f"`{cls.slug}:{','.join(f'{name}={shown(value)}' for name, value in cls.identity.items())}`"
+
+
+def page(entry: Entry, system: System | None, measured: dict[str, Any]) -> str:
+    """The page of one method."""
+    cls = method_class(entry.slug)
+    parts, name = told(cls), system.name if system else entry.slug
+    paper = f"[arXiv {entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else "no paper"
+    source = parts.get("Source", "").removeprefix(f"arXiv {entry.arxiv}").strip(" .")
+    lines = [MARK, f"# {name}", ""]
+    if system:
+        lines += [f"*{system.title}*, {paper}" + (f" {source}" if source else "") + ".", ""]
+    lines += [parts["idea"][0].upper() + parts["idea"][1:], ""]
+    lines += [f'```python\nwinnow.compress(model, "{entry.slug}")\n```', ""]
+    facts = {
+        "Looks at": parts.get("Looks at", ""),
+        "Acts at": f"{points(cls)} ({', '.join(entry.stages)}; layers as in a {EXAMPLE.model})",
+        "Cost": parts.get("Cost", ""),
+        "Memory": "one table of V × V numbers for each item" if cls.pairwise else "",
+        "Changes nothing at": identity(cls),
+        "Kind": f"{entry.kind}, family {entry.family} ({families().get(entry.family, 'your own')})",
+    }
+    lines += [wrapped(f"- **{what}:** {said}") for what, said in facts.items() if said]
+    lines += ["", "## Settings", "", *settings(cls), ""]
+    if parts["how"]:
+        lines += ["## How", "", "\n\n".join(map(wrapped, parts["how"].split("\n\n"))), ""]
+    lines += ["## Where it departs", ""]
+    for what in FACTS[3:]:
+        lines += [wrapped(f"**From {what.removeprefix('Departs from ')}:** {parts.get(what, 'not said.')}"), ""]
+    lines += ["## Where it has run", "", *proved(system), *figures(entry.slug, measured)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def proved(system: System | None) -> list[str]:
+    """What the recorded tests prove."""
+    if system is None or system.state == "none":
+        return ["No recorded test run has proved anything of it yet.", ""]
+    where = ", ".join(f"`{build}`" for build in system.builds) or "no build"
+    return [
+        f"By the recorded tests it {'**works**' if system.state == 'works' else 'works **partly**'}; on {where}.",
+        "",
+    ]
+
+
+def figures(slug: str, measured: dict[str, Any]) -> list[str]:
+    """Its measured rows and its picture."""
+    rows = [row for row in measured.get("rows", ()) if row["label"] == slug]
+    picture = PICTURES / f"{slug}.webp"
+    lines: list[str] = []
+    if rows:
+        lines += ["## Measured", "", *measured_table([*plain(measured), *rows]), "", about(measured), ""]
+    if picture.is_file():
+        seen = "clear: kept; half clear: merged; grey: dropped; outlined: the evidence of the question"
+        lines += [f"![What it keeps ({seen})](../images/methods/{picture.name})", "", seen.capitalize() + ".", ""]
+    return lines
+
+
+def plain(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in measured["rows"] if row["label"] == "full"]
+
+
+def about(measured: dict[str, Any]) -> str:
+    """How the figures were made."""
+    said = wrapped(f"{measured['about']} Brackets are 95 % intervals. One run does not rank methods. Made by")
+    return f"{said}\n\n```sh\n{measured['command']}\n```"
+
+
+def measured_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows of `winnow report`'s JSON as a table."""
+    lines = ["| | tokens kept | tokens per layer | right, % | retained, % | evidence recall, % | FLOPs, % |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:
+        share = lambda name, row=row: "–" if row.get(name) is None else f"{100 * row[name]:.1f}"  # noqa: E731
+        number = lambda name, row=row: "–" if row.get(name) is None else f"{row[name]:.4g}"  # noqa: E731
+        spread = lambda name, share=share: f"{share(name)} [{share(name + '_low')}, {share(name + '_high')}]"  # noqa: E731
+        cells = [f"{row['label']} {row['budget']}".strip(), number("tokens_kept"), number("layer_tokens")]
+        cells += [spread("accuracy"), "–" if row.get("retained") is None else spread("retained")]
+        cells += [share("evidence_recall"), share("flops_share")]
+        lines.append("| " + " | ".join(map(cell, cells)) + " |")
+    return lines
+
+
+def index(found: list[Entry], known: dict[str, System]) -> str:
+    """The list of methods, and which have run on which builds."""
+    builds = sorted({build for entry in found if entry.slug in known for build in known[entry.slug].builds})
+    lines = [MARK, "# Methods", "", "What a plan may name. Each is one file in `winnow/methods`.", ""]
+    lines += ["| method | stage | what it does | paper |", "|---|---|---|---|"]
+    for entry in found:
+        name = known[entry.slug].name if entry.slug in known else entry.slug
+        paper = f"[{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else ""
+        cells = (f"[{name}]({entry.slug}.md)", ", ".join(entry.stages), cell(entry.summary), paper)
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "## What has run on what", ""]
+    if not builds:
+        return "\n".join([*lines, "No method has run on a model in the recorded tests.", ""])
+    lines += [
+        "✔ where a recorded test of the method passed on a tiny build of the real model class.",
+        "",
+        "| method | state | " + " | ".join(f"`{build}`" for build in builds) + " |",
+        "|---|---|" + "---|" * len(builds),
+    ]
+    for entry in found:
+        system = known.get(entry.slug)
+        marks = ("✔" if system and build in system.builds else "" for build in builds)
+        lines.append(f"| `{entry.slug}` | {system.state if system else 'none'} | " + " | ".join(marks) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def outputs() -> dict[Path, str]:
+    """What each generated page should hold."""
+    found = [entry for entry in entries() if entry.module.startswith("winnow.methods.")]
+    known = {system.slug: system for system in systems()}
+    measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
+    pages = {PAGES / f"{entry.slug}.md": page(entry, known.get(entry.slug), measured) for entry in found}
+    return {PAGES / "index.md": index(found, known), **pages}
+
+
+def write() -> int:
+    wanted = outputs()
+    PAGES.mkdir(parents=True, exist_ok=True)
+    for stray in set(PAGES.glob("*.md")) - set(wanted):
+        stray.unlink()
+    for path, text in wanted.items():
+        path.write_text(text, encoding="utf-8")
+    return 0
+
+
+def check() -> int:
+    wanted = outputs()
+    stale = {p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text}
+    for path in sorted(stale | set(PAGES.glob("*.md")) - set(wanted)):
+        print(f"{path.relative_to(ROOT)} differs from what the registry says; run `make docs`.", file=sys.stderr)
+        stale.add(path)
+    return 1 if stale else 0
+
+
+def measure(store_path: str) -> int:
+    """Take the figures of the newest run of answers into the documentation, and a picture of each method."""
+    from PIL import Image
+
+    from winnow.bench.report import figures as rows_of
+    from winnow.bench.report_data import reports
+    from winnow.bench.report_page import command
+    from winnow.bench.report_pictures import Album, chosen_budget, draw, shots
+    from winnow.bench.store import Store
+
+    with Store(store_path) as store:
+        report = reports(store)[-1]
+        run = json.loads(rows_of([report]))["runs"][0]
+        kept = ("label", "budget", "accuracy", "accuracy_low", "accuracy_high", "retained", "retained_low",
+                "retained_high", "evidence_recall", "tokens_kept", "layer_tokens", "flops_share")  # fmt: skip
+        rows = [{name: row[name] for name in kept} for row in run["rows"] if row["questions"]]
+        said = f"{len(report.questions)} questions to {run['settings'].get('model', 'a model')}."
+        content = {"command": command(report), "about": said, "rows": rows}
+        MEASURED.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        PICTURES.mkdir(parents=True, exist_ok=True)
+        album, budget = Album(Path(store_path).parent, set()), chosen_budget(report)
+        for row in report.methods:
+            drawn = [draw(shot, album.picture(shot.question)) for shot in shots(store, row, report)[:3]]
+            if drawn and row.cell.budget == budget:
+                strip = Image.new("RGB", (sum(d.width + 8 for d in drawn) - 8, max(d.height for d in drawn)), "white")
+                left = 0
+                for one in drawn:
+                    strip.paste(one, (left, 0))
+                    left += one.width + 8
+                strip.save(PICTURES / f"{row.cell.label}.webp", quality=80, method=6)
+    return write()
+
+
+def main(given: list[str]) -> int:
+    if given == ["write"]:
+        return write()
+    if given == ["check"]:
+        return check()
+    if len(given) == 2 and given[0] == "measure":
+        return measure(given[1])
+    print(__doc__, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

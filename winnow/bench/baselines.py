@@ -1,0 +1,201 @@
+"""What every method is measured against. Baselines are Methods that no plan string can name.
+
+- `full`: the model without compression.
+- `random`: M tokens drawn at random, for each question anew.
+- `uniform`: M tokens evenly spread over the grid.
+- `downsample`: the grid average-pooled to at most M cells, which is the picture made smaller after the tower.
+- `ceiling`: the tokens of the question's evidence, then tokens of other things in the picture, then any: what a method
+  could do that knew where to look, among the usual company.
+- `oracle`: the evidence and nothing else. A diagnostic, not a ceiling: with the distractors it removes the difficulty.
+
+Choices that depend on the question come with the request (`Choice`), never from the model or the method.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from winnow.bench.tasks import Ask, Boxes
+from winnow.core.budget import Budget, split_evenly
+from winnow.core.errors import WinnowError
+from winnow.core.layout import Layout
+from winnow.core.method import Method
+from winnow.core.plan import Plan
+from winnow.core.reduction import Reduction
+from winnow.core.view import View
+
+Choice = tuple[Layout, tuple[int, ...]]  # of one sample: its item's layout, and ascending content ids to keep
+
+_choices: ContextVar[Sequence[Choice] | None] = ContextVar("winnow_bench_choices", default=None)
+
+
+@contextmanager
+def choosing(choices: Sequence[Choice] | None) -> Iterator[None]:
+    """Say what `Chosen` keeps of each sample of the batch, in this context."""
+    token = _choices.set(choices)
+    try:
+        yield
+    finally:
+        _choices.reset(token)
+
+
+@dataclass(frozen=True)
+class Chosen(Method):
+    """Keep what the request says (`choosing`). The name and the budget only tell baselines apart."""
+
+    name: str = ""
+    keep: Budget = Budget(64)
+
+    slug: ClassVar[str] = "baseline-chosen"
+
+    def reduce(self, view: View) -> Reduction:
+        given = _choices.get()
+        # Views join the samples of equal layout, in the order of the batch.
+        own = [ids for layout, ids in given or () if layout == view.layout]
+        if len(own) != view.b:
+            raise WinnowError(f"{self.name}: {len(own)} choices were given for {view.b} pictures of this layout.")
+        counts = tuple(map(len, own))
+        index = torch.zeros(view.b, max(counts), dtype=torch.int64)
+        for row, ids in enumerate(own):
+            index[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        return Reduction.select(index.to(view.tokens.device), view.n, counts=counts)
+
+
+@dataclass(frozen=True)
+class Uniform(Method):
+    """Keep M tokens evenly spread over each grid of the item."""
+
+    keep: Budget = Budget(64)
+
+    slug: ClassVar[str] = "baseline-uniform"
+
+    def reduce(self, view: View) -> Reduction:
+        ids = torch.tensor(uniform_ids(view.layout, self.keep.of(view)), device=view.tokens.device)
+        return Reduction.select(ids.expand(view.b, -1), view.n)
+
+
+@dataclass(frozen=True)
+class Downsample(Method):
+    """Average-pool each grid of the item to at most M cells of about its own shape, by area."""
+
+    keep: Budget = Budget(64)
+
+    slug: ClassVar[str] = "baseline-downsample"
+
+    def reduce(self, view: View) -> Reduction:
+        matrix, anchor = _pooling(view.layout, self.keep.of(view))
+        weights = matrix.to(view.tokens.device).expand(view.b, -1, -1)
+        return Reduction.mix(weights, anchor=anchor.to(view.tokens.device).expand(view.b, -1))
+
+
+BASELINES = ("random", "uniform", "downsample", "ceiling", "oracle")
+LABELS = {"random": "random-M", "uniform": "uniform-M", "downsample": "downsample-M"}
+PER_QUESTION = ("random", "ceiling", "oracle")
+NEED_EVIDENCE = ("ceiling", "oracle")
+
+
+def baseline_plan(name: str, budget: int | float | str) -> Plan:
+    """The plan of a baseline at a budget; `Chosen` ones also need `choosing` around each request."""
+    if name not in BASELINES:
+        raise WinnowError(f"Unknown baseline {name!r}; baselines are full, {', '.join(BASELINES)}.")
+    keep = Budget(budget)
+    if name == "uniform":
+        return Plan((Uniform(keep),))
+    if name == "downsample":
+        return Plan((Downsample(keep),))
+    return Plan((Chosen(name, keep),))
+
+
+def choose(name: str, ask: Ask, layout: Layout, m: int, evidence: Boxes, objects: Boxes, seed: int = 0) -> Choice:
+    """Content ids that a baseline keeps for one question.
+
+    Args:
+        m: content tokens to keep; the oracle keeps fewer where there is less evidence.
+        evidence, objects: fractions of what the model is shown.
+    """
+    rng = random.Random(f"{seed}:{ask.id}")
+    everything = list(range(layout.n_content))
+    if name == "random":
+        return layout, tuple(sorted(rng.sample(everything, m)))
+    matters = np.flatnonzero(layout.covering(evidence)).tolist()
+    if name == "oracle":
+        if not matters:  # an answer that is an absence depends on the whole picture
+            return layout, uniform_ids(layout, m)
+        return layout, tuple(sorted(rng.sample(matters, min(m, len(matters)))))
+    company = np.flatnonzero(layout.covering(objects)).tolist()
+    chosen: dict[int, None] = {}
+    for group in (matters, company, everything):
+        chosen.update(dict.fromkeys(rng.sample(group, len(group))))
+    return layout, tuple(sorted(list(chosen)[:m]))
+
+
+@lru_cache(maxsize=256)
+def uniform_ids(layout: Layout, m: int) -> tuple[int, ...]:
+    """M content ids, evenly spread over the rows and columns of each grid of the layout."""
+    grids = _grids(layout)
+    found: list[int] = []
+    for ids, share in zip(grids, split_evenly(m, [g.size for g in grids]), strict=True):
+        h, w = ids.shape
+        rows = max(-(-share // w), min(h, share, round(math.sqrt(share * h / w)))) if share else 0
+        for i in range(rows):
+            own = share // rows + (i < share % rows)
+            row = ids[int((i + 0.5) * h / rows)]
+            found += [int(row[int((j + 0.5) * w / own)]) for j in range(own)]
+    return tuple(sorted(found))
+
+
+def _grids(layout: Layout) -> list[np.ndarray]:
+    """The content ids of each (grid, frame), as `[rows, columns]`."""
+    place = layout.place[layout.content]
+    found = []
+    for grid, frame in sorted({(int(g), int(t)) for g, t in place[:, :2]}):
+        mine = np.flatnonzero((place[:, 0] == grid) & (place[:, 1] == frame))
+        row, col = place[mine, 2], place[mine, 3]
+        table = np.full((row.max() - row.min() + 1, col.max() - col.min() + 1), -1)
+        table[row - row.min(), col - col.min()] = mine
+        if (table < 0).any():
+            raise WinnowError("This layout is no full grid, so it cannot be sampled evenly or pooled.")
+        found.append(table)
+    return found
+
+
+@lru_cache(maxsize=64)
+def _pooling(layout: Layout, m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[M', V]` weights and `[M']` anchors of the pooled cells, M' ≤ M."""
+    grids = _grids(layout)
+    blocks: list[np.ndarray] = []
+    anchors: list[int] = []
+    for ids, share in zip(grids, split_evenly(m, [g.size for g in grids]), strict=True):
+        if not share:
+            continue
+        h, w = ids.shape
+        rows = min(h, max(1, -(-share // w), round(math.sqrt(share * h / w))))
+        rows = min(rows, share)
+        cols = min(w, share // rows)
+        weights = np.kron(_areas(h, rows), _areas(w, cols))  # rows · cols, h · w
+        block = np.zeros((rows * cols, layout.n_content), dtype=np.float32)
+        block[:, ids.reshape(-1)] = weights
+        blocks.append(block)
+        middle = [ids[int((i + 0.5) * h / rows), int((j + 0.5) * w / cols)] for i in range(rows) for j in range(cols)]
+        anchors += map(int, middle)
+    order = np.argsort(anchors, kind="stable")
+    return torch.from_numpy(np.concatenate(blocks)[order]), torch.tensor(anchors)[torch.from_numpy(order)]
+
+
+def _areas(n: int, m: int) -> Float[np.ndarray, "m n"]:
+    """How much of each of n unit cells lies in each of m equal parts, as weights that sum to one for a part."""
+    edges = np.arange(m + 1) * (n / m)
+    cells = np.arange(n)
+    overlap = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
+    return np.clip(overlap, 0, None) / (n / m)

@@ -1,0 +1,183 @@
+"""A sweep in several processes that share one store: each takes every n-th batch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import transformers
+
+from winnow.bench.baselines import BASELINES
+from winnow.bench.environment import code_hash
+from winnow.bench.plans import FULL_JOB
+from winnow.bench.runner import CHECKED, NEW_TOKENS, bench, refuse_mismatches
+from winnow.bench.store import Store
+from winnow.bench.tasks import Task, data_task, world_task
+from winnow.core.errors import WinnowError
+from winnow.models.load import load
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a process needs to take its share of a sweep; see `runner.bench`.
+
+    Attributes:
+        model: a Hub id or a folder; None is the bundled reference model.
+        data: a file of the user's; None is winnow's own world, of which split, start and size are told.
+        threads: of each process; None leaves torch's choice.
+        code: hash of the code that the first process runs; the others must run the same.
+    """
+
+    store: str
+    methods: tuple[str, ...]
+    budgets: tuple[str, ...]
+    model: str | None = None
+    data: str | None = None
+    questions: int | None = None
+    split: str = "test"
+    start: int = 0
+    baselines: tuple[str, ...] = BASELINES
+    batch: int = 16
+    seed: int = 0
+    max_new_tokens: int | None = None
+    positions: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    checked: int = CHECKED
+    threads: int | None = None
+    resume: bool = True
+    shard: tuple[int, int] = (0, 1)
+    code: str = ""
+
+    def task(self, model: Any) -> Task:
+        if self.data is not None:
+            return data_task(self.data, self.questions)
+        side = getattr(getattr(model.config, "vision_config", None), "image_size", 224)
+        size = 336 if isinstance(side, int) and side > 224 else 224
+        return world_task(self.questions or 400, split=self.split, seed=self.start, size=size)
+
+    def loaded(self) -> tuple[Any, Any]:
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        return load(self.model, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+
+    def answer_length(self) -> int:
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        from winnow.reference import MAX_NEW_TOKENS
+
+        return MAX_NEW_TOKENS if self.model is None else NEW_TOKENS
+
+
+def run(sweep: Sweep, *, progress: bool = False, say: Callable[[str], None] = lambda text: None) -> str:
+    """This process's share of a sweep; returns the key of the run."""
+    if sweep.code not in ("", code_hash()):
+        raise WinnowError("the code of winnow was changed while the processes started; run the command again.")
+    model, processor = sweep.loaded()
+    with Store(sweep.store, create=True) as store:
+        return bench(
+            model, processor, sweep.methods, sweep.budgets, sweep.task(model), store,
+            name=sweep.model or "bundled reference model", baselines=sweep.baselines, batch=sweep.batch,
+            seed=sweep.seed, max_new_tokens=sweep.answer_length(), positions=sweep.positions, checked=sweep.checked,
+            shard=sweep.shard, resume=sweep.resume, progress=progress, say=say,
+        )  # fmt: skip
+
+
+def run_all(
+    sweep: Sweep, processes: int, *, progress: bool = False, say: Callable[[str], None] = lambda text: None
+) -> str:
+    """The whole sweep in `processes` processes, this one among them. The store is the same for any number.
+
+    Raises:
+        WinnowError: as `bench`; or another process failed, in which case its share is missing and the next run adds it.
+    """
+    if processes < 1:
+        raise WinnowError(f"processes={processes}; use at least 1.")
+    if processes > 1 and not sweep.resume:
+        raise WinnowError("--fresh works with one process; or give a new --store.")
+    with Store(sweep.store, create=True):
+        pass  # the tables are there before several processes open them
+    spawn = multiprocessing.get_context("spawn")
+    shares = [replace(sweep, shard=(i, processes), code=code_hash()) for i in range(processes)]
+    others = [spawn.Process(target=_quiet, args=(share,), daemon=True) for share in shares[1:]]
+    for other in others:
+        other.start()
+    try:
+        key = run(shares[0], progress=progress, say=say)
+        for other in others:
+            other.join()
+    finally:
+        for other in others:
+            other.terminate()  # after Ctrl-C or an error here; a finished one does not mind
+            other.join()
+    failed = sum(other.exitcode != 0 for other in others)
+    with Store(sweep.store) as store:
+        store.settle(key, FULL_JOB.key)
+        refuse_mismatches(store, key)
+    if failed:
+        raise WinnowError(
+            f"{failed} of {processes} processes failed; run the same command again to add what is missing."
+        )
+    return key
+
+
+def _quiet(sweep: Sweep) -> None:
+    """A share in a process of its own: what went wrong is told by its exit code. It ends with the first process."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    quiet_libraries()
+    try:
+        run(sweep)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except WinnowError as error:
+        sys.stderr.write(f"winnow: {error}\n")
+        sys.exit(2)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # as if killed with it; a batch is written whole or not at all
+
+
+def quiet_libraries() -> None:
+    """Nothing but our own text on the terminal."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def budgets_of(text: str) -> tuple[str, ...]:
+    """`128,64,10%` as budgets."""
+    return listed(text, "--keep 128,64,32")
+
+
+def listed(text: str, example: str) -> tuple[str, ...]:
+    """A list with commas outside brackets; the settings of a plan string stay together."""
+    found, depth, start = [], 0, 0
+    for i, char in enumerate(text + ","):
+        depth += (char in "[") - (char in "]")
+        if char == "," and not depth:
+            found.append(text[start:i].strip())
+            start = i + 1
+    if not all(found):
+        raise WinnowError(f"Cannot read {text!r}; write a list such as {example}.")
+    return _with_settings(found)
+
+
+def _with_settings(parts: Sequence[str]) -> tuple[str, ...]:
+    """`fastv:layer=2,keep=10%` was cut at its comma: a part that is a setting belongs to the plan before it."""
+    found: list[str] = []
+    for part in parts:
+        if found and "=" in part and ":" not in part.partition("=")[0] and "=" in found[-1]:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return tuple(found)

@@ -1,0 +1,88 @@
+"""Requests: questions as a model takes them, in batches in which nothing is padded."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from winnow.bench.tasks import Ask, Boxes, Task
+from winnow.core.errors import WinnowError
+from winnow.models.inputs import model_inputs
+from winnow.overlay import shown_box
+
+PIXELS = ("pixel_values", "pixel_values_videos")
+SIZES = ("image_sizes", "image_grid_thw")  # pictures of equal sizes have equal layouts
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question, ready to be asked. Boxes are fractions of what the model is shown."""
+
+    ask: Ask
+    inputs: dict[str, Tensor]
+    evidence: Boxes
+    objects: Boxes
+
+
+def request(model: Any, processor: Any, task: Task, ask: Ask) -> Request:
+    """Raises WinnowError when the model cannot be asked this."""
+    picture = task.open(ask)
+    shown = shown_box(processor, picture.size)
+    return Request(
+        ask,
+        model_inputs(model, processor, picture, ask.text),
+        _as_shown(ask.evidence, shown, picture.size),
+        _as_shown(ask.objects, shown, picture.size),
+    )
+
+
+def _as_shown(boxes: Boxes, shown: tuple[float, ...], size: tuple[int, int]) -> Boxes:
+    """Fractions of the picture to fractions of the part that the model is shown."""
+    x0, y0, x1, y1 = shown
+    wide, high = x1 - x0, y1 - y0
+    (w, h) = size
+    return tuple(
+        ((a * w - x0) / wide, (b * h - y0) / high, (c * w - x0) / wide, (d * h - y0) / high) for a, b, c, d in boxes
+    )
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of questions, and the questions that cannot be asked, each with the reason."""
+
+    batches: tuple[tuple[Ask, ...], ...]
+    bad: tuple[str, ...]
+
+
+def batches(model: Any, processor: Any, task: Task, size: int) -> Batches:
+    """Questions whose inputs have equal shapes, `size` at a time: a batch computes what its questions compute alone."""
+    groups: dict[Any, list[Ask]] = defaultdict(list)
+    bad: list[str] = []
+    for ask in task.questions:
+        try:
+            inputs = request(model, processor, task, ask).inputs
+        except WinnowError as error:
+            bad.append(f"{ask.id}: {error}")
+            continue
+        shapes = tuple((name, tuple(x.shape)) for name, x in sorted(inputs.items()))
+        sizes = tuple(tuple(inputs[name].flatten().tolist()) for name in SIZES if name in inputs)
+        groups[shapes, sizes].append(ask)
+    if not groups:
+        raise WinnowError(f"No question can be asked: {'; '.join(bad[:3])}")
+    ordered = sorted(groups.items(), key=lambda pair: repr(pair[0]))
+    cut = (tuple(own[at : at + size]) for _, own in ordered for at in range(0, len(own), size))
+    return Batches(tuple(cut), tuple(bad))
+
+
+def joined(requests: Sequence[Request]) -> dict[str, Tensor]:
+    """The inputs of a batch."""
+    return {name: torch.cat([r.inputs[name] for r in requests]) for name in requests[0].inputs}
+
+
+def without_pixels(inputs: dict[str, Tensor], also: Iterable[str] = ()) -> dict[str, Tensor]:
+    return {name: x for name, x in inputs.items() if name not in (*PIXELS, *also)}

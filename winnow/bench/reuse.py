@@ -1,0 +1,96 @@
+"""One encoding of a batch's pictures for many plans.
+
+What the vision tower computes does not depend on the plan, unless the plan acts at `features`; so a sweep encodes once,
+listening to everything that any plan wants to hear. Timings never do this, and `runner` checks it against `generate`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from winnow.core.errors import UnsupportedError
+from winnow.core.info import ModelInfo
+from winnow.core.layout import Layout
+from winnow.core.method import Method
+from winnow.core.plan import Plan
+from winnow.core.point import Point
+from winnow.core.signal import Signal
+from winnow.core.step import Keep, State, Step
+from winnow.core.view import View
+from winnow.engine.compiled import Compiled
+from winnow.engine.handle import Handle
+
+
+@dataclass(frozen=True)
+class Listen(Method):
+    """Changes nothing, and hears these signals of the tower."""
+
+    heard: tuple[Signal, ...] = ()
+
+    slug: ClassVar[str] = "bench-listen"
+
+    def steps(self, info: ModelInfo) -> tuple[Step, ...]:
+        return (Step(Point("projected"), _look, self.heard),)
+
+
+def _look(view: View, state: State) -> tuple[Keep, State]:
+    return Keep(), state
+
+
+def listening(handle: Handle, plans: list[Plan]) -> Plan:
+    """A plan that hears what all of these need from the tower."""
+    signals: set[Signal] = set()
+    for plan in plans:
+        for wanted in handle._engine.compiled(plan).vision.values():
+            signals.update(wanted)
+    return Plan((Listen(tuple(sorted(signals, key=repr))),))
+
+
+class Encoded:
+    """The encoder outputs of one batch.
+
+    Args:
+        ears: from `listening`.
+        inputs: of the batch, pixels included.
+    """
+
+    def __init__(self, handle: Handle, ears: Plan, inputs: dict[str, Tensor]) -> None:
+        self.engine = handle._engine
+        self.handle, self.inputs = handle, inputs
+        self._own: dict[str, Any] = {}
+        self._heard = self._encode(ears)
+
+    def _encode(self, plan: Plan) -> Any:
+        base = self.engine.base
+        for name, modality, _ in self.engine.family.encoders:
+            if modality == "image":
+                call = getattr(base, name)
+        names = [n for n in inspect.signature(call).parameters if n in self.inputs]
+        with torch.no_grad(), self.handle.using(plan):
+            return call(**{n: self.inputs[n] for n in names}, return_dict=True)
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """The layout of each picture in the LM's sequence."""
+        return self._heard._winnow.layouts
+
+    def under(self, plan: Plan) -> Any:
+        """Encoder outputs for `mm_encoder_outputs={"image": …}` inside `using(plan)`."""
+        compiled: Compiled = self.engine.compiled(plan)
+        if compiled.features:
+            return self._encode(plan)
+        made = copy.copy(self._heard)
+        made._winnow = dataclasses.replace(self._heard._winnow, plan=compiled)
+        return made
+
+
+def check_one_picture_each(layouts: tuple[Layout, ...], rows: int) -> None:
+    if len(layouts) != rows:
+        raise UnsupportedError(f"{rows} questions gave {len(layouts)} pictures; a question has one picture.")

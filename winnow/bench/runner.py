@@ -1,0 +1,215 @@
+"""bench: methods × budgets × questions into a store. Killed anywhere, it goes on where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from winnow.bench.baselines import BASELINES, NEED_EVIDENCE
+from winnow.bench.environment import code_settings, environment, model_settings, run_key
+from winnow.bench.plans import FULL_JOB, Job, Keep, jobs
+from winnow.bench.requests import batches, joined, request
+from winnow.bench.reuse import Encoded, listening
+from winnow.bench.schema import Question
+from winnow.bench.store import Store
+from winnow.bench.sweep import Outcome, Sweeper
+from winnow.bench.tasks import Ask, Task
+from winnow.core.errors import WinnowError
+from winnow.core.plan import Plan
+from winnow.engine.compress import compress
+from winnow.engine.handle import Handle
+
+CHECKED = 50  # questions of each method that are also asked through `model.generate` with the pixels
+DRAWN = 6  # questions whose overlays are kept
+NEW_TOKENS = 16
+
+
+def bench(
+    model: Any,
+    processor: Any,
+    methods: Sequence[str],
+    budgets: Sequence[Keep],
+    task: Task,
+    store: Store,
+    *,
+    name: str = "",
+    baselines: Sequence[str] = BASELINES,
+    batch: int = 16,
+    seed: int = 0,
+    max_new_tokens: int = NEW_TOKENS,
+    positions: str | None = None,
+    checked: int = CHECKED,
+    shard: tuple[int, int] = (0, 1),
+    resume: bool = True,
+    progress: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> str:
+    """Measure methods and baselines at all budgets, and return the key of the run.
+
+    Pictures are encoded once for all plans (`reuse`); of each method `checked` questions, spread over its budgets,
+    are also asked through the plain `model.generate` with the pixels.
+
+    Args:
+        methods, budgets: see `plans.jobs`.
+        name: of the model, for readers; its weights are hashed.
+        batch: questions in a forward; it changes no answer and is no part of the key.
+        seed: of the baselines' draws.
+        shard: (i, n): every n-th batch from the i-th on, so that n processes can share a store.
+        resume: keep what the store has of this run; otherwise it is measured anew.
+        progress: show a bar with the time left on stderr.
+        say: told of rows that cannot be used.
+
+    Raises:
+        WinnowError: bad settings; or a check failed, in which case the cell's status is `mismatch`.
+    """
+    if batch < 1 or max_new_tokens < 1 or not 0 <= shard[0] < shard[1]:
+        raise WinnowError(f"batch={batch}, max_new_tokens={max_new_tokens}, shard={shard}: use whole numbers ≥ 1.")
+    with compress(model, Plan(()), processor=processor) as handle:
+        asked = batches(model, processor, task, batch)
+        for row in (*task.bad, *asked.bad):
+            say(f"left out: {row}")
+        planned = _jobs(handle, processor, task, asked.batches[0][0], methods, budgets, baselines, positions)
+        settings = code_settings() | model_settings(model, processor, name)
+        settings |= {"kind": "accuracy", "task": task.settings, "seed": seed, "max_new_tokens": max_new_tokens}
+        run = run_key(settings)
+        if not resume:
+            store.forget(run)
+        store.add_run(run, settings, environment())
+        good = {ask.id for own in asked.batches for ask in own}
+        store.add_questions(_question(run, ask) for ask in task.questions if ask.id in good)
+        cells = {j.key: store.add_cell(run, j.key, j.label, j.kind, j.budget, j.keep) for j in planned}
+        planned = _supported(handle, planned, cells, store)
+        sweeper = Sweeper(
+            handle, processor, listening(handle, [j.plan for j in planned]), max_new_tokens, seed, _drawn(task)
+        )
+        mine = list(enumerate(asked.batches))[shard[0] :: shard[1]]
+        checks = _checks(planned, [len(own) for own in asked.batches], checked)
+        try:
+            with bar(len(mine) * len(planned), progress) as step:
+                for number, asks in mine:
+                    _batch(sweeper, task, store, planned, cells, asks, lambda job: number in checks[job.key], step)  # noqa: B023
+        finally:
+            store.settle(run, FULL_JOB.key)
+    refuse_mismatches(store, run)
+    return run
+
+
+def _jobs(
+    handle: Handle, processor: Any, task: Task, first: Ask, methods: Any, budgets: Any, baselines: Any, positions: Any
+) -> list[Job]:
+    """Cells, with shares read as counts of the first picture's tokens; baselines that need evidence only with it."""
+    alone = request(handle.model, processor, task, first)
+    layouts = Encoded(handle, listening(handle, []), joined([alone])).layouts
+    if not any(ask.evidence for ask in task.questions):
+        baselines = [b for b in baselines if b not in NEED_EVIDENCE]
+    return jobs(methods, budgets, layouts[0].n_content, baselines=baselines, positions=positions)
+
+
+def _supported(handle: Handle, planned: list[Job], cells: dict[str, int], store: Store) -> list[Job]:
+    """The cells that this model can run; the others are marked, and the sweep goes on."""
+    found = []
+    for job in planned:
+        try:
+            handle._engine.compiled(job.plan)
+            found.append(job)
+        except WinnowError as error:
+            store.mark(cells[job.key], "error:unsupported", str(error))
+    return found
+
+
+def _batch(
+    sweeper: Sweeper,
+    task: Task,
+    store: Store,
+    planned: list[Job],
+    cells: dict[str, int],
+    asks: Sequence[Ask],
+    checked: Callable[[Job], bool],
+    step: Callable[[], None],
+) -> None:
+    """One batch of questions in every cell that lacks an answer to any of them."""
+    lacking = {job.key: [a for a in asks if a.id not in store.answered(cells[job.key])] for job in planned}
+    requests = []
+    if any(lacking.values()):
+        requests = [request(sweeper.handle.model, sweeper.processor, task, ask) for ask in asks]
+    encoded = sweeper.shared(requests)
+    for job in planned:
+        if lacking[job.key]:
+            outcome = sweeper.run(job, cells[job.key], requests, encoded, checked(job))
+            _write(store, cells[job.key], outcome, {ask.id for ask in lacking[job.key]})
+        step()
+
+
+def _write(store: Store, cell: int, outcome: Outcome, lacking: set[str]) -> None:
+    """A batch with its marks, in one transaction."""
+    answers = [a for a in outcome.answers if a.question in lacking]
+    marks = {}
+    if outcome.mismatch:
+        marks = {"status": "mismatch", "note": f"{outcome.mismatch} has another answer through model.generate"}
+    elif outcome.note:
+        marks = {"status": next(a.status for a in outcome.answers if a.status != "ok"), "note": outcome.note}
+    store.add_batch(cell, answers, [o for o in outcome.overlays if o.question in lacking], **marks)
+
+
+def _checks(planned: list[Job], sizes: list[int], wanted: int) -> dict[str, set[int]]:
+    """For each cell, the numbers of the batches that are checked: enough for `wanted` questions of each method."""
+    found = {}
+    for label in {job.label for job in planned}:
+        own = [job for job in planned if job.label == label]
+        each = -(-wanted // len(own))
+        for place, job in enumerate(own):
+            chosen: set[int] = set()
+            order = [(place + i) % len(sizes) for i in range(len(sizes))]  # other batches for other budgets
+            while order and sum(sizes[i] for i in chosen) < each:
+                chosen.add(order.pop(0))
+            found[job.key] = chosen
+    return found
+
+
+def _drawn(task: Task) -> frozenset[str]:
+    """Questions for overlays: those with evidence first, of as many pictures and types as can be."""
+    types: dict[str, int] = {}
+    pictures: dict[str, int] = {}
+    ranked = []
+    for place, ask in enumerate(task.questions):
+        types[ask.type] = types.get(ask.type, 0) + 1
+        pictures[ask.image] = pictures.get(ask.image, 0) + 1
+        ranked.append((not ask.evidence, pictures[ask.image], types[ask.type], place, ask.id))
+    return frozenset(entry[-1] for entry in sorted(ranked)[:DRAWN])
+
+
+def _question(run: str, ask: Ask) -> Question:
+    return Question(run, ask.id, ask.type, ask.text, ask.truth, ask.image, ask.evidence)
+
+
+def refuse_mismatches(store: Store, run: str) -> None:
+    wrong = [cell for cell in store.cells(run) if cell.status == "mismatch"]
+    if wrong:
+        named = "; ".join(f"{cell.label} {cell.budget}: {cell.note}" for cell in wrong)
+        raise WinnowError(
+            f"The sweep and model.generate disagree, so these cells must not be used: {named}. "
+            f"This is a fault of winnow or of the method; please report it. The store is {Path(store.path)}."
+        )
+
+
+@contextmanager
+def bar(total: int, show: bool) -> Iterator[Callable[[], None]]:
+    if not show:
+        yield lambda: None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("batches × cells", total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,187 @@
+"""One batch of questions under one plan: asked, read, and checked against the path that users run."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from winnow.bench.baselines import Choice, choose, choosing
+from winnow.bench.meters import cost, evidence_recall, judge, merged_into, read_by_layer
+from winnow.bench.plans import Job
+from winnow.bench.requests import Request, joined, without_pixels
+from winnow.bench.reuse import Encoded
+from winnow.bench.schema import Answer, Overlay
+from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.layout import Layout
+from winnow.core.ledger import ItemLedger, Ledger
+from winnow.core.plan import Plan
+from winnow.engine.handle import Handle
+from winnow.media import MediaError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a batch gave; `mismatch` says which question the two paths answer differently ("" is none)."""
+
+    answers: tuple[Answer, ...]
+    overlays: tuple[Overlay, ...] = ()
+    note: str = ""
+    mismatch: str = ""
+
+    def __add__(self, other: Outcome) -> Outcome:
+        return Outcome(
+            self.answers + other.answers,
+            self.overlays + other.overlays,
+            self.note or other.note,
+            self.mismatch or other.mismatch,
+        )
+
+
+@dataclass(frozen=True)
+class Sweeper:
+    """Asks batches of questions.
+
+    Attributes:
+        ears: hears what any of the plans needs from the tower.
+        drawn: ids of the questions whose overlays are kept.
+    """
+
+    handle: Handle
+    processor: Any
+    ears: Plan
+    max_new_tokens: int
+    seed: int = 0
+    drawn: frozenset[str] = frozenset()
+
+    def shared(self, requests: Sequence[Request]) -> Callable[[], Encoded]:
+        """The encoder outputs of a batch, made when they are first needed."""
+        return functools.cache(lambda: Encoded(self.handle, self.ears, joined(requests)))
+
+    def run(
+        self, job: Job, cell: int, requests: Sequence[Request], encoded: Callable[[], Encoded], check: bool
+    ) -> Outcome:
+        """Ask a batch. A batch that does not fit into memory is split; errors of the user's kind become answers.
+
+        Args:
+            check: ask again through `model.generate` with the pixels, and compare.
+        """
+        try:
+            return self._ask(job, cell, requests, encoded(), check)
+        except WinnowError as error:
+            return _failed(cell, requests, _code(error), str(error))
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
+        if len(requests) == 1:
+            return _failed(cell, requests, "oom", "out of memory with one question")
+        parts = requests[: len(requests) // 2], requests[len(requests) // 2 :]
+        first, second = (self.run(job, cell, part, self.shared(part), check) for part in parts)
+        return first + second
+
+    def _ask(self, job: Job, cell: int, requests: Sequence[Request], encoded: Encoded, check: bool) -> Outcome:
+        choices = self.choices(job, requests, encoded.layouts)
+        given = without_pixels(encoded.inputs)
+        with self.handle.using(job.plan), choosing(choices):
+            ids, ledger = self._generate(given | {"mm_encoder_outputs": {"image": encoded.under(job.plan)}})
+            mismatch = self._compare(requests, encoded.inputs, ids, ledger) if check else ""
+        prompt = given["input_ids"].shape[1]
+        read = [self._read(cell, r, row, ids[row, prompt:], ledger) for row, r in enumerate(requests)]
+        overlays = [
+            overlay
+            for row, r in enumerate(requests)
+            if r.ask.id in self.drawn and (overlay := self._overlay(cell, r, row, ledger)) is not None
+        ]
+        return Outcome(tuple(read), tuple(overlays), mismatch=mismatch)
+
+    def _generate(self, inputs: dict[str, Any]) -> tuple[Tensor, Ledger]:
+        ids = self.handle.model.generate(
+            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1, use_cache=True
+        )
+        ledger = self.handle.last_here
+        if ledger is None:
+            raise UnsupportedError("the model read no picture in this request, so there is nothing to measure.")
+        return ids.cpu(), ledger
+
+    def _compare(self, requests: Sequence[Request], inputs: dict[str, Tensor], ids: Tensor, ledger: Ledger) -> str:
+        again, other = self._generate(dict(inputs))
+        kept, others = ([item.kept.tolist() for item in x.items] for x in (ledger, other))
+        for row, r in enumerate(requests):
+            if not torch.equal(ids[row], again[row]) or kept[row] != others[row]:
+                return r.ask.id
+        return ""
+
+    def choices(self, job: Job, requests: Sequence[Request], layouts: Sequence[Layout]) -> list[Choice] | None:
+        """What a baseline keeps of each question."""
+        if len(layouts) != len(requests):
+            raise UnsupportedError(f"{len(requests)} questions gave {len(layouts)} pictures; each needs exactly one.")
+        if not job.baseline:
+            return None
+        return [
+            choose(job.baseline, r.ask, layout, min(job.keep or 1, layout.n_content), r.evidence, r.objects, self.seed)
+            for r, layout in zip(requests, layouts, strict=True)
+        ]
+
+    def _read(self, cell: int, r: Request, row: int, ids: Tensor, ledger: Ledger) -> Answer:
+        tokenizer = self.processor.tokenizer
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        ended = bool(torch.isin(ids, torch.tensor(_ends(self.handle.model))).any())
+        correct, status = judge(text, r.ask.truth, cut=len(ids) >= self.max_new_tokens and not ended)
+        model = self.handle.model
+        spent = cost(ledger, row, model.config.get_text_config(), model.dtype.itemsize)
+        item = _item(ledger, row)
+        read = read_by_layer(item, len(ledger.layer_tokens), self.handle.info.has_cls)
+        recall = evidence_recall(read, item.layout, r.evidence)
+        return Answer(
+            cell, r.ask.id, r.ask.type, r.ask.truth, text, correct, None, recall, spent.kept, spent.layer_tokens,
+            spent.flops, spent.flops_full, spent.kv_bytes, spent.kv_bytes_full, status,
+        )  # fmt: skip
+
+    def _overlay(self, cell: int, r: Request, row: int, ledger: Ledger) -> Overlay | None:
+        item = _item(ledger, row)
+        place = item.layout.place[item.layout.content]
+        if len(np.unique(place[:, :2], axis=0)) != 1:
+            return None  # several grids over one picture are not drawn as one
+        grid = int(place[:, 2].max()) + 1, int(place[:, 3].max()) + 1
+        kept, merged = merged_into(item, self.handle.info.has_cls)
+        return Overlay(cell, r.ask.id, kept, merged, grid)
+
+
+def _item(ledger: Ledger, row: int) -> ItemLedger:
+    return next(item for item in ledger.items if item.row == row)
+
+
+def _ends(model: Any) -> list[int]:
+    end = model.generation_config.eos_token_id
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
+def _failed(cell: int, requests: Sequence[Request], code: str, note: str) -> Outcome:
+    answers = (
+        Answer(cell, r.ask.id, r.ask.type, r.ask.truth, "", False, *(None,) * 8, status=f"error:{code}")
+        for r in requests
+    )
+    return Outcome(tuple(answers), note=json.dumps(note, ensure_ascii=False)[1:-1][:400])
+
+
+def _code(error: WinnowError) -> str:
+    if isinstance(error, UnsupportedError):
+        return "unsupported"
+    return error.code if isinstance(error, MediaError) else "invalid"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the device or on the host."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error))
