@@ -28,7 +28,26 @@ def block_index(layer: int | str, depth: int, what: str) -> int:
 
 
 @dataclass(frozen=True)
-class VisionAttention(Signal):
+class VisionSignal(Signal):
+    """A signal of one block of the vision tower.
+
+    Args:
+        layer: the block; `"feature"` is the one whose output feeds the projector. Negative counts from the end.
+    """
+
+    layer: int | str = "feature"
+
+    def require(self, info: ModelInfo) -> None:
+        self.block(info)
+
+    def block(self, info: ModelInfo) -> int:
+        """The number of the block, from 0."""
+        layer = info.feature_layer if self.layer == "feature" else self.layer
+        return block_index(layer, info.vision_depth, f"the vision tower of {info.model}")
+
+
+@dataclass(frozen=True)
+class VisionAttention(VisionSignal):
     """Attention that the content tokens receive in one block of the vision tower, `[b, N]`, fp32.
 
     Args:
@@ -39,7 +58,6 @@ class VisionAttention(Signal):
     Where several patches make one token (2 × 2 merging), a token has the mean over its patches.
     """
 
-    layer: int | str = "feature"
     query: str = "cls"
     heads: str = "mean"
 
@@ -54,25 +72,12 @@ class VisionAttention(Signal):
                 "use query='all' where the method offers it, or a method that needs no [CLS]: "
                 "hiprune, divprune, todre, fastv, pyramiddrop."
             )
-        self.block(info)
-
-    def block(self, info: ModelInfo) -> int:
-        layer = info.feature_layer if self.layer == "feature" else self.layer
-        return block_index(layer, info.vision_depth, f"the vision tower of {info.model}")
+        super().require(info)
 
 
 @dataclass(frozen=True)
-class VisionKeys(Signal):
+class VisionKeys(VisionSignal):
     """Keys of one block of the vision tower, averaged over heads: `[b, N, head_dim]` (with [CLS] at `features`)."""
-
-    layer: int | str = "feature"
-
-    def require(self, info: ModelInfo) -> None:
-        self.block(info)
-
-    def block(self, info: ModelInfo) -> int:
-        layer = info.feature_layer if self.layer == "feature" else self.layer
-        return block_index(layer, info.vision_depth, f"the vision tower of {info.model}")
 
 
 @dataclass(frozen=True)

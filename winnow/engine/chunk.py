@@ -24,6 +24,7 @@ from winnow.engine.encode import vision_signal
 from winnow.engine.items import Item
 from winnow.engine.listen import Listener
 from winnow.engine.probing import probe_layer
+from winnow.signals.tap import scaling_of
 
 if TYPE_CHECKING:
     from winnow.engine.attach import Engine
@@ -96,7 +97,7 @@ class Chunk:
             # By now the layer's cache holds the keys of this chunk too.
             listener = self._listener(index, k.shape[2] - q.shape[2])
             for signal in wanted:
-                self.heard[signal] = listener.read(signal, q, k, _scaling(module, q))
+                self.heard[signal] = listener.read(signal, q, k, scaling_of(module, q))
 
     def _listener(self, index: int, held: int) -> Listener:
         past = self._past_of(index)
@@ -147,7 +148,7 @@ class Chunk:
             layer = self.engine.lm.layers[index]
             rows = None if any(s.rows != "last" for s in wanted) else listener.last_slots()
             q, k = probe_layer(layer, hidden, embeddings, self.cache, rows)
-            return {s: listener.read(s, q, k, _scaling(layer.self_attn, q)) for s in wanted}
+            return {s: listener.read(s, q, k, scaling_of(layer.self_attn, q)) for s in wanted}
 
     def _view(self, group: list[Item], number: int, step: Any, hidden: Tensor, probed: dict[Signal, Tensor]) -> View:
         rows = torch.tensor([item.row for item in group], device=hidden.device)
@@ -362,7 +363,3 @@ class Chunk:
             return x
         index = self._once(("logical", packing), packing.to_logical)
         return x.gather(1, index.to(x.device)[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def _scaling(module: nn.Module, q: Tensor) -> float:
-    return getattr(module, "scaling", None) or getattr(module, "scale", None) or q.shape[-1] ** -0.5

@@ -9,7 +9,7 @@ from typing import Any
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.plan import Plan
-from winnow.core.signal import LMAttention, LMAttentionMass, Signal, VisionAttention, VisionKeys
+from winnow.core.signal import LMAttention, LMAttentionMass, Signal, VisionSignal
 from winnow.core.step import Step
 
 
@@ -59,7 +59,7 @@ class Compiled:
                 )
             slug = plan.methods[number].slug
             for signal in step.needs:
-                if isinstance(signal, VisionAttention | VisionKeys):
+                if isinstance(signal, VisionSignal):
                     vision[signal.block(info)].add(signal)
                 elif isinstance(signal, LMAttention | LMAttentionMass):
                     _hear(signal, at, slug, lm, probed)

@@ -22,6 +22,7 @@ from winnow.engine import steps as stepping
 from winnow.engine.current import encoding_now
 from winnow.models.family import Encoding
 from winnow.signals.attention import attention_rows, column_mean
+from winnow.signals.tap import scaling_of
 
 if TYPE_CHECKING:
     from winnow.engine.attach import Engine
@@ -103,7 +104,7 @@ def hear_tower(
     encoding: Encoding, signals: tuple[Signal, ...], has_cls: bool, module: nn.Module, q: Tensor, k: Tensor
 ) -> None:
     """A tapped tower block shows its queries and keys; what a step asked for is kept, per tile or per window."""
-    scaling = getattr(module, "scaling", None) or getattr(module, "scale", None) or q.shape[-1] ** -0.5
+    scaling = scaling_of(module, q)
     skip = int(has_cls)
     with torch.no_grad():
         for signal in signals:

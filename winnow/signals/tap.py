@@ -82,3 +82,8 @@ def probe(attention: nn.Module, **inputs: Any) -> tuple[Tensor, Tensor]:
     finally:
         probed.reset(token)
     return box[0]
+
+
+def scaling_of(attention: nn.Module, q: Tensor) -> float:
+    """What an attention module multiplies its logits with."""
+    return getattr(attention, "scaling", None) or getattr(attention, "scale", None) or q.shape[-1] ** -0.5
