@@ -1,0 +1,1 @@
+"""Recipes: complete training runs behind one function each."""
