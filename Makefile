@@ -19,7 +19,7 @@ RUN      := $(BIN)/winnow run
 COMPARED := --method fastervlm:keep=32 --method divprune:keep=32 --method visionzip:keep=32 --method fastv:keep=32
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint bench systems systems-check docs images clean
+.PHONY: help venv demo test test-all lint bench systems systems-check docs measured images clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -32,10 +32,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: $(STAMP) ## Questions about three scenes, answered with and without compression
+demo: $(STAMP) ## Three scenes with and without compression; then a sweep of eight methods, and its report
 	$(RUN) world:54 "where is the motorcycle?" $(COMPARED) --overlay out/demo-1.png
 	$(RUN) world:34 "which bar is shortest?" $(COMPARED) --overlay out/demo-2.png
 	$(RUN) world:3 "what color is the triangle?" $(COMPARED) --overlay out/demo-3.png
+	$(BIN)/winnow bench --store out/demo.sqlite --questions 400 --processes 2 --threads 1
+	$(BIN)/winnow report out/demo.sqlite --out out/report.html
 
 test: $(STAMP) ## The fast suite (no network, no GPU), and its report for the system table
 	$(PYTEST) $(FAST) --system-report $(REPORT)
@@ -62,6 +64,10 @@ docs: $(STAMP) ## The documentation as a site in site/, with a page for each met
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	$(BIN)/python tools/docs.py write
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+measured: $(STAMP) ## Measure eight methods on the reference model for the tables of the documentation
+	$(BIN)/winnow bench --store out/measured.sqlite --questions 2000 --processes 2 --threads 1
+	$(BIN)/python tools/docs.py measure out/measured.sqlite
 
 images: $(STAMP) ## Draw the pictures of the documentation
 	$(RUN) world:54 "where is the motorcycle?" --method fastervlm:keep=32 --overlay docs/images/kept.png

@@ -1,6 +1,6 @@
 """Write the pages of the methods from the registry, or check that the committed ones agree with it.
 
-    python tools/docs.py write            docs/methods/*.md
+    python tools/docs.py write            docs/methods/*.md, and the measured table of README.md
     python tools/docs.py check            exit 1 if they differ from what `write` would write
     python tools/docs.py measure STORE    docs/measured.json and docs/images/methods/ from a store of `winnow bench`
 
@@ -29,6 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "methods"
 MEASURED = ROOT / "docs" / "measured.json"
 PICTURES = ROOT / "docs" / "images" / "methods"
+README = ROOT / "README.md"
+TABLE = re.compile("(?<=<!-- measured:begin -->\n).*?(?=<!-- measured:end -->)", re.DOTALL)
+SHOWN = "32"  # the budget of the table in the README: an eighth of the reference model's tokens
 MARK = "<!-- Written by tools/docs.py from the registry; do not edit. -->\n"
 FACTS = ("Source", "Looks at", "Cost", "Departs from the paper", "Departs from the released code")
 EXAMPLE = ModelInfo(
@@ -184,6 +187,14 @@ def measured_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def readme(measured: dict[str, Any]) -> str:
+    """The README with the measured rows of one budget, in the order of their names: one run does not rank methods."""
+    text = README.read_text(encoding="utf-8")
+    rows = [*plain(measured), *(row for row in measured["rows"] if row["budget"] == SHOWN)] if measured else []
+    lines = [*measured_table(rows), "", about(measured)] if rows else ["Nothing has been measured yet."]
+    return TABLE.sub(lambda _: "\n".join([*lines, ""]), text)
+
+
 def index(found: list[Entry], known: dict[str, System]) -> str:
     """The list of methods, and which have run on which builds."""
     builds = sorted({build for entry in found if entry.slug in known for build in known[entry.slug].builds})
@@ -216,7 +227,7 @@ def outputs() -> dict[Path, str]:
     known = {system.slug: system for system in systems()}
     measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
     pages = {PAGES / f"{entry.slug}.md": page(entry, known.get(entry.slug), measured) for entry in found}
-    return {PAGES / "index.md": index(found, known), **pages}
+    return {README: readme(measured), PAGES / "index.md": index(found, known), **pages}
 
 
 def write() -> int:
@@ -232,7 +243,7 @@ def write() -> int:
 def check() -> int:
     wanted = outputs()
     stale = {p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text}
-    for path in sorted(stale | set(PAGES.glob("*.md")) - set(wanted)):
+    for path in sorted(stale | (set(PAGES.glob("*.md")) - set(wanted))):
         print(f"{path.relative_to(ROOT)} differs from what the registry says; run `make docs`.", file=sys.stderr)
         stale.add(path)
     return 1 if stale else 0
