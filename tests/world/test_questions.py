@@ -155,10 +155,12 @@ def words(question: world.Question) -> set[str]:
 def test_held_out_glyphs_are_asked_about_in_their_split_only(scenes):
     assert any(item.name in world.HELD_OUT for drawn in scenes for item in drawn.objects)
     assert not any(words(q) & world.HELD_OUT for drawn in scenes for q in drawn.questions)
-    held = [world.scene(seed, split="heldout_glyphs") for seed in range(200)]
+    held = [world.scene(seed, split="heldout_glyphs") for seed in range(400)]
     questions = [q for drawn in held for q in drawn.questions]
     assert len(questions) > 200
     assert all(words(q) & world.HELD_OUT for q in questions)
+    presence = [q.answer for q in questions if q.type == "presence"]
+    assert 0.38 <= presence.count("yes") / len(presence) <= 0.62
 
 
 def test_clutter_is_drawn_and_never_asked_about(scenes):

@@ -41,26 +41,26 @@ def attention_rows(
     return _scores(q, k, scaling, visible)
 
 
-def column_mean(
-    q: Float[Tensor, "b h n d"],
-    k: Float[Tensor, "b g n d"],
-    scaling: float,
-    visible: Bool[Tensor, "b 1 n n"] | None = None,
-) -> Float[Tensor, "b h n"]:
-    """Mean over the queries of the attention that each key receives, for each head, in fp32, in tiles of rows."""
+def column_mean(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], scaling: float) -> Float[Tensor, "b h n"]:
+    """Mean over the queries of the attention that each key receives, for each head, at least in fp32.
+
+    Rows are taken in tiles, through one buffer, because in a tower this is most of what selection costs.
+    """
     b, h, n, d = q.shape
-    tile = max(1, min(n, n * d // max(1, k.shape[2])))
-    total = q.new_zeros(b, h, k.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
-    for start in range(0, n, tile):
-        seen = None if visible is None else visible[:, :, start : start + tile]
-        total += _scores(q[:, :, start : start + tile], k, scaling, seen).sum(2)
-    return total / n
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, keys = q.to(wide), (k.to(wide) * scaling).transpose(-1, -2)
+    tile = max(1, min(n, d))  # no more elements than the queries have
+    buffer = q.new_empty(b, h, tile, n)
+    total, part = q.new_zeros(b, h, n), q.new_empty(b, h, n)
+    for rows in q.split(tile, dim=2):
+        weights = buffer if rows.shape[2] == tile else q.new_empty(b, h, rows.shape[2], n)
+        torch.matmul(rows, keys, out=weights)
+        torch.softmax(weights, -1, out=weights)
+        total += torch.sum(weights, 2, out=part)
+    return total.div_(n)
 
 
-def column_mean_naive(q: Tensor, k: Tensor, scaling: float, visible: Tensor | None = None) -> Tensor:
+def column_mean_naive(q: Tensor, k: Tensor, scaling: float) -> Tensor:
     """What `column_mean` computes, from the whole matrix: the reference that it is tested against."""
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     logits = torch.einsum("bhqd,bhkd->bhqk", q.float(), k.float()) * scaling
-    if visible is not None:
-        logits = logits.masked_fill(~visible, float("-inf"))
     return logits.softmax(-1).mean(2)

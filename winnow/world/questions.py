@@ -24,7 +24,10 @@ BIGGER = 1.35  # ratio of extents from which one thing is bigger
 
 @dataclass
 class View:
-    """A scene as the questioner sees it. `hidden` names may be in the picture but are not spoken of."""
+    """A scene as the questioner sees it. `hidden` names may be in the picture but are not spoken of.
+
+    Nothing is hidden where the questions are about held-out glyphs; then only those are asked about in vain.
+    """
 
     items: Sequence[Item]
     size: int
@@ -55,7 +58,8 @@ def _absent(view: View, rng: random.Random, kind: str) -> str:
     if kind == "glyph" and present and rng.random() < 0.5:
         at = view.glyphs.index(rng.choice(present))
         names = view.glyphs[max(0, at - 5) : at + 6]
-    rest = [name for name in names if name not in view.named]
+    spoken = names if view.hidden else [name for name in names if name in HELD_OUT]
+    rest = [name for name in spoken if name not in view.named]
     return rng.choice(rest) if rest else ""
 
 
