@@ -228,10 +228,12 @@ class Reference:
 
     @torch.no_grad()
     def vision(self, sample: dict[str, Tensor]) -> Vision:
-        """Attentions, keys and features of the tower for the pictures of one sample."""
-        if "pixel_values" not in sample:
-            return Vision([], [], [], [])
-        return self._windowed(sample) if "image_grid_thw" in sample else self._tower(sample)
+        """Attentions, keys and features of the tower for the pictures of one sample (or for its videos)."""
+        if "image_grid_thw" in sample:
+            return self._windowed(sample["pixel_values"], sample["image_grid_thw"])
+        if "video_grid_thw" in sample:
+            return self._windowed(sample["pixel_values_videos"], sample["video_grid_thw"])
+        return self._tower(sample) if "pixel_values" in sample else Vision([], [], [], [])
 
     def _tower(self, sample: dict[str, Tensor]) -> Vision:
         """CLIP and SigLIP: one attention matrix for each tile."""
@@ -260,8 +262,8 @@ class Reference:
             list(features.split(tiles)),
         )
 
-    def _windowed(self, sample: dict[str, Tensor]) -> Vision:
-        """Qwen2.5-VL: patches in window order, one attention matrix for each window or picture."""
+    def _windowed(self, pixels: Tensor, grids: Tensor) -> Vision:
+        """Qwen2.5-VL: patches in window order, one attention matrix for each window, or for each frame."""
         visual = self.model.model.visual
         received: list[Tensor] = []
 
@@ -277,8 +279,7 @@ class Reference:
             received.append(torch.cat(parts, -1))
 
         hooks = [b.attn.register_forward_pre_hook(listen, with_kwargs=True) for b in visual.blocks]
-        grids = sample["image_grid_thw"]
-        visual(sample["pixel_values"], grid_thw=grids)
+        visual(pixels, grid_thw=grids)
         for hook in hooks:
             hook.remove()
         vision = self.model.config.vision_config
@@ -292,7 +293,7 @@ class Reference:
 
 def _runs(ids: Tensor) -> tuple[Tensor, ...]:
     """The positions of each unbroken run of placeholders."""
-    at = (ids == zoo.IMAGE).nonzero()[:, 0]
+    at = ((ids == zoo.IMAGE) | (ids == zoo.VIDEO)).nonzero()[:, 0]
     if not len(at):
         return ()
     breaks = (at.diff() > 1).nonzero()[:, 0] + 1

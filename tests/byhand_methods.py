@@ -274,8 +274,10 @@ def _feature_block(reference: Reference) -> int:
 def _grid(reference: Reference, sample: dict[str, Tensor], picture: int) -> Callable[[int], tuple[int, int]]:
     """The row and column of a cell: in its grid, and for tiles behind the thumbnail, in the whole mosaic."""
     if not reference.tile:
-        width = int(sample["image_grid_thw"][picture, 2]) // 2
-        return lambda cell: divmod(cell, width)
+        grids = sample["video_grid_thw"] if "video_grid_thw" in sample else sample["image_grid_thw"]
+        _, height, width = (grids[picture] // 2).tolist()
+        # One row is left out between frames, so that no token has a neighbour in another frame.
+        return lambda cell: (cell // width + cell // (height * width), cell % width)
     side = int(reference.cells**0.5)
     across = 1 if "image_sizes" not in sample else -(-int(sample["image_sizes"][picture, 1]) // reference.tile)
 

@@ -1,7 +1,8 @@
 """Tiny random-weight instances of the real transformers classes, and inputs for them.
 
 A row of a batch is written as a string: `"3 A 6 B 2"` is three text tokens, picture A, six text tokens, picture B and
-two text tokens. The letters differ in size where the class allows it (tiles, unpadding, grids), so rows are ragged.
+two text tokens. The letters differ in size where the class allows it (tiles, unpadding, grids), so rows are ragged;
+V is a video, for Qwen2.5-VL only.
 """
 
 from __future__ import annotations
@@ -41,10 +42,20 @@ RAGGED = ("3 A 6", "3 B 9", "3 C 5")
 SINGLE = ("3 A 6",)
 MIXED = ("3 A 6", "11", "2 B 4 C 5")  # one picture, none, two with text between them
 
-# Height and width in tiles: each tile grid once, A and B unpadded.
-_TILED = {"A": (2, 1.77), "B": (0.7, 2), "C": (2, 2)}
-# Patches. A and B leave windows that are not full; D is a single token, L is 576.
-_GRIDS = {"A": (1, 10, 8), "B": (1, 4, 14), "C": (1, 8, 6), "D": (1, 2, 2), "L": (1, 48, 48)}
+PIXELS = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
+# Height and width in tiles: each tile grid once, A and B unpadded; T is B turned, with as many content tokens.
+_TILED = {"A": (2, 1.77), "B": (0.7, 2), "C": (2, 2), "T": (2, 0.7)}
+# Patches. A and B leave windows that are not full, T is B turned; D is a single token, L is 576; V has two frames.
+_GRIDS = {
+    "A": (1, 10, 8),
+    "B": (1, 4, 14),
+    "C": (1, 8, 6),
+    "T": (1, 14, 4),
+    "D": (1, 2, 2),
+    "L": (1, 48, 48),
+    "V": (2, 6, 8),
+}
 
 
 def model(
@@ -176,13 +187,14 @@ def sample(
         if word.isdigit():
             ids += torch.randint(10, 200, (int(word),), generator=generator).tolist()
         else:
-            ids += [PICTURE_START, *[IMAGE] * tokens_of(build, word, side), PICTURE_END]
+            placeholder = VIDEO if word == "V" else IMAGE
+            ids += [PICTURE_START, *[placeholder] * tokens_of(build, word, side), PICTURE_END]
             picture = _picture(build, word, side, generator)
-            pictures.append(picture | {"pixel_values": picture["pixel_values"].to(dtype)})
+            pictures.append({k: v.to(dtype) if v.is_floating_point() else v for k, v in picture.items()})
     inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
     if build == "qwen2_5_vl":
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
-    return inputs | _joined(pictures)
+        inputs["mm_token_type_ids"] = token_types(inputs["input_ids"])
+    return inputs | joined(pictures)
 
 
 def samples(build: str, rows: Sequence[str], *, seed: int = 0, **options: Any) -> list[dict[str, Tensor]]:
@@ -200,8 +212,12 @@ def collate(parts: Sequence[dict[str, Tensor]], *, side: str = "left", extra: in
             pads = [(gap, 0) if side == "left" else (0, gap) for gap in gaps]
             rows = [nn.functional.pad(part[name], pad, value=fill) for part, pad in zip(parts, pads, strict=True)]
             batch[name] = torch.cat(rows)
-    pixels = ("pixel_values", "image_sizes", "image_grid_thw")
-    return batch | _joined([{k: part[k] for k in pixels if k in part} for part in parts if "pixel_values" in part])
+    return batch | joined([{k: part[k] for k in PIXELS if k in part} for part in parts])
+
+
+def token_types(ids: Tensor) -> Tensor:
+    """What Qwen2.5-VL wants to know of each token: text 0, image 1, video 2."""
+    return ((ids == IMAGE) + 2 * (ids == VIDEO)).int()
 
 
 def inputs(build: str, rows: Sequence[str], *, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -213,15 +229,18 @@ def inputs(build: str, rows: Sequence[str], *, seed: int = 0, dtype: torch.dtype
 def tokens_of(build: str, letter: str, side: int = SIDE) -> int:
     """How many tokens a picture has in the LM, separators included; the class itself is asked."""
     picture = _picture(build, letter, side, torch.Generator().manual_seed(0))
-    used = model(build, side=side)  # a copy: a model that has run keeps hooks of transformers
+    base = model(build, side=side).model  # a copy: a model that has run keeps hooks of transformers
+    encode = base.get_video_features if letter == "V" else base.get_image_features
     with torch.no_grad():
-        return used.model.get_image_features(**picture, return_dict=True).pooler_output[0].shape[0]
+        return encode(**picture, return_dict=True).pooler_output[0].shape[0]
 
 
 def _picture(build: str, letter: str, side: int, generator: torch.Generator) -> dict[str, Tensor]:
     if build == "qwen2_5_vl":
         grid = torch.tensor([_GRIDS[letter]])
         pixels = torch.randn(int(grid.prod()), 3 * 2 * PATCH * PATCH, generator=generator)
+        if letter == "V":
+            return {"pixel_values_videos": pixels, "video_grid_thw": grid}
         return {"pixel_values": pixels, "image_grid_thw": grid}
     if build == "llava_next":
         height, width = (round(side * part) for part in _TILED[letter])
@@ -231,15 +250,14 @@ def _picture(build: str, letter: str, side: int, generator: torch.Generator) -> 
     return {"pixel_values": torch.randn(1, 3, side, side, generator=generator)}
 
 
-def _joined(pictures: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def joined(pictures: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Pictures one after the other; tiles are padded to the largest number, as the processor does."""
-    if not pictures:
-        return {}
     joined = {}
-    for name in pictures[0]:
-        parts = [picture[name] for picture in pictures]
-        if parts[0].ndim == 5:
+    for name in PIXELS:
+        parts = [picture[name] for picture in pictures if name in picture]
+        if parts and parts[0].ndim == 5:
             most = max(part.shape[1] for part in parts)
             parts = [nn.functional.pad(part, (0, 0) * 3 + (0, most - part.shape[1])) for part in parts]
-        joined[name] = torch.cat(parts)
+        if parts:
+            joined[name] = torch.cat(parts)
     return joined

@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 import byhand_methods as hand
+import pytest
 import torch
 import zoo
-from byhand import Entry, Reference
-from probes import STEPS, forward, generate, new_tokens, step_logits
+from byhand import Cut, Entry, Reference, cut, top
+from probes import STEPS, forward, generate, new_tokens, score, step_logits
 from torch import Tensor, nn
 
 import winnow
@@ -37,6 +38,10 @@ SUBSETS: dict[str, tuple[str, ByHand]] = {
 }
 
 
+# What three users say next.
+TURN = torch.randint(10, 200, (3, 5), generator=torch.Generator().manual_seed(3))
+
+
 def runs_on(slug: str, build: str) -> bool:
     """Whether a method has what it needs: [CLS] for two of them."""
     return build in zoo.WITH_CLS or slug not in ("vtc-cls", "visionzip")
@@ -45,6 +50,11 @@ def runs_on(slug: str, build: str) -> bool:
 def pairs(methods: Sequence[str] = METHODS, builds: Sequence[str] = zoo.BUILDS) -> list[tuple[str, str]]:
     """(method, build), where the one runs on the other."""
     return [(slug, build) for slug in methods for build in builds if runs_on(slug, build)]
+
+
+def proofs() -> list[Any]:
+    """Every such pair, marked as evidence that the method runs on the build."""
+    return [pytest.param(slug, build, marks=pytest.mark.system(slug, "model")) for slug, build in pairs()]
 
 
 def identities(build: str) -> list[str]:
@@ -85,6 +95,11 @@ def check_against_hand(
             assert sorted(set(item.kept.tolist())) == kept.tolist()
 
 
+def picking(entry: Entry, keep: int) -> Cut:
+    """By hand, what `Pick(keep)` does at a layer."""
+    return cut(entry, lambda number, rows, seen: rows[top(score(seen[-1].hidden[0, rows]), keep)])
+
+
 def effect(model: nn.Module, inputs: dict[str, Tensor], plan: Any) -> float:
     """How much a plan changes the logits of the last token: a comparison is worth nothing where this is 0."""
     plain = forward(model, inputs).logits[:, -1]
@@ -95,3 +110,11 @@ def effect(model: nn.Module, inputs: dict[str, Tensor], plan: Any) -> float:
 def same(a: Any, b: Any) -> bool:
     """Generated ids and the logits of every step, bit for bit."""
     return torch.equal(a.sequences, b.sequences) and torch.equal(step_logits(a), step_logits(b))
+
+
+def prolonged(inputs: dict[str, Tensor], sequences: Tensor, turn: Tensor = TURN) -> dict[str, Tensor]:
+    """The ids and the mask of a conversation: prompt, answer, new turn. No pictures: they are in the cache."""
+    ids = torch.cat([sequences, turn], 1)
+    new = ids.shape[1] - inputs["input_ids"].shape[1]
+    mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), new, dtype=torch.int64)], 1)
+    return {"input_ids": ids, "attention_mask": mask}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import queue
 import subprocess
 import sys
 import threading
+import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,6 +20,9 @@ from probes import Call, Pick, forward, generate
 from snapshot import differences, same_weights, snapshot, weights
 
 import winnow
+from winnow.core.plan import Plan
+from winnow.core.reduction import Reduction
+from winnow.core.step import Reduce
 
 
 @pytest.mark.parametrize(("slug", "build"), pairs())
@@ -136,6 +142,56 @@ def test_an_error_inside_a_method_leaves_nothing(build, error):
                 assert same(generate(model, inputs), plain)
     assert differences(before, snapshot(model)) == []
     assert same(generate(model, inputs), plain)
+
+
+@pytest.mark.parametrize("place", [None, "tower", "layer"])
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_parts_of_the_model_that_are_called_alone_are_plain(build, place):
+    """The language model, a layer and the tower by themselves: also after a request, or an interrupted one."""
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
+    lm, hidden = model.model.language_model, torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(1))
+    rope = lm.rotary_emb(hidden, torch.arange(9).expand(3, 1, -1) if build == "qwen2_5_vl" else torch.arange(9)[None])
+
+    @torch.no_grad()
+    def alone():
+        layers = [layer(hidden, position_embeddings=rope, attention_mask=None) for layer in lm.layers]
+        return [*layers, lm(inputs_embeds=hidden).last_hidden_state]
+
+    plain = alone()
+    tower = model.model.visual if build == "qwen2_5_vl" else model.model.vision_tower
+    with winnow.compress(model, "divprune:keep=3 + fastv:keep=2,layer=2"):
+        for call in (forward, generate):
+            if place is None:
+                call(model, inputs)
+            else:
+                hook = {"tower": tower, "layer": lm.layers[2]}[place].register_forward_hook(fail(KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    call(model, inputs)
+                hook.remove()
+            assert all(torch.equal(a, b) for a, b in zip(alone(), plain, strict=True))
+
+
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_nothing_of_a_request_is_kept_but_its_ledger(build):
+    """Hidden states, encoder outputs and caches of a finished request are freed, also after an interrupted one."""
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
+    seen: list[weakref.ref] = []
+
+    def note(module, args, output):
+        seen.append(weakref.ref(output if isinstance(output, torch.Tensor) else output[0]))
+
+    hooks = [layer.register_forward_hook(note) for layer in model.model.language_model.layers]
+    with winnow.compress(model, "pyramiddrop") as handle:
+        forward(model, inputs)
+        hooks.append(model.model.language_model.norm.register_forward_hook(fail(KeyboardInterrupt)))
+        with pytest.raises(KeyboardInterrupt):
+            forward(model, inputs)
+        for hook in hooks:
+            hook.remove()
+        gc.collect()
+        assert len(seen) == 2 * zoo.DEPTH
+        assert all(ref() is None for ref in seen)
+        assert handle.last is not None
 
 
 def test_a_refused_plan_leaves_nothing():
@@ -279,3 +335,22 @@ def test_compress_does_not_import_what_it_does_not_need():
     code = "import sys, winnow; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_two_classes_with_one_slug_and_the_same_settings_are_two_plans():
+    """As a variant of a method that is tried beside it: the plan's key alone does not tell them apart."""
+
+    @dataclass(frozen=True)
+    class Other(Pick):
+        def _pick(self, view, state):
+            return Reduce(Reduction.select(torch.arange(view.n - 3, view.n).expand(view.b, 3), view.n)), state
+
+    model, inputs = zoo.model("llava_clip"), zoo.inputs("llava_clip", zoo.SINGLE)
+    assert Plan.of(Other(keep=3)).key == Plan.of(Pick(keep=3)).key
+    with winnow.compress(model, Pick(keep=3)) as handle:
+        forward(model, inputs)
+        first = handle.last.items[0].kept
+        with handle.using(Other(keep=3)):
+            forward(model, inputs)
+        assert handle.last.items[0].kept.tolist() == [22, 23, 24]
+        assert first.tolist() != [22, 23, 24]

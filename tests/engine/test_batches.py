@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import zoo
-from byhand import cut, top
-from byhand_methods import Hand
-from cases import SUBSETS, check_against_hand, pairs, same
+from byhand import cut
+from byhand_methods import Hand, hiprune
+from cases import SUBSETS, check_against_hand, pairs, picking, same
 from probes import Look, Pick, forward, generate, new_tokens, step_logits
 
 import winnow
@@ -120,14 +122,8 @@ def test_all_tokens_of_all_pictures_can_go(build, point):
 @pytest.mark.parametrize("point", ["projected", "layers[2]"])
 @pytest.mark.parametrize("build", zoo.BUILDS)
 def test_a_single_token_can_stay(build, point):
-    from probes import score
-
     layer = 0 if point == "projected" else 2
-
-    def by_hand(reference, sample, entry):
-        choose = lambda number, rows, seen: rows[top(score(seen[-1].hidden[0, rows]), 1)]  # noqa: E731
-        return Hand(entry, {layer: cut(entry, choose)})
-
+    by_hand = lambda r, s, e: Hand(e, {layer: picking(e, 1)})  # noqa: E731
     check_against_hand(zoo.model(build), zoo.samples(build, zoo.MIXED), Pick(keep=1, at=point), by_hand)
 
 
@@ -167,6 +163,21 @@ def test_views_hold_items_of_equal_size_without_padding(build):
         assert view.tokens.shape == (view.b, view.layout.n_content, 64)
         assert view.entry == view.layout.n_content
         assert torch.equal(view.ids, torch.arange(view.n).expand(view.b, -1))
+
+
+@pytest.mark.parametrize("build", ["llava_next", "qwen2_5_vl"])
+def test_pictures_of_equal_length_and_other_shape_are_not_mixed_up(build):
+    """B and the same turned have as many tokens and other neighbours: HiPrune must not take one grid for the other."""
+    model, parts = zoo.model(build), zoo.samples(build, ("3 B 6", "3 T 6", "2 T 1 B 4"))
+    look = Look()
+    with winnow.compress(model, look):
+        forward(model, zoo.collate(parts))
+    assert sorted((view.b, view.n) for view in look.views) == [(2, view.n) for view in look.views]
+    assert len({view.layout for view in look.views}) == len(look.views) == 2
+    for keep, alpha in ((12, 0.9), (20, 1.0)):
+        plan = f"hiprune:keep={keep},alpha={alpha},object_layer=1"
+        by_hand = partial(hiprune, keep=keep, alpha=alpha, object_layer=1)
+        check_against_hand(model, parts, plan, by_hand)
 
 
 @pytest.mark.parametrize("build", zoo.BUILDS)

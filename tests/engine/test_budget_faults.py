@@ -1,4 +1,4 @@
-"""Rows B1–B10 of the list of bad budgets and settings, through `compress`."""
+"""Rows B1–B10 of the list of bad budgets and settings, through `compress`; B5 (KV budgets) has no tenant yet."""
 
 from __future__ import annotations
 

@@ -8,10 +8,10 @@ from typing import ClassVar
 import pytest
 import torch
 import zoo
-from byhand import Entry, Reference, Seen, cut, top
+from byhand import Entry, Reference, Seen, cut
 from byhand_methods import Hand
-from cases import check_against_hand, same
-from probes import Halve, Pick, forward, generate, score, step_logits
+from cases import check_against_hand, picking, same
+from probes import Halve, Pick, forward, generate, step_logits
 
 import winnow
 from winnow.core.info import ModelInfo
@@ -24,10 +24,6 @@ from winnow.core.view import View
 
 ROWS = {"ragged": zoo.RAGGED, "single": zoo.SINGLE, "mixed": zoo.MIXED}
 TOWERS = ("llava_clip", "llava_siglip", "llava_next")
-
-
-def picking(entry: Entry, keep: int):
-    return cut(entry, lambda number, rows, seen: rows[top(score(seen[-1].hidden[0, rows]), keep)])
 
 
 @pytest.mark.parametrize("method", [Pick, Halve])

@@ -9,10 +9,10 @@ import byhand_methods as hand
 import pytest
 import torch
 import zoo
-from byhand import Reference, cut, top
+from byhand import Reference
 from byhand_methods import Hand
-from cases import SUBSETS, check_against_hand, identities, pairs, same
-from probes import Halve, Pick, forward, generate, new_tokens, score, step_logits
+from cases import SUBSETS, check_against_hand, identities, pairs, picking, same
+from probes import Halve, Pick, forward, generate, new_tokens, step_logits
 
 import winnow
 from winnow.core.plan import Plan
@@ -117,10 +117,7 @@ def test_compact_at_depth_leaves_earlier_layers_alone(build):
     """Layers before the cut hold all positions and decode at the full length; only later ones are offset."""
     parts = zoo.samples(build, zoo.SINGLE)
 
-    def by_hand(reference, sample, entry):
-        choose = lambda number, rows, seen: rows[top(score(seen[-1].hidden[0, rows]), 4)]  # noqa: E731
-        return Hand(entry, {3: cut(entry, choose)})
-
+    by_hand = lambda r, s, e: Hand(e, {3: picking(e, 4)})  # noqa: E731
     plan = compact(Pick(keep=4, at="layers[3]"))
     check_against_hand(zoo.model(build), parts, plan, by_hand, compact=True)
 

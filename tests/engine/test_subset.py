@@ -6,7 +6,7 @@ import pytest
 import torch
 import zoo
 from byhand import Reference
-from cases import SUBSETS, check_against_hand, effect, pairs
+from cases import SUBSETS, check_against_hand, effect, pairs, proofs
 from probes import forward
 
 import winnow
@@ -14,7 +14,7 @@ import winnow
 LIMIT = {"visionzip": 1e-6}  # the weights of a merge are fp32 in every dtype
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs())
+@pytest.mark.parametrize(("slug", "build"), proofs())
 def test_a_ragged_batch_equals_by_hand(slug, build):
     """Three rows, three sizes of pictures and text, left-padded: logits of six steps, kept tokens, layer lengths."""
     plan, by_hand = SUBSETS[slug]

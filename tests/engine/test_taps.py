@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 from byhand import Reference
-from cases import same
+from cases import picking, same
 from probes import Look, Pick, forward, generate
 
 import winnow
@@ -133,8 +133,6 @@ def test_attention_behind_a_cut_is_that_of_the_rows_that_are_left(build):
     reference = Reference(zoo.model(build))
     tapped, probed = LMAttention(1), LMAttention(2)
     before = (Pick(keep=8, at="layers[1]"),)
-    from test_points import picking
-
     for views, part in zip(shown(build, (tapped, probed), "layers[2]", before), zoo.samples(build, ROWS), strict=True):
         entry = reference.entry(part)
         if not entry.items:
@@ -146,6 +144,26 @@ def test_attention_behind_a_cut_is_that_of_the_rows_that_are_left(build):
                 rows = torch.isin(trace.layers[2].held, content)
                 assert views[signal][picture].shape == (8,)
                 assert (views[signal][picture] - weights[-1, rows]).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("at", [2, 3])
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_what_was_heard_before_a_cut_follows_the_tokens_through_it(build, at):
+    """Layer 1 read everything; then most tokens went; a step at the same point, or behind, sees what is left of it."""
+    reference = Reference(zoo.model(build))
+    signal = LMAttention(1)
+    before = (Pick(keep=8, at="layers[2]"),)
+    views = shown(build, (signal,), f"layers[{at}]", before)
+    for found, part in zip(views, zoo.samples(build, ROWS), strict=True):
+        entry = reference.entry(part)
+        if not entry.items:
+            continue
+        trace = reference.run(entry, (), {2: picking(entry, 8)})
+        weights = reference.lm_attention(1, trace.layers[1], entry).mean(0)[-1]
+        for picture, content in enumerate(entry.content):
+            left = content[torch.isin(content, trace.layers[2].held)]
+            assert len(left) == 8
+            assert (found[signal][picture] - weights[left]).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("build", zoo.BUILDS)

@@ -22,13 +22,16 @@ class Budget:
     Args:
         value: an `int` is tokens; a `float` in (0, 1) is a share of the item's content tokens at entry; a string is
             a count ("64") or a percentage ("25%", "100%"). `1.0` is refused because it reads as both.
-        allow_empty: permits 0, which removes the item.
+        allow_empty: permits 0, which removes the item; as a string, a question mark behind the value ("1%?").
     """
 
     value: int | float | str = 0.25
     allow_empty: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.value, str) and self.value.strip().endswith("?"):
+            object.__setattr__(self, "value", self.value.strip()[:-1])
+            object.__setattr__(self, "allow_empty", True)
         kind, number = self._parsed()
         if isinstance(self.value, str):  # "64" is 64, ".5" is 0.5: equal budgets are equal however they are written
             text = self.value.strip()
@@ -78,7 +81,7 @@ class Budget:
         return min(n, max(least, count))
 
     def __str__(self) -> str:
-        return str(self.value)
+        return f"{self.value}?" if self.allow_empty else str(self.value)
 
 
 def split_evenly(total: int, sizes: Sequence[int]) -> tuple[int, ...]:

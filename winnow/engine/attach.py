@@ -57,7 +57,7 @@ class Engine:
         self.spans: ContextVar[Any] = ContextVar("winnow_spans", default=None)
         self.running: dict[int, threading.Thread] = {}
         self._lock = threading.RLock()
-        self._compiled: dict[str, Compiled] = {}
+        self._compiled: dict[tuple[Any, ...], Compiled] = {}
         self._removers: list[Callable[[], None]] = []
         self._tapped: set[tuple[str, int]] = set()
         self._check_model()
@@ -79,9 +79,11 @@ class Engine:
     def compiled(self, plan: Plan) -> Compiled:
         """The plan, checked for this model, with its taps in place."""
         with self._lock:
-            if plan.key not in self._compiled:
-                self._compiled[plan.key] = Compiled.of(plan, self.info)
-            made = self._compiled[plan.key]
+            # Two classes may share a slug and settings (a variant that is tried): the key alone does not tell.
+            key = (plan.key, *map(type, plan.methods))
+            if key not in self._compiled:
+                self._compiled[key] = Compiled.of(plan, self.info)
+            made = self._compiled[key]
             if self.attached:
                 self._tap(made)
             return made
@@ -115,14 +117,16 @@ class Engine:
         self._remove()
 
     def _inside(self, ident: int) -> bool:
-        """Whether another thread is in the model's forward at this moment.
+        """Whether another thread is in the model's forward, or in its encoder, at this moment.
 
         `running` alone cannot tell: no hook runs after a KeyboardInterrupt, so a thread may have left without notice.
         """
         frame = None if ident == threading.get_ident() else sys._current_frames().get(ident)
         while frame is not None:
-            if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is self.base:
-                return True
+            if frame.f_code.co_name in ("forward", "__call__"):
+                caller = frame.f_locals.get("self")
+                if caller is self.base or (isinstance(caller, EncoderDoor) and caller.engine is self):
+                    return True
             frame = frame.f_back
         return False
 
@@ -176,7 +180,7 @@ class Engine:
 
     def _hear_lm(self, layer: int, module: nn.Module, q: Tensor, k: Tensor) -> None:
         chunk = chunk_now.get()
-        if chunk is not None and chunk.engine is self:
+        if chunk is not None and chunk.engine is self and self.forward.inside():
             chunk.hear(layer, module, q, k)
 
     def _tower_leave(self, module: nn.Module, args: Any, output: Any) -> None:

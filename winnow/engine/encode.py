@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import types
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -72,12 +73,17 @@ class EncoderDoor:
             self.engine.clock.restart()
         inputs = inspect.signature(self.plain).bind_partial(*args, **kwargs).arguments
         encoding = Encoding(self.modality, {**inputs, **inputs.get("kwargs", {})}, compiled)
+        running, me = self.engine.running, threading.get_ident()
+        outside = me not in running  # `generate` encodes before its first forward
+        running[me] = threading.current_thread()
         token = encoding_now.set(encoding)
         try:
             with self.engine.clock.phase("encoder"):
                 output = self.plain(*args, **kwargs)
         finally:
             encoding_now.reset(token)
+            if outside:
+                running.pop(me, None)
         pooled = getattr(output, "pooler_output", None)
         if pooled is None:
             return output

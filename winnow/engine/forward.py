@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ class Forward:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._code = inspect.unwrap(type(engine.base).forward).__code__
         self._called: ContextVar[dict[str, Any] | None] = ContextVar("winnow_called", default=None)
 
     def base_enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -79,9 +81,9 @@ class Forward:
         called = self._called.get()
         chunk_now.set(None)
         embeds = kwargs.get("inputs_embeds")
-        if called is None or embeds is None:
-            return
         self._called.set(None)
+        if called is None or embeds is None or not self.inside():
+            return
         cache = kwargs.get("past_key_values")
         compiled = self.engine.active()
         if not called["encodings"]:
@@ -141,7 +143,7 @@ class Forward:
                 raise WinnowError("these encoder outputs were made under another plan; encode again under this one.")
             name = next(token for _, m, token in self.engine.family.encoders if m == modality)
             own, last = find_items(ids, getattr(self.engine.model.config, name), encoding, device)
-            items += own
+            items = sorted([*items, *own], key=lambda item: (item.row, item.start))
             ends = [max(a, b) for a, b in zip(ends, last, strict=True)]
         spans = self.engine.spans.get()
         if spans is not None and len(spans) not in (1, len(ends)) and len(ends) % len(spans):
@@ -161,16 +163,29 @@ class Forward:
     def layer_enter(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a layer. Hidden states stay positional: hooks that record them read the first argument."""
         chunk = chunk_now.get()
-        if chunk is None or chunk.engine is not self.engine:
+        if chunk is None or chunk.engine is not self.engine or not self.inside():
             return None
         hidden = args[0] if args else kwargs.pop("hidden_states")
         hidden = chunk.layer(index, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
 
+    def inside(self) -> bool:
+        """Whether the base model's forward is on the stack.
+
+        No hook runs when a forward ends with a KeyboardInterrupt. What it left in the context must not touch a part of
+        the model that is called by itself afterwards.
+        """
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is self._code:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+        return False
+
     def lm_leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Give outputs their logical length back."""
         chunk = chunk_now.get()
-        if chunk is None or chunk.engine is not self.engine:
+        if chunk is None or chunk.engine is not self.engine or not self.inside():
             return None
         if isinstance(output, tuple):
             return (chunk.finish(output[0]), *output[1:])

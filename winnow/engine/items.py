@@ -23,12 +23,14 @@ class Item:
         slots: `[n]` physical slots of its content tokens in its row.
         ids: `[n]` their content ids (a merged token: its anchor).
         separators: `[s]` physical slots of its separators.
+        start: where its first placeholder stands in its row.
         number: its place in the encoding.
         entered: content tokens with which it entered `layers[0]`, once it has.
         states: what each method of the plan remembers of it.
     """
 
     row: int
+    start: int
     number: int
     encoding: Encoding
     slots: Int[Tensor, " n"]
@@ -91,6 +93,7 @@ def _item(row: int, number: int, encoding: Encoding, where: Tensor, device: torc
     entry = layout.n_content
     return Item(
         row,
+        int(where[0]),
         number,
         encoding,
         slots=where[content].to(device),
