@@ -86,10 +86,9 @@ class Forward:
             return
         cache = kwargs.get("past_key_values")
         compiled = self.engine.active()
-        if not called["encodings"]:
+        if not called["encodings"] and state_of(cache) is None:
             self._check_no_placeholders(called.get("input_ids"))
-            if state_of(cache) is None:
-                return
+            return
         if compiled.plan.methods:
             check_training(self.engine.model)
             if cache is not None:
