@@ -38,6 +38,9 @@ def elsewhere(docs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(docs, "PAGES", tmp_path / "methods")
     monkeypatch.setattr(docs, "MEASURED", tmp_path / "measured.json")
     monkeypatch.setattr(docs, "PICTURES", tmp_path / "images" / "methods")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- measured:begin -->\nold\n<!-- measured:end -->\nafter\n", encoding="utf-8")
+    monkeypatch.setattr(docs, "README", readme)
     return tmp_path
 
 
@@ -50,6 +53,9 @@ def test_check_finds_what_is_changed_missing_or_left_over(
 ) -> None:
     assert docs.main(["write"]) == 0
     assert docs.main(["check"]) == 0
+    lines = (elsewhere / "README.md").read_text(encoding="utf-8").splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after")
+    assert "old" not in lines
     (elsewhere / "methods" / "fastv.md").write_text("other")
     (elsewhere / "methods" / "divprune.md").unlink()
     (elsewhere / "methods" / "gone.md").write_text("a method that is no more")
