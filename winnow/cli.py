@@ -248,11 +248,29 @@ def train_reference(
     processes: Annotated[int, typer.Option(min=1, help="On a CPU: one for each core to use.")] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     scale: Annotated[float, typer.Option(help="Share of the full schedule.")] = 1.0,
+    dropout: Annotated[bool, typer.Option(help="Without: the language model is always shown all tokens.")] = True,
+    cls_objective: Annotated[bool, typer.Option(help="Without: the tower learns nothing from [CLS].")] = True,
+    tower: Annotated[Path | None, typer.Option(help="A run whose pretrained tower to begin with.")] = None,
+    until: Annotated[str, typer.Option(help="The last stage to run now.", show_default="all")] = "",
 ) -> None:
     """Train the reference model from nothing but its seed."""
     from winnow.learn.recipes.reference import train as fit
 
-    typer.echo(fit(preset, out, resume=resume, device=device, processes=processes, seed=seed, scale=scale))
+    typer.echo(
+        fit(
+            preset,
+            out,
+            resume=resume,
+            device=device,
+            processes=processes,
+            seed=seed,
+            scale=scale,
+            dropout=dropout,
+            cls_objective=cls_objective,
+            tower=tower,
+            until=until,
+        )
+    )
 
 
 def _print_json(value: Any) -> None:

@@ -11,11 +11,14 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from winnow import reference, world
 from winnow.core.errors import WinnowError
 from winnow.learn import evaluate, tower
-from winnow.learn.language import Mix
+from winnow.learn.language import Keep, Mix
 from winnow.learn.progress import Log, draw_curves, read
 from winnow.learn.recipes import curriculum
 from winnow.learn.recipes import reference as recipe
+from winnow.learn.run import MAX_SEED, Options, Run, read_checkpoint
 from winnow.media import open_image
+from winnow.reference.build import make_model
+from winnow.reference.presets import preset
 
 # One to three coloured shapes and nothing else: what a model of 0.2 million parameters can learn within a minute.
 SHAPES_ONLY = world.Spec(
@@ -70,6 +73,9 @@ def test_a_run_leaves_a_model_that_answers(micro_run):
     assert open_image(micro_run.parent / "curves.png").size == (960, 480)
 
 
+QUICK = {"tower_batch": 2, "every": 1, "save": 2, "quiet": True}
+
+
 class Cut(Exception):
     """Stands for a power cut."""
 
@@ -85,8 +91,7 @@ def short_stages(monkeypatch) -> None:
 @pytest.mark.parametrize("cut_after", [3, 9, 20])
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not(tmp_path, monkeypatch, cut_after):
     short_stages(monkeypatch)
-    options = {"tower_batch": 2, "every": 1, "save": 2, "quiet": True}
-    recipe.train("micro", tmp_path / "whole", **options)
+    recipe.train("micro", tmp_path / "whole", **QUICK)
     written = 0
     write = Log.write
 
@@ -99,8 +104,8 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(Log, "write", cut)
     with pytest.raises(Cut):
-        recipe.train("micro", tmp_path / "cut", **options)
-    recipe.train("micro", tmp_path / "cut", resume=True, **options)
+        recipe.train("micro", tmp_path / "cut", **QUICK)
+    recipe.train("micro", tmp_path / "cut", resume=True, **QUICK)
     whole, parts = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
     assert parts["stage"] == whole["stage"] == 3
     assert parts["images"] == whole["images"]
@@ -116,9 +121,118 @@ def test_a_run_is_not_started_over_another(tmp_path, monkeypatch):
     with pytest.raises(WinnowError, match="small"):
         recipe.train("large", tmp_path / "other")
     with pytest.raises(WinnowError, match="seed"):
-        recipe.train("micro", tmp_path / "other", seed=recipe.MAX_SEED)
+        recipe.train("micro", tmp_path / "other", seed=MAX_SEED)
     with pytest.raises(WinnowError, match="processes=1"):
         recipe.train("micro", tmp_path / "other", device="cuda", processes=2)
+
+
+def test_a_run_in_pieces_is_the_same_run(tmp_path, monkeypatch):
+    short_stages(monkeypatch)
+    recipe.train("micro", tmp_path / "whole", **QUICK)
+    for until in ("tower", "tower", "align", ""):  # naming a stage that is done runs nothing
+        recipe.train("micro", tmp_path / "parts", resume=True, until=until, **QUICK)
+        assert read_checkpoint(tmp_path / "parts" / "checkpoint.pt")["stage"] == {"tower": 1, "align": 2, "": 3}[until]
+    whole, parts = (read_checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_a_run_may_begin_with_the_tower_of_another(tmp_path, monkeypatch):
+    """Then it equals a run that pretrained the same tower itself."""
+    short_stages(monkeypatch)
+    recipe.train("micro", tmp_path / "own", **QUICK)
+    recipe.train("micro", tmp_path / "given", tower=tmp_path / "own", **QUICK)
+    own, given = (read_checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in ("own", "given"))
+    assert all(torch.equal(value, given[name]) for name, value in own.items())
+    assert {row["stage"] for row in read(tmp_path / "given" / "log.jsonl")} == {"align", "finish"}
+
+
+def test_without_dropout_every_step_keeps_all_tokens(tmp_path, monkeypatch):
+    short_stages(monkeypatch)
+    kept = []
+    draw = Keep.draw
+
+    def spy(self, rng, targets):
+        index, offsets, end = draw(self, rng, targets)
+        kept.append((index.shape[1] / targets.shape[-1], end))
+        return index, offsets, end
+
+    monkeypatch.setattr(Keep, "draw", spy)
+    recipe.train("micro", tmp_path / "with", **QUICK)
+    assert min(share for share, _ in kept) < 0.8
+    kept.clear()
+    recipe.train("micro", tmp_path / "without", dropout=False, **QUICK)
+    assert set(kept) == {(1.0, 64)}
+
+
+def test_without_its_objective_nothing_is_learned_from_cls(tmp_path, monkeypatch):
+    """The layer behind the patch features and the read-out of [CLS] stay as they began; the rest learns."""
+    short_stages(monkeypatch)
+    begun = make_model(preset("micro"), 0).state_dict()
+    for name, objective in (("with", True), ("without", False)):
+        recipe.train("micro", tmp_path / name, cls_objective=objective, until="tower", **QUICK)
+        ended = read_checkpoint(tmp_path / name / "checkpoint.pt")["model"]
+        changed = {key for key in ended if not torch.equal(ended[key], begun[key])}
+        assert any("encoder.layers.1." in key for key in changed)
+        assert any("encoder.layers.2." in key for key in changed) == objective  # of three layers the last
+
+
+def test_a_run_does_not_go_on_as_another(tmp_path, monkeypatch):
+    short_stages(monkeypatch)
+    recipe.train("micro", tmp_path / "run", until="tower", **QUICK)
+    for change, said in (
+        ({"seed": 1}, "seed 0"),
+        ({"dropout": False}, "dropout True"),
+        ({"cls_objective": False}, "cls_objective"),
+        ({"until": "towers"}, "tower, align, finish"),
+    ):
+        with pytest.raises(WinnowError, match=said):
+            recipe.train("micro", tmp_path / "run", resume=True, **QUICK | change)
+    with pytest.raises(WinnowError, match="another preset"):
+        recipe.train("small", tmp_path / "run", resume=True, **QUICK)
+    with pytest.raises(WinnowError, match="another preset"):
+        recipe.train("small", tmp_path / "other", tower=tmp_path / "run", **QUICK)
+    with pytest.raises(WinnowError, match="holds no run"):
+        recipe.train("micro", tmp_path / "other", tower=tmp_path / "nothing", **QUICK)
+    whole = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    for broken in (b"", whole[: len(whole) // 2], b"not a checkpoint at all"):
+        (tmp_path / "run" / "checkpoint.pt").write_bytes(broken)
+        with pytest.raises(WinnowError, match="not a whole checkpoint"):
+            recipe.train("micro", tmp_path / "run", resume=True, **QUICK)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_tower_is_not_taken_before_it_is_trained(tmp_path, monkeypatch):
+    short_stages(monkeypatch)
+    monkeypatch.setattr(Log, "write", raise_cut)
+    with pytest.raises(Cut):
+        recipe.train("micro", tmp_path / "run", **QUICK | {"every": 3})
+    with pytest.raises(WinnowError, match="still in its tower"):
+        recipe.train("micro", tmp_path / "other", tower=tmp_path / "run", **QUICK)
+
+
+def raise_cut(*_, **__):
+    raise Cut
+
+
+def test_processes_share_a_batch_of_the_same_scenes(tmp_path, monkeypatch):
+    alone = Run(preset("micro"), Options(tmp_path, seed=3))
+    alone.stage = 2
+    drawn = [range(alone.seeds(step, 12), alone.seeds(step, 12) + alone.share(12)) for step in range(3)]
+    shared = []
+    monkeypatch.setattr("winnow.learn.run.world", lambda: 3)
+    for step in range(3):
+        for number in range(3):
+            monkeypatch.setattr("winnow.learn.run.rank", lambda number=number: number)
+            shared.append(range(alone.seeds(step, 12), alone.seeds(step, 12) + alone.share(12)))
+    assert [seed for part in shared for seed in part] == [seed for part in drawn for seed in part]
+
+
+def test_a_mistake_is_told_before_processes_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "launch", lambda *_: pytest.fail("processes were started"))
+    with pytest.raises(WinnowError, match="divisor"):
+        recipe.train("micro", tmp_path / "run", processes=3)
+    with pytest.raises(WinnowError, match="holds no run"):
+        recipe.train("micro", tmp_path / "run", processes=2, tower=tmp_path)
 
 
 def test_two_processes_agree_with_each_other(tmp_path):

@@ -61,7 +61,7 @@ def test_the_card_has_its_fields(shipped_card):
 
 
 def test_a_card_can_be_made_of_any_model(tmp_path, micro):
-    from winnow.learn.recipes.reference import export
+    from winnow.learn.run import export
     from winnow.reference.presets import preset
 
     export(micro, preset("micro"), tmp_path)

@@ -53,6 +53,9 @@ class Keep:
         return index, index, visual
 
 
+ALL_TOKENS = Keep(full=1.0, shown=0.0, counts=())
+
+
 @dataclass(frozen=True)
 class Mix:
     """Scenes and questions of a stage: specs with weights, and how often each type is asked per scene."""

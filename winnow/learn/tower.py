@@ -82,9 +82,14 @@ def shown_first(targets: Tensor, count: int, mix: float) -> Tensor:
 
 
 def loss(
-    tower: CLIPVisionModel, heads: Heads, batch: Batch, keep: int | None, parts: dict[str, Tensor] | None = None
+    tower: CLIPVisionModel,
+    heads: Heads,
+    batch: Batch,
+    keep: int | None,
+    parts: dict[str, Tensor] | None = None,
+    cls_objective: bool = True,
 ) -> Tensor:
-    """Dense naming on the last layer but one, bag of words on the final [CLS].
+    """Dense naming on the last layer but one and, with `cls_objective`, a bag of words on the final [CLS].
 
     With `keep` only so many patches enter the encoder, those that show something first: cheaper steps.
     `parts` receives the accuracies of this batch.
@@ -98,11 +103,9 @@ def loss(
         hidden = torch.cat([hidden[:, :1], kept], 1)
         targets = targets.gather(2, index[:, None].expand(-1, targets.shape[1], -1))
     hidden = tower.pre_layrnorm(hidden)
-    dense = hidden
-    for layer in tower.encoder.layers:
-        dense = hidden
+    for layer in tower.encoder.layers[:-1]:
         hidden = layer(hidden, None)
-    logits = [x.float().flatten(0, 1) for x in heads(dense[:, 1:])]
+    logits = [x.float().flatten(0, 1) for x in heads(hidden[:, 1:])]
     kind, color, tens, ones, rank, center = targets.unbind(1)
     weight = torch.ones(len(CLASSES), device=targets.device)
     weight[0] = 0.3
@@ -117,8 +120,11 @@ def loss(
     out = out + 0.4 * (where_any(2, tens) + where_any(3, ones)) + 0.3 * where_any(4, rank)
     out = out + 0.7 * F.cross_entropy(logits[5], center.flatten(), weight=logits[5].new_tensor([1.0, 3.0]))
     place = F.cross_entropy(logits[6], (index // grid).flatten()) + F.cross_entropy(logits[7], (index % grid).flatten())
-    named = heads.bag(tower.post_layernorm(hidden[:, 0])).float().log_softmax(-1)
-    out = out + 0.3 * place - 0.5 * (named * batch.bags).sum(-1).mean()
+    out = out + 0.3 * place
+    if cls_objective:
+        last = tower.encoder.layers[-1](hidden, None)
+        named = heads.bag(tower.post_layernorm(last[:, 0])).float().log_softmax(-1)
+        out = out - 0.5 * (named * batch.bags).sum(-1).mean()
     if parts is not None:
         word = (kind >= CLASSES.index("ACE")) & (kind < CLASSES.index("number"))
         for name, row, target, among in (

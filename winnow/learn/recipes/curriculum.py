@@ -36,7 +36,7 @@ class LanguageStage:
     keep: Keep | None
     gate: Mapping[str, float] = field(default_factory=dict)
     least: int = 60
-    batch: int = 16  # scenes per process
+    batch: int = 32  # scenes, shared among the processes
     decay: bool = False
 
 
@@ -77,7 +77,7 @@ def language_stages(scale: float) -> list[LanguageStage]:
         return max(8, round(count * scale))
 
     return [
-        LanguageStage("align", steps(200), Mix(((1, FEW),)), None, batch=32),
+        LanguageStage("align", steps(200), Mix(((1, FEW),)), None, batch=64),
         LanguageStage(
             "simple",
             steps(350),
@@ -85,7 +85,7 @@ def language_stages(scale: float) -> list[LanguageStage]:
             CHEAP,
             {"place": 0.85, "color": 0.85},
             least=steps(150),
-            batch=32,
+            batch=64,
         ),
         LanguageStage(
             "relation",
@@ -94,7 +94,7 @@ def language_stages(scale: float) -> list[LanguageStage]:
             CHEAP,
             {"relation": 0.88},
             least=steps(75),
-            batch=32,
+            batch=64,
         ),
         LanguageStage(
             "pairs",
@@ -103,7 +103,7 @@ def language_stages(scale: float) -> list[LanguageStage]:
             CHEAP,
             {"reading": 0.82},
             least=steps(75),
-            batch=32,
+            batch=64,
         ),
         LanguageStage(
             "referring",
@@ -112,7 +112,7 @@ def language_stages(scale: float) -> list[LanguageStage]:
             CHEAP,
             {"referring": 0.82},
             least=steps(75),
-            batch=32,
+            batch=64,
         ),
         LanguageStage(
             "few",
@@ -121,7 +121,7 @@ def language_stages(scale: float) -> list[LanguageStage]:
             CHEAP,
             {"reading": 0.8, "referring": 0.8, "relation": 0.88},
             least=steps(100),
-            batch=24,
+            batch=48,
         ),
         LanguageStage(
             "all",

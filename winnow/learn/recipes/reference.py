@@ -6,49 +6,24 @@ scenes. A run is a chain of stages; it is checkpointed inside stages and resumes
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
 
 from winnow.core.errors import WinnowError
-from winnow.learn import attention, language, tower
+from winnow.learn import language, tower
+from winnow.learn.language import ALL_TOKENS
 from winnow.learn.optim import Optimizer, ramp
-from winnow.learn.progress import Log, draw_curves
 from winnow.learn.recipes.curriculum import LanguageStage, TowerStage, language_stages, tower_stages
-from winnow.learn.targets import EXTENTS, Alignment
+from winnow.learn.run import MAX_SEED, MAX_STAGES, Averages, Options, Run
+from winnow.learn.targets import Alignment
 from winnow.learn.workers import average_gradients, launch, rank, total, world
-from winnow.reference.build import make_model, make_processor
 from winnow.reference.presets import Preset, preset
 from winnow.world.names import TYPES
-from winnow.world.scenes import SEEDS_PER_SPLIT
-
-STAGE_SEEDS = 1 << 32  # scene seeds per stage, so that no stage sees a scene of another
-MAX_STAGES = 64
-MAX_SEED = SEEDS_PER_SPLIT // (STAGE_SEEDS * MAX_STAGES)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a run needs besides its preset. `scale` multiplies all numbers of steps; batches are per process."""
-
-    out: Path
-    seed: int = 0
-    scale: float = 1.0
-    device: str = "cpu"
-    tower_batch: int = 32
-    text: int = 140  # tokens of questions and answers behind each picture
-    every: int = 25  # steps between log lines
-    save: int = 200  # steps between checkpoints
-    tower_rates: tuple[float, float] = (3e-3, 1.5e-3)  # Muon, AdamW
-    language_rates: tuple[float, float] = (3e-3, 1.5e-3)
-    quiet: bool = False
 
 
 def train(
@@ -60,129 +35,77 @@ def train(
     processes: int = 1,
     seed: int = 0,
     scale: float = 1.0,
+    dropout: bool = True,
+    cls_objective: bool = True,
+    tower: str | Path | None = None,
+    until: str = "",
     **more: Any,
 ) -> Path:
     """Train the preset into `out` and return the folder of the finished model.
 
     `out` holds checkpoint.pt, log.jsonl, curves.png and model/ (a folder for `from_pretrained`, renewed at each
-    checkpoint). `processes` share a CPU's cores, one thread each. `resume` continues the run that `out` holds.
+    checkpoint). `processes` share a CPU's cores, one thread each, and each batch. `resume` continues the run that `out`
+    holds; `until` names the last stage to run now.
+
+    Two switches are for controls: without `dropout` the language model is always shown all visual tokens, without
+    `cls_objective` the tower learns to name its patches and nothing from [CLS]. `tower` is the folder of a run whose
+    pretrained tower to begin with.
     """
     folder = Path(out)
+    sizes, stages = preset(name), _stages(scale)
+    names = [stage.name for stage in stages]
     if device != "cpu" and processes != 1:
         raise WinnowError(f"{processes} processes on {device!r}; several processes are for CPUs, use processes=1")
     if (folder / "checkpoint.pt").exists() and not resume:
         raise WinnowError(f"{folder} already holds a run; continue it with resume, or choose another folder")
     if not 0 <= seed < MAX_SEED:
         raise WinnowError(f"seed {seed} is outside 0 … {MAX_SEED - 1}")
+    if until and until not in names:
+        raise WinnowError(f"unknown stage {until!r}; the stages are {', '.join(names)}")
+    options = Options(
+        folder,
+        seed=seed,
+        scale=scale,
+        dropout=dropout,
+        cls_objective=cls_objective,
+        tower=None if tower is None else Path(tower),
+        until=until,
+        device=device,
+        **more,
+    )
+    for batch in (options.tower_batch, *(stage.batch for stage in stages if isinstance(stage, LanguageStage))):
+        if batch % processes:
+            raise WinnowError(f"batches of {batch} scenes cannot be shared by {processes} processes; use a divisor")
+    _start(sizes, options)  # here too, so that a mistake is told by the process that the user started
     folder.mkdir(parents=True, exist_ok=True)
-    options = Options(folder, seed=seed, scale=scale, device=device, **more)
-    launch(_run, processes, preset(name), options)
+    launch(_run, processes, sizes, options)
     return folder / "model"
 
 
-class Run:
-    """A model with its place in the chain of stages."""
-
-    def __init__(self, sizes: Preset, options: Options) -> None:
-        self.sizes, self.options = sizes, options
-        self.device = torch.device(options.device)
-        self.model: LlavaForConditionalGeneration = make_model(sizes, options.seed)
-        self.model.to(self.device)  # type: ignore[arg-type]
-        if self.device.type == "cpu":
-            attention.use(self.model)
-        self.heads = tower.Heads(sizes.width, sizes.grid).to(self.device)
-        self.places = torch.nn.Linear(sizes.width, 2 * sizes.grid + len(EXTENTS) + 1).to(self.device)
-        self.log = Log(options.out, options.quiet)
-        self.stage, self.at = 0, 0
-        self.images = 0
-        self.optimizer_state: Any = None
-        self.path = options.out / "checkpoint.pt"
-        if self.path.exists():
-            self._load()
-
-    def _load(self) -> None:
-        state = torch.load(self.path, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.heads.load_state_dict(state["heads"])
-        self.places.load_state_dict(state["places"])
-        self.stage, self.at, self.images = state["stage"], state["at"], state["images"]
-        self.optimizer_state = state["optimizer"]
-
-    def save(self, optimizer: Optimizer | None) -> None:
-        """Write the checkpoint whole or not at all, and the model as it is now."""
-        if rank():
-            return
-        state = {
-            "model": self.model.state_dict(),
-            "heads": self.heads.state_dict(),
-            "places": self.places.state_dict(),
-            "stage": self.stage,
-            "at": self.at,
-            "images": self.images,
-            "optimizer": optimizer.state_dict() if optimizer else None,
-        }
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.path)
-        export(self.model, self.sizes, self.options.out / "model")
-        draw_curves(self.log.path, self.options.out / "curves.png")
-
-    def seeds(self, step: int, batch: int) -> int:
-        """The first scene seed of this process's batch."""
-        start = (self.options.seed * MAX_STAGES + self.stage) * STAGE_SEEDS
-        return start + (step * world() + rank()) * batch
-
-    def optimizer(self, modules: list[torch.nn.Module], rates: tuple[float, float]) -> Optimizer:
-        optimizer = Optimizer(modules, *rates)
-        if self.optimizer_state is not None:
-            optimizer.load_state_dict(self.optimizer_state)
-            self.optimizer_state = None
-        return optimizer
-
-    def finish_stage(self) -> None:
-        self.stage, self.at = self.stage + 1, 0
-        self.save(None)
+def _stages(scale: float) -> list[TowerStage | LanguageStage]:
+    return [*tower_stages(scale), *language_stages(scale)]
 
 
-def export(model: LlavaForConditionalGeneration, sizes: Preset, folder: Path) -> None:
-    """Save the model in bfloat16 with its processor, for `from_pretrained`."""
-    copy = make_model(sizes)
-    copy.load_state_dict(model.state_dict())
-    copy.bfloat16().save_pretrained(folder)
-    make_processor(sizes).save_pretrained(folder)
+def _start(sizes: Preset, options: Options) -> Run:
+    """The run of these options where it has to begin or go on."""
+    run = Run(sizes, options)
+    if run.path.exists():
+        run.resume()
+    elif options.tower is not None:
+        run.take_tower(options.tower, first=len(tower_stages(options.scale)))
+    return run
 
 
 def _run(sizes: Preset, options: Options) -> None:
-    run = Run(sizes, options)
-    stages: list[TowerStage | LanguageStage] = [*tower_stages(options.scale), *language_stages(options.scale)]
-    while run.stage < len(stages):
-        stage = stages[run.stage]
+    run = _start(sizes, options)
+    stages = _stages(options.scale)
+    last = options.until or stages[-1].name
+    end = [stage.name for stage in stages].index(last) + 1
+    for stage in stages[run.stage : end]:
         if isinstance(stage, TowerStage):
             _train_tower(run, stage)
         else:
             _train_language(run, stage)
-
-
-class Averages:
-    """Running averages of pairs (right, asked) and of losses, forgetting by `decay` a step."""
-
-    def __init__(self, decay: float = 0.97) -> None:
-        self.decay = decay
-        self.pairs: dict[str, Tensor] = {}
-        self.losses: dict[str, float] = {}
-
-    def add(self, name: str, pair: Tensor) -> None:
-        self.pairs[name] = self.pairs.get(name, torch.zeros(2)) * self.decay + pair
-
-    def add_loss(self, name: str, value: float) -> None:
-        self.losses[name] = self.losses.get(name, value) * self.decay + value * (1 - self.decay)
-
-    def accuracy(self, name: str) -> float:
-        right, asked = self.pairs.get(name, torch.zeros(2)).tolist()
-        return right / asked if asked else 0.0
-
-    def values(self) -> dict[str, float]:
-        return self.losses | {name: self.accuracy(name) for name, pair in self.pairs.items() if pair[1] > 0}
 
 
 def _loop(
@@ -202,7 +125,7 @@ def _loop(
         average_gradients(optimizer.parameters)
         optimizer.step(ramp(step, stage.steps, stage.decay))
         run.at = step + 1
-        run.images += batch * world()
+        run.images += batch
         averages.add_loss("loss", loss.item())
         if run.at % run.options.every == 0:
             run.log.write(stage.name, run.at, averages.values(), images=run.images)
@@ -219,13 +142,14 @@ def _train_tower(run: Run, stage: TowerStage) -> None:
     vision.train()
     optimizer = run.optimizer([vision, run.heads], options.tower_rates)
     keep = None if stage.keep is None else round(stage.keep * sizes.visual_tokens)
+    count = run.share(options.tower_batch)
 
     def one_step(step: int, averages: Averages) -> Tensor:
-        batch = tower.make_batch(run.seeds(step, options.tower_batch), options.tower_batch, sizes.image, sizes.grid)
+        batch = tower.make_batch(run.seeds(step, options.tower_batch), count, sizes.image, sizes.grid)
         batch = tower.Batch(*(x.to(run.device) for x in (batch.images, batch.targets, batch.bags)))
         parts: dict[str, Tensor] = {}
         with torch.autocast(run.device.type, torch.bfloat16):
-            loss = tower.loss(vision, run.heads, batch, keep, parts)
+            loss = tower.loss(vision, run.heads, batch, keep, parts, options.cls_objective)
         for name, pair in parts.items():
             averages.add(name, pair)
         return loss
@@ -238,11 +162,13 @@ def _train_language(run: Run, stage: LanguageStage) -> None:
     language.frozen([inner.vision_tower])
     optimizer = run.optimizer([inner.language_model, inner.multi_modal_projector, run.places], options.language_rates)
     alignment = Alignment.make()
+    count = run.share(stage.batch)
+    keep = stage.keep if options.dropout or stage.keep is None else ALL_TOKENS
 
     def one_step(step: int, averages: Averages) -> Tensor:
         first = run.seeds(step, stage.batch)
-        batch = language.make_batch(sizes, stage.mix, first, stage.batch, options.text)
-        loss, parts, right = language.step(run.model, run.places, batch, alignment, stage.keep, random.Random(first))
+        batch = language.make_batch(sizes, stage.mix, first, count, options.text)
+        loss, parts, right = language.step(run.model, run.places, batch, alignment, keep, random.Random(first))
         for name, value in parts.items():
             averages.add_loss(name, value)
         for kind, pair in zip(TYPES, total(right), strict=False):
