@@ -104,14 +104,12 @@ def run(
 ) -> None:
     """Answer a question about a picture, with and without compression, and say what each answer cost."""
     import torch
-    import transformers
 
     from winnow import cli_run
     from winnow.cli_meter import busy
-    from winnow.models.load import load
+    from winnow.models.load import load, quiet
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     wanted = cli_run.plans(method or ["fastervlm"], keep, positions)
     cli_run.overlay_paths(overlay, wanted)
     asked = cli_run.subject(picture, question)
@@ -186,13 +184,10 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Run the engine's own checks on a checkpoint: identity, one token, a subset by hand, detaching."""
-    import transformers
-
     from winnow.engine.doctor import diagnose
-    from winnow.models.load import load
+    from winnow.models.load import load, quiet
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     found = diagnose(*load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code))
     if as_json:
         _print_json([{"name": check.name, "ok": check.ok, "detail": check.detail} for check in found])
@@ -241,7 +236,7 @@ def world_export(
 
 @train.command("reference")
 def train_reference(
-    preset: Annotated[str, typer.Argument(help="small or base.")] = "small",
+    preset: Annotated[str, typer.Option(help="small or base.")] = "small",
     out: Annotated[Path, typer.Option(help="The folder of the run.")] = Path("runs/reference"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -255,7 +250,9 @@ def train_reference(
 ) -> None:
     """Train the reference model from nothing but its seed."""
     from winnow.learn.recipes.reference import train as fit
+    from winnow.models.load import quiet
 
+    quiet()
     typer.echo(
         fit(
             preset,

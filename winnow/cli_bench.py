@@ -73,8 +73,9 @@ def bench(
     """Ask questions with every method at every budget, next to the baselines; results go to a store."""
     from winnow.bench import processes as several
     from winnow.bench.store import Store
+    from winnow.models.load import quiet
 
-    several.quiet_libraries()
+    quiet()
     sweep = several.Sweep(
         str(store), several.listed(methods, "--methods fastervlm,divprune"), several.budgets_of(keep), model,
         None if data is None else str(data), questions, split, start,
@@ -111,7 +112,7 @@ def speed(
     from winnow.bench import speed as timing
     from winnow.bench.store import Store
 
-    several.quiet_libraries()
+    quiet()
     sweep = several.Sweep(
         str(store), several.listed(methods, "--methods fastervlm,divprune"), several.budgets_of(keep), model,
         None if data is None else str(data), 64, device=device, dtype=dtype, trust_remote_code=trust_remote_code,

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,6 +238,48 @@ def test_a_mistake_is_told_before_processes_start(tmp_path, monkeypatch):
         recipe.train("micro", tmp_path / "run", processes=3)
     with pytest.raises(WinnowError, match="holds no run"):
         recipe.train("micro", tmp_path / "run", processes=2, tower=tmp_path)
+
+
+ORPHANS = """
+import sys
+from pathlib import Path
+from winnow.learn.workers import launch
+from tests.learn.test_recipe import wait_for_the_end
+if __name__ == "__main__":
+    launch(wait_for_the_end, 2, sys.argv[1])
+"""
+
+
+def wait_for_the_end(folder: str) -> None:
+    (Path(folder) / f"{os.getpid()}.pid").touch()
+    time.sleep(600)
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    """Also when that one is killed: nothing trains on behind a user's back."""
+    program = tmp_path / "program.py"
+    program.write_text(ORPHANS)
+    root = str(Path(__file__).parents[2])
+    with subprocess.Popen([sys.executable, program, tmp_path], env=os.environ | {"PYTHONPATH": root}) as parent:
+        wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, 120)
+        parent.kill()
+    workers = [int(path.stem) for path in tmp_path.glob("*.pid")]
+    wait_until(lambda: not any(map(alive, workers)), 30)
+
+
+def wait_until(what, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not come in time"
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not collected by its new parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_two_processes_agree_with_each_other(tmp_path):

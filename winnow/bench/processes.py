@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import transformers
 
 from winnow.bench.baselines import BASELINES
 from winnow.bench.environment import code_hash
@@ -19,8 +16,9 @@ from winnow.bench.plans import FULL_JOB
 from winnow.bench.runner import CHECKED, NEW_TOKENS, bench, refuse_mismatches
 from winnow.bench.store import Store
 from winnow.bench.tasks import Task, data_task, world_task
+from winnow.children import end_with_parent
 from winnow.core.errors import WinnowError
-from winnow.models.load import load
+from winnow.models.load import load, quiet
 
 
 @dataclass(frozen=True)
@@ -130,8 +128,8 @@ def run_all(
 
 def _quiet(sweep: Sweep) -> None:
     """A share in a process of its own: what went wrong is told by its exit code. It ends with the first process."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    quiet_libraries()
+    end_with_parent()  # a batch is written whole or not at all
+    quiet()
     try:
         run(sweep)
     except KeyboardInterrupt:
@@ -139,19 +137,6 @@ def _quiet(sweep: Sweep) -> None:
     except WinnowError as error:
         sys.stderr.write(f"winnow: {error}\n")
         sys.exit(2)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)  # as if killed with it; a batch is written whole or not at all
-
-
-def quiet_libraries() -> None:
-    """Nothing but our own text on the terminal."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def budgets_of(text: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from winnow.engine.clock import Clock
 from winnow.engine.compiled import Compiled
 from winnow.engine.current import chunk_now, encoding_now
 from winnow.engine.encode import EncoderDoor, hear_tower, run_features, take_projected
-from winnow.engine.forward import Forward
+from winnow.engine.forward import Forward, callers
 from winnow.models.family import Family, seam
 from winnow.signals.tap import Tap
 
@@ -121,13 +121,11 @@ class Engine:
 
         `running` alone cannot tell: no hook runs after a KeyboardInterrupt, so a thread may have left without notice.
         """
-        frame = None if ident == threading.get_ident() else sys._current_frames().get(ident)
-        while frame is not None:
+        for frame in callers(None if ident == threading.get_ident() else sys._current_frames().get(ident)):
             if frame.f_code.co_name in ("forward", "__call__"):
                 caller = frame.f_locals.get("self")
                 if caller is self.base or (isinstance(caller, EncoderDoor) and caller.engine is self):
                     return True
-            frame = frame.f_back
         return False
 
     def _remove(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
 from winnow.core.packing import Packing
+from winnow.core.reduction import Reduction
 from winnow.core.signal import LMAttention, LMAttentionMass, Signal
 from winnow.core.step import Reduce, State
 from winnow.core.view import View
@@ -28,6 +29,8 @@ from winnow.signals.tap import scaling_of
 
 if TYPE_CHECKING:
     from winnow.engine.attach import Engine
+
+Outcome = tuple[list[Item], Reduce, View, list[Reduction]]  # a group, what it asked for, of what, and of each item
 
 
 class Chunk:
@@ -123,7 +126,7 @@ class Chunk:
             for item in self.items:
                 item.entered = item.count if item.entered is None else item.entered
         probed = self._probed(step, index, hidden, kwargs)
-        outcomes: list[tuple[list[Item], Reduce, View]] = []
+        outcomes: list[Outcome] = []
         streaming = self.compiled.plan.methods[number].streaming
         for group in stepping.groups([item for item in self.items if item.count], number, streaming):
             view = self._view(group, number, step, hidden, probed)
@@ -133,9 +136,10 @@ class Chunk:
             for item, own in zip(group, stepping.split(after, len(group)), strict=True):
                 item.states[number] = own
             if action is not None:
-                outcomes.append((group, action, view))
-                for i, item in enumerate(group):
-                    item.record.reductions.append((str(step.at), slug, action.reduction.lane(i)))
+                lanes = [action.reduction.lane(i) for i in range(len(group))]
+                outcomes.append((group, action, view, lanes))
+                for item, one in zip(group, lanes, strict=True):
+                    item.record.reductions.append((str(step.at), slug, one))
         return self._reduce(hidden, outcomes) if outcomes else hidden
 
     def _probed(self, step: Any, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[Signal, Tensor]:
@@ -180,13 +184,13 @@ class Chunk:
             adds = known is not None and isinstance(value, int | Tensor) and not isinstance(value, bool)
             self.notes[name] = known + value if adds else value
 
-    def _reduce(self, hidden: Tensor, outcomes: list[tuple[list[Item], Reduce, View]]) -> Tensor:
+    def _reduce(self, hidden: Tensor, outcomes: list[Outcome]) -> Tensor:
         """Apply what the groups asked for, then pack the rows anew."""
         kept = self.packing.mask.clone()
         sizes = list(self.packing.sizes)
         source, copied = hidden, False
         moved: list[tuple[Item, Tensor, Tensor]] = []
-        for group, action, view in outcomes:
+        for group, action, view, lanes in outcomes:
             reduction = action.reduction
             rows = None if reduction.is_selection and reduction.ordered else reduction.apply(view.tokens)
             anchors = reduction.anchors
@@ -208,8 +212,7 @@ class Chunk:
                     source[item.row, places] = rows[i, :m].to(source.dtype)
                     self.position_of[item.row, places] = where
                 moved.append((item, places, item.ids[own]))
-                one = reduction.lane(i)
-                item.states = {k: stepping.carried(s, one) for k, s in item.states.items()}
+                item.states = {k: stepping.carried(s, lanes[i]) for k, s in item.states.items()}
         for item, places, ids in moved:
             item.slots, item.ids = places, ids
         return self._repack(source, kept, tuple(sizes))

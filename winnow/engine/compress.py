@@ -7,6 +7,7 @@ from typing import Any
 from winnow.core.errors import WinnowError
 from winnow.core.method import Method
 from winnow.core.plan import Plan
+from winnow.core.registry import method_class
 from winnow.engine.attach import Engine
 from winnow.engine.forward import check_training
 from winnow.engine.handle import Handle
@@ -38,14 +39,12 @@ def compress(
         UnsupportedError: the model, the method on this model, or the version; with what does work.
         WinnowError: the plan cannot be read, or the model is compressed already.
     """
-    family = family_of(unwrap(model))
+    inner = unwrap(model)
+    family = family_of(inner)
     if plan is not None and keep is not None:
         raise WinnowError(f"give a plan or keep=, not both: write keep into the plan, as in '{DEFAULT}:keep={keep}'.")
     if plan is None:
-        from winnow.core.registry import method_class
-
         plan = method_class(DEFAULT).configured(**({} if keep is None else {"keep": keep}))
-    inner = unwrap(model)
     check_training(inner)
     engine = Engine(inner, family, Plan.of(plan, positions=positions), template_suffix(processor))
     engine.attach()

@@ -6,7 +6,9 @@ import functools
 import inspect
 import sys
 import threading
+from collections.abc import Iterator
 from contextvars import ContextVar
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -156,7 +158,7 @@ class Forward:
                 questions.append(span)
             else:
                 stop = sizes[row] if right else length
-                questions.append(question_span(ids[row].tolist(), end, stop, self.engine.suffix))
+                questions.append(question_span(ids[row], end, stop, self.engine.suffix))
         return items, ends, questions
 
     def layer_enter(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -174,12 +176,7 @@ class Forward:
         No hook runs when a forward ends with a KeyboardInterrupt. What it left in the context must not touch a part of
         the model that is called by itself afterwards.
         """
-        frame = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code is self._code:
-                return True
-            frame = frame.f_back  # type: ignore[assignment]
-        return False
+        return any(frame.f_code is self._code for frame in callers(sys._getframe(1)))
 
     def lm_leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Give outputs their logical length back."""
@@ -194,6 +191,13 @@ class Forward:
             packings = [chunk.layer_packings[max(0, i - 1)] for i in range(len(states))]
             output["hidden_states"] = tuple(chunk.logical(h, p) for h, p in zip(states, packings, strict=True))
         return output
+
+
+def callers(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame of the stack, its caller, and so on."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def check_training(model: Any) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from winnow.core.errors import WinnowError
 
 MARK = "winnow"
@@ -37,12 +39,12 @@ def checked_spans(spans: Any) -> tuple[tuple[int, int], ...] | None:
     return pairs
 
 
-def question_span(ids: Sequence[int], after: int, end: int, suffix: Sequence[int]) -> tuple[int, int]:
+def question_span(ids: Sequence[int] | Tensor, after: int, end: int, suffix: Sequence[int]) -> tuple[int, int]:
     """The question of one row: from `after` (behind the last item) to `end`, less the template's suffix.
 
     Where nothing follows the last item (a bare picture), the last token stands for the question.
     """
     n = len(suffix)
-    if n and end - n > after and tuple(ids[end - n : end]) == tuple(suffix):
+    if n and end - n > after and [int(token) for token in ids[end - n : end]] == list(suffix):
         end -= n
     return (after, end) if after < end else (max(0, end - 1), end)

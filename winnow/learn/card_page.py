@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    lines = ["| " + " | ".join(head) + " |"]
-    lines.append("|" + "---|" * lines[0].count(" | ") + "---|")
-    for row in rows:
-        lines.append("| " + " | ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row) + " |")
-    return "\n".join(lines)
+from winnow.learn import card_controls
+from winnow.learn.markdown import percents, table
 
 
 def page(card: dict[str, Any]) -> str:
@@ -20,7 +14,7 @@ def page(card: dict[str, Any]) -> str:
         "\n\n".join(
             part
             for part in (
-                "# The reference model `small`",
+                f"# The reference model `{card['preset']}`",
                 "Written by `python -m winnow.learn.card`; every number is measured by it and lies in `card.json`.",
                 _what(card),
                 _accuracy(card),
@@ -30,6 +24,7 @@ def page(card: dict[str, Any]) -> str:
                 _erasure(card),
                 _held_out(card),
                 _training(card),
+                *card_controls.sections(card),
                 "## Not run\n\n" + "\n".join(f"- {item}" for item in card["not_run"]),
             )
             if part
@@ -68,7 +63,7 @@ def _accuracy(card: dict[str, Any]) -> str:
         f"## Accuracy\n\n{card['questions']} questions about {card['scenes']} scenes of the split `test`, exact match, "
         "greedy. *No image* is the model without visual tokens, *majority* the best constant answer per type, *blind* "
         "the larger of the two, *target* (accuracy − blind) / (1 − blind).\n\n"
-        + _table(
+        + table(
             ("type", "accuracy", "blind", "no image", "majority", "target", "n"),
             [*rows, ("**all**", *whole, card["questions"])],
         )
@@ -82,7 +77,7 @@ def _labels(card: dict[str, Any]) -> str:
         for kind, by_count in groups.items()
         for labels, row in by_count.items()
     ]
-    return "Reading and referring by the number of labels in the picture:\n\n" + _table(
+    return "Reading and referring by the number of labels in the picture:\n\n" + table(
         ("type", "labels", "accuracy", "n"), rows
     )
 
@@ -94,33 +89,32 @@ def _depth(card: dict[str, Any]) -> str:
         "## Depth of use\n\nAccuracy when all visual tokens leave the language model before layer l "
         f"({depth['questions']} questions; the last column is no removal). Where it is already high at small l, "
         "methods that prune inside the language model look free.\n\n"
-        + _table(["l", *(layer for layer, _ in layers)], [["accuracy", *(value for _, value in layers)]])
+        + table(["l", *(layer for layer, _ in layers)], [["accuracy", *(value for _, value in layers)]])
         + f"\n\nLeaving before layer 2 costs {100 * depth['cost_before_layer_2']:.0f} % of what no picture costs."
     )
 
 
 def _dropping(card: dict[str, Any]) -> str:
     drop = card["dropping"]
-    shares = list(drop["random"])
     return (
         f"## Dropping tokens at the connector\n\n{drop['questions']} questions, one per scene; all tokens: "
         f"{drop['full']:.3f}. *Evidence and random* keeps the tokens that the answer depends on and random "
         "others up to the budget: the ceiling of methods that select.\n\n"
-        + _table(
-            ["kept", *(f"{100 * float(share):g} %" for share in shares)],
+        + table(
+            ["kept", *percents(drop["random"])],
             [[name.replace("_", " "), *drop[name].values()] for name in ("random", "evidence_and_random")],
         )
     )
 
 
 def _erasure(card: dict[str, Any]) -> str:
-    table = card["erasure"]
-    rows = [(kind, *row.values()) for kind, row in table.items() if kind != "questions"]
+    found = card["erasure"]
+    rows = [(kind, *row.values()) for kind, row in found.items() if kind != "questions"]
     return (
-        f"## Is the evidence the evidence?\n\n{table['questions']} questions with evidence: accuracy on the picture as "
+        f"## Is the evidence the evidence?\n\n{found['questions']} questions with evidence: accuracy on the picture as "
         "it is, with the evidence boxes painted over by the picture's median colour, and with boxes of the same size "
         "elsewhere painted over. What is erased is absent, so yes-no questions about it can still be guessed.\n\n"
-        + _table(("type", "intact", "evidence erased", "elsewhere erased"), rows)
+        + table(("type", "intact", "evidence erased", "elsewhere erased"), rows)
     )
 
 
@@ -130,7 +124,7 @@ def _held_out(card: dict[str, Any]) -> str:
         f"## Held-out glyphs\n\n{len(held['glyphs'])} glyphs ({', '.join(held['glyphs'])}) were in pictures of all "
         "stages, named in the tower's pretraining and in alignment, and in no question or answer. "
         f"{held['questions']} questions that name one:\n\n"
-        + _table(
+        + table(
             ("type", "accuracy", "blind"),
             [
                 *((kind, row["accuracy"], row["blind"]) for kind, row in held["per_type"].items()),
@@ -146,11 +140,11 @@ def _training(card: dict[str, Any]) -> str:
         return ""
     rows = [(name, s["steps"], s["images"], f"{s['cpu_minutes']:.0f}") for name, s in run["stages"].items()]
     return (
-        f"## Training\n\n`winnow train reference --preset small`, seed {card['seed']}, world version "
+        f"## Training\n\n`winnow train reference --preset {card['preset']} --seed {card['seed']}`, world version "
         f"{card['world_version']}, on {run['machine']}: {run['images']} pictures, each drawn "
         f"for its step and used once, {run['steps']} steps, "
         f"{run['cpu_minutes']:.0f} CPU minutes. Token dropout is {run['token_dropout']}. {run['note']}\n\n"
-        + _table(("stage", "steps", "pictures", "CPU minutes"), rows)
+        + table(("stage", "steps", "pictures", "CPU minutes"), rows)
         + "\n\nRunning accuracies of the stages, on pictures seen for the first time (the log is `training.jsonl` "
         "beside the weights):\n\n![accuracy by stage](images/reference-model-curves.png)"
     )

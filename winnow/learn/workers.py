@@ -15,6 +15,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from winnow.children import end_with_parent
+from winnow.models.load import quiet
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -63,8 +66,10 @@ def launch(function: Callable[..., None], processes: int, *arguments: Any) -> No
 
 
 def _worker(index: int, processes: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     keep_memory()
+    quiet()
     # A stopped machine (a laptop lid, a paused job) must not end the run, hence the long timeout.
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=index, world_size=processes, timeout=timedelta(hours=12)

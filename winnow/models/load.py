@@ -19,6 +19,12 @@ from winnow.models.families import FAMILIES
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
+def quiet() -> None:
+    """Nothing of transformers on the terminal but its errors."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def load(
     model: str | Path | None = None,
     *,
