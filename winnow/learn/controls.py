@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-import winnow
 from winnow.core.errors import WinnowError
+from winnow.engine.compress import compress
 from winnow.learn.evaluate import BATCH, Sample, answers_right, by_type, visual_tokens
 from winnow.learn.measures import SHARES, depth, dropping, scores
 from winnow.learn.progress import read
@@ -63,7 +63,7 @@ def of_run(run: Path, sample: Sample, part: float) -> dict[str, Any]:
 def kept_by_cls(model: LlavaForConditionalGeneration, processor: LlavaProcessor, sample: Sample, count: int) -> Tensor:
     """Indices [n, count] of the tokens that FasterVLM keeps by the [CLS] attention of this model's tower."""
     out = []
-    with winnow.compress(model, f"fastervlm:keep={count}", processor=processor) as handle:
+    with compress(model, f"fastervlm:keep={count}", processor=processor) as handle:
         for at in range(0, len(sample.scenes), BATCH):
             scenes, questions = sample.scenes[at : at + BATCH], sample.questions[at : at + BATCH]
             texts = [prompt(asked[0].text) for asked in questions]
