@@ -26,7 +26,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import winnow
 
-IMAGE, TEXT, LAYERS, SIDE = 500, 32, 16, 24
+IMAGE, TEXT, SIDE = 500, 32, 24
 CONTENT = SIDE * SIDE
 KEEP = 64
 
@@ -50,20 +50,24 @@ class Case:
         )
 
 
-CASES = (
-    Case(f"fastervlm:keep={KEEP}", "score", (KEEP,) * LAYERS),
-    Case(f"vtc-cls:keep={KEEP}", "score", (KEEP,) * LAYERS),
-    Case(f"hiprune:keep={KEEP}", "score", (KEEP,) * LAYERS),
-    Case(f"visionzip:keep={KEEP}", "score", (KEEP,) * LAYERS),
-    Case(f"divprune:keep={KEEP}", "greedy", (KEEP,) * LAYERS),
-    Case(f"todre:keep={KEEP}", "greedy", (KEEP,) * LAYERS),
-    Case("fastv:layer=2,keep=25%", "decoder", (CONTENT,) * 2 + (CONTENT // 4,) * (LAYERS - 2)),
-    Case("pyramiddrop", "decoder", tuple(CONTENT >> cut for cut in range(4) for _ in range(LAYERS // 4))),
-)
+CONNECTOR = {"score": ("fastervlm", "vtc-cls", "hiprune", "visionzip"), "greedy": ("divprune", "todre")}
 
 
-def build() -> LlavaForConditionalGeneration:
-    """A LLaVA-shaped model with random weights: 24 × 24 patches, an LM of 16 × 384, a tower of 12 × 128."""
+def cases(layers: int) -> list[Case]:
+    """The plans with what each of an LM's `layers` should read."""
+    kept = [
+        Case(f"{slug}:keep={KEEP}", group, (KEEP,) * layers) for group, slugs in CONNECTOR.items() for slug in slugs
+    ]
+    quarters = tuple(CONTENT >> cut for cut in range(4) for _ in range(layers // 4))
+    return [
+        *kept,
+        Case("fastv:layer=2,keep=25%", "decoder", (CONTENT,) * 2 + (CONTENT // 4,) * (layers - 2)),
+        Case("pyramiddrop", "decoder", quarters),
+    ]
+
+
+def build(layers: int) -> LlavaForConditionalGeneration:
+    """A LLaVA-shaped model with random weights: 24 × 24 patches, an LM of `layers` × 384, a tower of 12 × 128."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=128,
@@ -74,7 +78,7 @@ def build() -> LlavaForConditionalGeneration:
         patch_size=14,
     )
     text = LlamaConfig(
-        vocab_size=512, hidden_size=384, intermediate_size=1024, num_hidden_layers=LAYERS, num_attention_heads=6,
+        vocab_size=512, hidden_size=384, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=6,
         num_key_value_heads=6, max_position_embeddings=4096, pad_token_id=0,
     )  # fmt: skip
     return LlavaForConditionalGeneration(
@@ -141,7 +145,7 @@ def measure(model: LlavaForConditionalGeneration, case: Case, pixels: torch.Tens
     if tuple(t[0] - TEXT for t in read) != case.layer_tokens:
         raise SystemExit(f"{case.plan} read {read}, expected {case.layer_tokens}")
     t = {name: np.array(values) for name, values in times.items()}
-    full, ideal = t[str(CONTENT)], sum(t[str(n)] for n in case.layer_tokens) / LAYERS
+    full, ideal = t[str(CONTENT)], sum(t[str(n)] for n in case.layer_tokens) / len(case.layer_tokens)
     result: dict[str, object] = {
         "plan": case.plan,
         "group": case.group,
@@ -175,11 +179,12 @@ def selection(model: LlavaForConditionalGeneration, case: Case, pixels: torch.Te
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--layers", type=int, default=16, choices=range(4, 65, 4), metavar="L", help="of the LM")
     parser.add_argument("--only", default="", help="plans that start with this")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = build()
+    model = build(options.layers)
     pixels = torch.randn(1, 3, SIDE * 14, SIDE * 14)
     results = []
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, 1 thread")
@@ -187,7 +192,7 @@ def main() -> None:
     heads = f"{'full':>7s} {'method':>7s} {'ideal':>7s} {'speed-up':>8s}  {'efficiency':24s}{'over ideal':22s}selection"
     print(f"{'plan':28s} {heads}")
     with torch.no_grad():
-        for case in (c for c in CASES if c.plan.startswith(options.only)):
+        for case in (c for c in cases(options.layers) if c.plan.startswith(options.only)):
             r = measure(model, case, pixels, options.rounds)
             results.append(r)
             e, o, s = r["efficiency"], r["over_ideal"], r["selection"]
