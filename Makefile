@@ -18,8 +18,15 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 RUN      := $(BIN)/winnow run
 COMPARED := --method fastervlm:keep=32 --method divprune:keep=32 --method visionzip:keep=32 --method fastv:keep=32
 
+# What `measured`, `reference` and `card` share.
+MEASURE := $(BIN)/winnow bench --keep 64,32,13 --questions 2000 --processes 2 --threads 1
+TRAIN   := $(BIN)/winnow train reference --preset small --processes 2 --resume
+SMALL   := winnow/reference/small
+RUNS    := runs
+SEED    := 1
+
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint bench systems systems-check docs measured images clean
+.PHONY: help venv demo test test-all lint bench systems systems-check docs measured images reference card clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -66,8 +73,22 @@ docs: $(STAMP) ## The documentation as a site in site/, with a page for each met
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 measured: $(STAMP) ## Measure eight methods on the reference model for the tables of the documentation
-	$(BIN)/winnow bench --store out/measured.sqlite --keep 64,32,13 --questions 2000 --processes 2 --threads 1
+	$(MEASURE) --store out/measured.sqlite
 	$(BIN)/python tools/docs.py measure out/measured.sqlite
+
+reference: $(STAMP) ## Train the reference model, its twin without dropout and the tower control (6 GB of memory a process)
+	$(TRAIN) --seed $(SEED) --out $(RUNS)/small
+	$(TRAIN) --seed $(SEED) --out $(RUNS)/twin --no-dropout --tower $(RUNS)/small
+	$(TRAIN) --seed $(SEED) --out $(RUNS)/dense --no-cls-objective --until tower-full
+	install -m 644 $(RUNS)/small/model/* $(SMALL)
+	install -m 644 $(RUNS)/small/log.jsonl $(SMALL)/training.jsonl
+	install -m 644 $(RUNS)/small/curves.png docs/images/reference-model-curves.png
+
+card: measured ## Measure the shipped model, its twin and the tower control for the card
+	$(MEASURE) --model $(RUNS)/twin/model --store out/twin.sqlite
+	$(BIN)/python -m winnow.learn.card $(SMALL) --seed $(SEED) --log $(SMALL)/training.jsonl --per-type 160 \
+	  --run $(RUNS)/small --run $(RUNS)/twin --dense $(RUNS)/dense --stores out/measured.sqlite out/twin.sqlite \
+	  --page docs/reference-model.md
 
 images: $(STAMP) ## Draw the pictures of the documentation
 	$(RUN) world:54 "where is the motorcycle?" --method fastervlm:keep=32 --overlay docs/images/kept.png

@@ -17,7 +17,7 @@ from winnow.learn import attention, tower
 from winnow.learn.optim import Optimizer
 from winnow.learn.progress import Log, draw_curves
 from winnow.learn.targets import EXTENTS
-from winnow.learn.workers import rank, world
+from winnow.learn.workers import give_memory_back, rank, world
 from winnow.reference.build import make_model, make_processor
 from winnow.reference.presets import Preset
 from winnow.world.scenes import SEEDS_PER_SPLIT
@@ -143,6 +143,7 @@ class Run:
     def finish_stage(self) -> None:
         self.stage, self.at = self.stage + 1, 0
         self.save(None)
+        give_memory_back()
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
