@@ -127,8 +127,17 @@ def test_a_run_is_not_started_over_another(tmp_path, monkeypatch):
         recipe.train("large", tmp_path / "other")
     with pytest.raises(WinnowError, match="seed"):
         recipe.train("micro", tmp_path / "other", seed=MAX_SEED)
+    for scale in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(WinnowError, match="above 0"):
+            recipe.train("micro", tmp_path / "other", scale=scale)
+    with pytest.raises(WinnowError, match="not on this machine"):
+        recipe.train("micro", tmp_path / "other", device="tpu")
+
+
+def test_processes_are_for_cpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "device_of", lambda _: None)  # as on a machine with a GPU
     with pytest.raises(WinnowError, match="processes=1"):
-        recipe.train("micro", tmp_path / "other", device="cuda", processes=2)
+        recipe.train("micro", tmp_path, device="cuda", processes=2)
 
 
 def test_a_run_in_pieces_is_the_same_run(tmp_path, monkeypatch):

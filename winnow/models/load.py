@@ -44,7 +44,7 @@ def load(
         WinnowError: the checkpoint is not there, is not complete, is not in safetensors or wants to run code.
         UnsupportedError: it is not a vision-language model.
     """
-    where, precision = _device(device), _dtype(dtype)
+    where, precision = device_of(device), _dtype(dtype)
     if model is None:
         from winnow import reference
 
@@ -147,7 +147,8 @@ def _refuse_pickle(name: str) -> None:
         )
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def device_of(device: str | torch.device | None) -> torch.device:
+    """The device that a user named; the first GPU, or the CPU, for None."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -6,6 +6,7 @@ scenes. A run is a chain of stages; it is checkpointed inside stages and resumes
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from winnow.learn.recipes.curriculum import LanguageStage, TowerStage, language_
 from winnow.learn.run import MAX_SEED, MAX_STAGES, Averages, Options, Run
 from winnow.learn.targets import Alignment
 from winnow.learn.workers import average_gradients, launch, rank, total, world
+from winnow.models.load import device_of
 from winnow.reference.presets import Preset, preset
 from winnow.world.names import TYPES
 
@@ -52,6 +54,9 @@ def train(
     pretrained tower to begin with.
     """
     folder = Path(out)
+    if not 0 < scale < math.inf:
+        raise WinnowError(f"scale {scale}; it is the share of the full schedule, a number above 0")
+    device_of(device)
     sizes, stages = preset(name), _stages(scale)
     names = [stage.name for stage in stages]
     if device != "cpu" and processes != 1:
