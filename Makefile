@@ -89,6 +89,7 @@ card: measured ## Measure the shipped model, its twin and the tower control for 
 	$(BIN)/python -m winnow.learn.card $(SMALL) --seed $(SEED) --log $(SMALL)/training.jsonl --per-type 160 \
 	  --run $(RUNS)/small --run $(RUNS)/twin --dense $(RUNS)/dense --stores out/measured.sqlite out/twin.sqlite \
 	  --page docs/reference-model.md
+	$(BIN)/python tools/findings.py write $(RUNS)/twin/model
 
 images: $(STAMP) ## Draw the pictures of the documentation
 	$(RUN) world:54 "where is the motorcycle?" --method fastervlm:keep=32 --overlay docs/images/kept.png

@@ -38,6 +38,7 @@ from winnow.core.view import View
 from winnow.engine.compress import compress
 from winnow.engine.handle import Handle
 from winnow.methods.fastv import FastV
+from winnow.models.load import load
 
 DETAILS = ("color", "shape", "place", "reading", "referring", "document", "two-hop")  # each has evidence
 SCENES = 90
@@ -210,10 +211,13 @@ def _roll(ask: Ask) -> Image.Image:
 
 
 @contextmanager
-def opened() -> Iterator[tuple[Sample, Sample]]:
-    """The sample, and the same pictures with the upper and the lower half exchanged (of which less is heard)."""
+def opened(folder: str | None = None) -> Iterator[tuple[Sample, Sample]]:
+    """The sample, and the same pictures with the upper and the lower half exchanged (of which less is heard).
+
+    `folder` holds another model of the recipe than the shipped one.
+    """
     torch.set_num_threads(1)
-    model, processor = reference.load()
+    model, processor = load(folder, device="cpu", dtype="float32")
     asked = questions()
     with compress(model, Plan(())) as handle:
         depth, blocks = handle.info.depth, range(handle.info.vision_depth)

@@ -131,23 +131,6 @@ def test_no_bias_fails_for_a_stub(samples):
         _place_does_not_matter(samples, first_k)
 
 
-def _keeps_more_of_each_thing_than_the_last_block(sample, select):
-    for k in (64, 32):
-        ensemble, last = (sample.recall_of_things(sample.kept(s, k)) for s in (select, fastervlm))
-        assert gap(ensemble, last).low > 0
-
-
-@pytest.mark.system("vtc-cls", "directional")
-def test_several_blocks_keep_more_of_each_thing_than_the_feature_block_alone(sample):
-    _keeps_more_of_each_thing_than_the_last_block(sample, vtc_cls)
-
-
-@pytest.mark.parametrize("stub", [first_k, evenly, at_random, fastervlm])
-def test_ensemble_recall_fails_for_a_stub(sample, stub):
-    with pytest.raises(AssertionError):
-        _keeps_more_of_each_thing_than_the_last_block(sample, stub)
-
-
 def _anchors_see_what_their_block_sees(sample, select):
     """With all of the budget for anchors, things are kept better by the block whose attention lies better on them."""
     rows = {block: VisionAttention(block, query="all") for block in range(4)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import winnow
+from tests import zoo
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.signal import VisionAttention
@@ -105,3 +107,59 @@ def test_start_after_the_feature_block_is_refused():
 def test_wrong_settings(settings):
     with pytest.raises(WinnowError, match="allowed"):
         VtcCls(**settings)
+
+
+SIDE, THING = 112, 28  # 8 × 8 patches; a thing covers 2 × 2 of them
+
+
+def _scenes(count, seed):
+    """Pictures `[B, 3, S, S]` of a red and a blue thing on noise, and the patches of each `[B, 2, 64]`."""
+    generator = torch.Generator().manual_seed(seed)
+    pictures, masks = torch.randn(count, 3, SIDE, SIDE, generator=generator) * 0.1, torch.zeros(count, 2, 8, 8)
+    for picture, mask in zip(pictures, masks, strict=True):
+        for thing, cell in enumerate(torch.randperm(16, generator=generator)[:2].tolist()):
+            row, col = divmod(cell, 4)
+            picture[2 * thing, THING * row : THING * (row + 1), THING * col : THING * (col + 1)] += 1
+            mask[thing, 2 * row : 2 * row + 2, 2 * col : 2 * col + 2] = 1
+    return pictures, masks.flatten(2)
+
+
+@pytest.fixture(scope="module")
+def two_minded():
+    """A tiny LLaVA whose tower learned to attend from [CLS] to the red thing in block 2, to the blue one in block 3."""
+    torch.set_num_threads(1)
+    model = zoo.model("llava_clip", side=SIDE)
+    tower = model.model.vision_tower
+    tower.set_attn_implementation("eager")
+    optimizer = torch.optim.AdamW(tower.parameters(), 3e-3)
+    for step in range(60):
+        pictures, masks = _scenes(16, step)
+        seen = tower(pictures, output_attentions=True).attentions
+        rows = torch.stack([seen[block][:, :, 0, 1:].mean(1) for block in (2, 3)], 1)
+        (-(rows + 1e-6).log() * masks / 4).sum(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tower.set_attn_implementation("sdpa")
+    return model
+
+
+def _keeps_what_either_block_sees(model, plan):
+    """Of new scenes, nearly all of both things with as many tokens as they have patches."""
+    pictures, masks = _scenes(12, 1000)
+    ids = torch.tensor([[3, 4, 5, *[zoo.IMAGE] * 64, 6, 7]]).expand(12, -1)
+    with winnow.compress(model, plan) as handle, torch.no_grad():
+        model(input_ids=ids, pixel_values=pictures)
+        kept = torch.stack([item.kept for item in handle.last.items])
+    found = masks.gather(2, kept[:, None].expand(-1, 2, -1)).sum(2) / 4
+    assert found.mean(0).min() > 0.95
+
+
+@pytest.mark.system("vtc-cls", "directional")
+def test_a_thing_that_only_a_middle_block_attends_to_is_kept(two_minded):
+    _keeps_what_either_block_sees(two_minded, "vtc-cls:keep=8,layers=[2,3]")
+
+
+@pytest.mark.parametrize("plan", ["fastervlm:keep=8", "divprune:keep=8", "vtc-cls:keep=8,layers=[2]"])
+def test_keeping_both_fails_for_one_block_and_for_what_does_not_look(two_minded, plan):
+    with pytest.raises(AssertionError):
+        _keeps_what_either_block_sees(two_minded, plan)

@@ -42,9 +42,9 @@ def _runs(runs: list[dict[str, Any]]) -> str:
         for run in runs
     ]
     parts = [
-        "## Other runs of the recipe",
-        "Each by the same command with another seed, or with `--no-dropout`, where every step of the language stages "
-        "keeps all tokens, as it was with most published models. Same questions as above.",
+        "## Runs of the recipe",
+        "The shipped model first. With `--no-dropout` every step of the language stages keeps all tokens, as it was "
+        "with most published models. Same questions as above.",
         table(("run", "accuracy", "blind", "target", "weakest type", "its accuracy", "cost of leaving before 2"), rows),
     ]
     if len(with_dropout) > 1:

@@ -48,17 +48,20 @@ def draw_curves(log: Path, target: Path, size: tuple[int, int] = (960, 480)) -> 
     width, height = size
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
-    left, top, right, bottom = 40, 10, width - 130, height - 30
+    left, top, right, bottom = 40, 10, width - 130, height - 40
     draw.rectangle((left, top, right, bottom), outline="#888888")
     for tick in range(0, 11, 2):
         y = bottom - (bottom - top) * tick / 10
         draw.text((8, y - 6), f"{tick / 10:.1f}", fill="black")
         draw.line((left, y, right, y), fill="#eeeeee")
     at = [left + (right - left) * i / max(1, len(rows) - 1) for i in range(len(rows))]
+    free = [0.0, 0.0, 0.0]  # where each line of stage names has room again
     for i, row in enumerate(rows):
-        if i and row["stage"] != rows[i - 1]["stage"]:
+        if i == 0 or row["stage"] != rows[i - 1]["stage"]:
             draw.line((at[i], top, at[i], bottom), fill="#cccccc")
-            draw.text((at[i] + 2, bottom + 4), row["stage"][:9], fill="#555555")
+            line = next((n for n, x in enumerate(free) if x <= at[i]), 0)
+            draw.text((at[i] + 2, bottom + 2 + 11 * line), row["stage"], fill="#555555")
+            free[line] = at[i] + 6 + draw.textlength(row["stage"])
     shown = [n for n in names if max(row.get(n, 0) for row in rows) <= 1]
     for number, name in enumerate(shown):
         color = f"hsl({360 * number // len(shown)}, 90%, {35 + 15 * (number % 2)}%)"
