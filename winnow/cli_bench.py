@@ -111,6 +111,7 @@ def speed(
     from winnow.bench import processes as several
     from winnow.bench import speed as timing
     from winnow.bench.store import Store
+    from winnow.models.load import quiet
 
     quiet()
     sweep = several.Sweep(
