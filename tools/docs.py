@@ -253,7 +253,7 @@ def measure(store_path: str) -> int:
     """Take the figures of the newest run of answers into the documentation, and a picture of each method."""
     from PIL import Image
 
-    from winnow.bench.report import figures as rows_of
+    from winnow.bench.report import answered
     from winnow.bench.report_data import reports
     from winnow.bench.report_page import command
     from winnow.bench.report_pictures import Album, chosen_budget, draw, shots
@@ -261,12 +261,10 @@ def measure(store_path: str) -> int:
 
     with Store(store_path) as store:
         report = reports(store)[-1]
-        run = json.loads(rows_of([report]))["runs"][0]
         kept = ("label", "budget", "accuracy", "accuracy_low", "accuracy_high", "retained", "retained_low",
                 "retained_high", "evidence_recall", "tokens_kept", "layer_tokens", "flops_share")  # fmt: skip
-        rows = [{name: row[name] for name in kept} for row in run["rows"] if row["questions"]]
-        said = f"{len(report.questions)} questions to {run['settings'].get('model', 'a model')}."
-        content = {"command": command(report), "about": said, "rows": rows}
+        said = f"{len(report.questions)} questions to {report.run.settings.get('model', 'a model')}."
+        content = {"command": command(report), "about": said, "rows": answered(report, kept)}
         MEASURED.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         PICTURES.mkdir(parents=True, exist_ok=True)
         album, budget = Album(Path(store_path).parent, set()), chosen_budget(report)

@@ -12,6 +12,7 @@ from winnow.core.errors import WinnowError
 from winnow.learn import card, card_page, controls, evaluate
 from winnow.learn.recipes import curriculum
 from winnow.learn.recipes import reference as recipe
+from winnow.models.load import load
 
 QUICK = {"tower_batch": 2, "every": 1, "quiet": True}
 SHARES = ["0.5", "0.25", "0.125", "0.05"]
@@ -79,8 +80,7 @@ def test_a_card_with_its_controls(runs, stores):
 
 def test_the_tokens_of_cls_are_those_of_the_tower(runs):
     """The same as the highest [CLS] attention of the feature layer, read from the tower itself."""
-    model = controls.loaded(runs / "plain" / "model")
-    processor = controls.AutoProcessor.from_pretrained(runs / "plain" / "model")
+    model, processor = load(runs / "plain" / "model", device="cpu", dtype="float32")
     sample = evaluate.draw_sample(1)
     kept = controls.kept_by_cls(model, processor, sample, 9)
     model.set_attn_implementation("eager")
@@ -102,10 +102,10 @@ def test_recall_is_a_share_of_the_evidence():
 
 
 def test_what_is_no_control_is_refused(runs, stores, tmp_path):
-    model = controls.loaded(runs / "plain" / "model")
+    model, processor = load(runs / "plain" / "model", device="cpu", dtype="float32")
     sample = evaluate.draw_sample(1)
     with pytest.raises(WinnowError, match="--no-cls-objective"):
-        controls.towers(model, None, sample, None, runs / "plain" / "log.jsonl", runs / "twin")
+        controls.towers(model, processor, sample, None, None, runs / "plain" / "log.jsonl", runs / "twin")
     other = tmp_path / "other.sqlite"
     sweep = processes.Sweep(
         str(other), ("fastervlm",), processes.budgets_of("16"), str(runs / "twin" / "model"), None, 4, threads=1

@@ -112,6 +112,12 @@ def figures(shown: Sequence[Report]) -> str:
     return json_writer.dumps({"runs": found}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def answered(report: Report, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each cell that has answers, the figures of these names."""
+    found = [_figures(report, row) for row in report.rows if row.asked]
+    return [{name: row[name] for name in names} for row in found]
+
+
 def _figures(report: Report, row: Row) -> dict[str, Any]:
     """The figures of a cell, shares as numbers from 0 to 1; None where they are unknown or may not be used."""
     cell, about, time = row.cell, row.about, report.median(row)

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor
-
 from winnow.learn import card_page, controls, evaluate, measures
 from winnow.learn.evaluate import answers_right
 from winnow.learn.progress import read
-from winnow.models.load import quiet
+from winnow.models.load import load, quiet
+from winnow.reference.presets import preset as preset_of
 from winnow.world import VERSION
 
 DETAILS = 60  # questions per type for the erasure table, and scenes' worth for the depth of use
@@ -33,9 +32,9 @@ def make(
     machine: str = "2 CPU cores, one thread each",
     processes: int = 2,
     note: str = "",
-    runs: Sequence[str | Path] = (),
-    dense: str | Path | None = None,
-    stores: tuple[str | Path, str | Path] | None = None,
+    runs: Sequence[Path] = (),
+    dense: Path | None = None,
+    stores: tuple[Path, Path] | None = None,
 ) -> dict[str, Any]:
     """Measure the model in `folder` and write card.json there, and a readable page if asked for.
 
@@ -43,8 +42,7 @@ def make(
     taken on trust but the fields of "training". What `runs`, `dense` and `stores` are is said by `controls.measure`.
     """
     folder = Path(folder)
-    model: Any = controls.loaded(folder)
-    processor = AutoProcessor.from_pretrained(folder)
+    model, processor = load(folder, device="cpu", dtype="float32")
     size = model.config.vision_config.image_size
     sample = evaluate.draw_sample(per_type, size)
     tokens = evaluate.visual_tokens(model, [drawn.pixels for drawn in sample.scenes])
@@ -53,14 +51,15 @@ def make(
     part = min(per_type, DETAILS) / per_type
     compared = controls.measure(
         model,
-        folder,
+        processor,
         sample,
+        tokens,
         part,
-        preset=preset,
+        sizes=preset_of(preset),
         log=None if log is None else Path(log),
-        runs=[Path(run) for run in runs],
-        dense=None if dense is None else Path(dense),
-        stores=None if stores is None else (Path(stores[0]), Path(stores[1])),
+        runs=runs,
+        dense=dense,
+        stores=stores,
     )
     card: dict[str, Any] = {
         "preset": preset,
@@ -140,9 +139,9 @@ def main() -> None:
     parser.add_argument("--note", default="", help="a sentence about the training")
     parser.add_argument("--per-type", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="the seed it was trained with")
-    parser.add_argument("--run", action="append", default=[], help="a run of the recipe to compare, may be repeated")
-    parser.add_argument("--dense", help="a run without the [CLS] objective")
-    parser.add_argument("--stores", nargs=2, help="`winnow bench` on this model, and on the twin without dropout")
+    parser.add_argument("--run", type=Path, action="append", default=[], help="a run to compare, may be repeated")
+    parser.add_argument("--dense", type=Path, help="a run without the [CLS] objective")
+    parser.add_argument("--stores", type=Path, nargs=2, help="`winnow bench` on this model, and on the twin")
     given = parser.parse_args()
     quiet()
     make(

@@ -6,14 +6,13 @@ that teaches [CLS] to look at things. Their weights are not shipped; `winnow tra
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from winnow.core.errors import WinnowError
 from winnow.engine.compress import compress
@@ -21,19 +20,14 @@ from winnow.learn.evaluate import BATCH, Sample, answers_right, by_type, visual_
 from winnow.learn.measures import SHARES, depth, dropping, scores
 from winnow.learn.progress import read
 from winnow.learn.run import read_checkpoint
+from winnow.models.load import load
 from winnow.reference import prompt
 from winnow.reference.build import make_model
 from winnow.reference.presets import Preset
-from winnow.reference.presets import preset as preset_of
 from winnow.world import evidence_mask
 
 BRIEF = ("overall", "blind", "target")
 METHOD_FIELDS = ("label", "budget", "accuracy", "accuracy_low", "accuracy_high", "tokens_kept")
-
-
-def loaded(folder: Path) -> LlavaForConditionalGeneration:
-    """The model in `folder`, in float32, ready to answer."""
-    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def of_run(run: Path, sample: Sample, part: float) -> dict[str, Any]:
@@ -42,7 +36,7 @@ def of_run(run: Path, sample: Sample, part: float) -> dict[str, Any]:
     `part` is the share of the sample for the depth of use.
     """
     variant = read_checkpoint(run / "checkpoint.pt")["variant"]
-    model = loaded(run / "model")
+    model, _ = load(run / "model", device="cpu", dtype="float32")
     tokens = visual_tokens(model, [drawn.pixels for drawn in sample.scenes])
     found = scores(
         sample,
@@ -88,6 +82,7 @@ def towers(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     sample: Sample,
+    tokens: Tensor,
     sizes: Preset,
     log: Path,
     dense: Path,
@@ -95,18 +90,18 @@ def towers(
     """What [CLS] attention finds in the shipped tower, in one pretrained on its patches alone, in an untrained one.
 
     The reader is always the shipped model: "accuracy" is its accuracy on its own tokens, chosen by each tower's [CLS].
-    `sizes` are those of the shipped model and `log` its training log; `dense` is the run without the [CLS] objective.
+    `tokens` [n, V, D] are the sample's, `sizes` those of the shipped model and `log` its training log; `dense` is the
+    run without the [CLS] objective.
     """
     if read_checkpoint(dense / "checkpoint.pt")["variant"]["cls_objective"]:
         raise WinnowError(f"{dense} is no control: train it with --no-cls-objective")
-    tokens = visual_tokens(model, [drawn.pixels for drawn in sample.scenes])
     visual = tokens.shape[1]
     grid = round(visual**0.5)
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(len(tokens), visual, generator=generator)
     choosers = {
         "shipped": model,
-        "dense heads only": loaded(dense / "model"),
+        "dense heads only": load(dense / "model", device="cpu", dtype="float32")[0],
         "untrained": make_model(sizes).eval(),
     }
     out: dict[str, Any] = {
@@ -134,7 +129,7 @@ def _named(log: Path) -> dict[str, float]:
 
 def methods(store: Path, twin: Path) -> dict[str, Any]:
     """Methods on the shipped model and on the twin, from two stores of `winnow bench` with the same questions."""
-    from winnow.bench.report import figures
+    from winnow.bench.report import answered
     from winnow.bench.report_data import reports
     from winnow.bench.store import Store
 
@@ -142,9 +137,8 @@ def methods(store: Path, twin: Path) -> dict[str, Any]:
     for path in (store, twin):
         with Store(path) as opened:
             report = reports(opened)[-1]
-            rows = json.loads(figures([report]))["runs"][0]["rows"]
             questions.append(sorted(report.questions))
-            tables.append([{name: row[name] for name in METHOD_FIELDS} for row in rows if row["questions"]])
+            tables.append(answered(report, METHOD_FIELDS))
     if questions[0] != questions[1]:
         raise WinnowError(f"{store} and {twin} hold answers to different questions; run `winnow bench` alike for both")
     return {"questions": len(questions[0]), "shipped": tables[0], "without_dropout": tables[1]}
@@ -152,11 +146,12 @@ def methods(store: Path, twin: Path) -> dict[str, Any]:
 
 def measure(
     model: LlavaForConditionalGeneration,
-    folder: Path,
+    processor: LlavaProcessor,
     sample: Sample,
+    tokens: Tensor,
     part: float,
     *,
-    preset: str,
+    sizes: Preset,
     log: Path | None,
     runs: Sequence[Path] = (),
     dense: Path | None = None,
@@ -167,7 +162,7 @@ def measure(
     if runs:
         out["runs"] = [of_run(run, sample, part) for run in runs]
     if dense is not None and log is not None:
-        out["towers"] = towers(model, AutoProcessor.from_pretrained(folder), sample, preset_of(preset), log, dense)
+        out["towers"] = towers(model, processor, sample, tokens, sizes, log, dense)
     if stores is not None:
         out["methods"] = methods(*stores)
     return out
