@@ -133,7 +133,7 @@ def measure(model: LlavaForConditionalGeneration, case: Case, pixels: torch.Tens
 
     for turn in range(rounds + 3):
         handle = winnow.compress(model, case.plan)
-        encoded._winnow.plan = handle._engine.default  # the same plan, attached anew
+        encoded.winnow.plan = handle._engine.default  # the same plan, attached anew
         spent = clocked(method)
         read = handle.last.layer_tokens
         handle.detach()

@@ -41,7 +41,8 @@ from tests.methods.directional import (  # noqa: E402
 from winnow import reference  # noqa: E402
 from winnow.core.budget import Budget  # noqa: E402
 from winnow.core.reduction import Reduction  # noqa: E402
-from winnow.core.signal import LMAttention, VisionAttention  # noqa: E402
+from winnow.signals.language import LMAttention  # noqa: E402
+from winnow.signals.vision import VisionAttention  # noqa: E402
 from winnow.core.view import View  # noqa: E402
 from winnow.methods.divprune import DivPrune  # noqa: E402
 from winnow.methods.fastervlm import FasterVLM  # noqa: E402

@@ -27,7 +27,9 @@ from winnow.core.layout import Layout, cls_token, grid_rows
 from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.reduction import Reduction
-from winnow.core.signal import LMAttentionMass, Signal, VisionKeys
+from winnow.core.signal import Signal
+from winnow.signals.language import LMAttentionMass
+from winnow.signals.vision import VisionKeys
 from winnow.core.step import Keep, Reduce, State, Step
 from winnow.core.view import View
 

@@ -13,7 +13,8 @@ from probes import Look, Pick, forward, generate
 
 import winnow
 from winnow.core.plan import Plan
-from winnow.core.signal import LMAttention, LMAttentionMass, VisionAttention, VisionKeys
+from winnow.signals.language import LMAttention, LMAttentionMass
+from winnow.signals.vision import VisionAttention, VisionKeys
 
 ROWS = ("3 A 6", "11", "2 B 4 C 5")
 

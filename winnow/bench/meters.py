@@ -16,7 +16,6 @@ from winnow.core.layout import Layout
 from winnow.core.ledger import ItemLedger, Ledger
 from winnow.core.point import Point
 from winnow.engine.flops import kv_bytes_per_token, lm_flops
-from winnow.overlay import provenance
 
 Z = 1.959963984540054
 REFUSAL = re.compile(r"^(i('m| am)? (sorry|cannot|can't|can not|unable|not able)|unanswerable|as an ai)\b")
@@ -174,7 +173,7 @@ def read_by_layer(item: ItemLedger, depth: int, has_cls: bool) -> list[np.ndarra
         depth: LM layers.
         has_cls: whether the tower has a [CLS] token.
     """
-    ids, tower = np.arange(item.entry), None
+    ids, tower = np.arange(item.n_visual), None
     found: list[np.ndarray] = []
     for point, _, reduction in item.reductions:
         at = Point.of(point)

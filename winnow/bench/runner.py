@@ -112,7 +112,7 @@ def _supported(handle: Handle, planned: list[Job], cells: dict[str, int], store:
     found = []
     for job in planned:
         try:
-            handle._engine.compiled(job.plan)
+            handle.bind(job.plan)
             found.append(job)
         except WinnowError as error:
             store.mark(cells[job.key], "error:unsupported", str(error))

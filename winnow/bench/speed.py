@@ -141,7 +141,7 @@ def _timed(model: Any, processor: Any, task: Task, methods: Sequence[str], budge
         content = Encoded(handle, listening(handle, []), joined([alone])).layouts[0].n_content
         planned = jobs(methods, budgets, content, baselines=())
         for job in planned:
-            handle._engine.compiled(job.plan)  # a method that cannot run here is a mistake of the caller's
+            handle.bind(job.plan)  # a method that cannot run here is a mistake of the caller's
     found = [_of_job(FULL_JOB)]
     budget_keeps = {job.budget: job.keep for job in planned if job.label == "downsample-M"}
     for budget, keep in budget_keeps.items():

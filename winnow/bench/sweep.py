@@ -108,7 +108,7 @@ class Sweeper:
         ids = self.handle.model.generate(
             **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1, use_cache=True
         )
-        ledger = self.handle.last_here
+        ledger = self.handle.last
         if ledger is None:
             raise UnsupportedError("the model read no picture in this request, so there is nothing to measure.")
         return ids.cpu(), ledger

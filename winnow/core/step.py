@@ -1,13 +1,12 @@
 """Steps and actions: what a method does at a point."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
@@ -110,10 +109,34 @@ class Repose(Action):
     positions: Tensor
 
 
+Answer = Action | Reduction | tuple[Action | Reduction, State]
+
+
 @dataclass(frozen=True)
 class Step:
-    """One act of a method: at a point, with the signals it needs, a pure function of view and state."""
+    """One act of a method: at a point, with the signals it needs, a pure function of view and state.
+
+    `run` returns an Action, or a bare Reduction, which stands for `Reduce(reduction)`; with a State beside it where the
+    method remembers something. It reads its signals as it listed them, although they were resolved for a model since.
+    """
 
     at: Point
-    run: Callable[[View, State], tuple[Action, State]]
+    run: Callable[[View, State], Answer]
     needs: tuple[Signal, ...] = ()
+    listed: tuple[Signal, ...] = ()
+
+    def resolved(self, info: ModelInfo) -> "Step":
+        """The step with its signals made definite for a model."""
+        return replace(self, needs=tuple(s.resolve(info) for s in self.needs), listed=self.needs)
+
+    def signals(self, value: Callable[[Signal], Tensor]) -> dict[Signal, Tensor]:
+        """What a view must hold for this step: the values under the names that the step reads them by."""
+        found = {signal: value(signal) for signal in self.needs}
+        return found | {name: found[signal] for name, signal in zip(self.listed, self.needs, strict=False)}
+
+    def act(self, view: View, state: State) -> tuple[Action, State]:
+        """Run the step: its action, and what the method remembers from now on."""
+        answer = self.run(view, state)
+        if isinstance(answer, tuple):
+            answer, state = answer
+        return (Reduce(answer) if isinstance(answer, Reduction) else answer), state

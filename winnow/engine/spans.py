@@ -3,8 +3,6 @@
 They come from the caller, else from the chat template, else the question is the text after the last item.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
