@@ -5,6 +5,8 @@ Blocks marked `python` stand alone and run in test_repo.py; those marked `py` co
 
 from __future__ import annotations
 
+import ast
+import pkgutil
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -122,3 +124,47 @@ def test_every_section_with_code_has_a_check() -> None:
 @pytest.mark.parametrize("heading", CHECKS)
 def test_with_transformers(heading: str) -> None:
     CHECKS[heading](run(heading))
+
+
+def messages() -> list[str]:
+    """Every string of the package, with … where it puts a value in."""
+    found = []
+    for path in sorted((ROOT / "winnow").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+TROUBLE = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+QUOTED = re.findall(r"^```text\n(.*?)\n```", TROUBLE, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("quoted", QUOTED)
+def test_every_refusal_on_the_troubleshooting_page_is_one_of_the_package(quoted: str) -> None:
+    pieces = [re.escape(piece.strip()) for piece in quoted.split("…") if piece.strip()]
+    assert max(map(len, pieces)) >= 6
+    pattern = re.compile(".*".join(pieces), re.DOTALL)
+    assert any(pattern.search(text) for text in messages()), "no message of the package says this any more"
+
+
+API = {
+    name: page.name
+    for page in sorted((DOCS / "api").glob("*.md"))
+    for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+}
+
+
+@pytest.mark.parametrize("name", API)
+def test_every_name_of_the_api_pages_exists_and_has_a_docstring(name: str) -> None:
+    found = pkgutil.resolve_name(name)
+    assert (found.__doc__ or "").strip(), f"{API[name]} shows {name}, which says nothing"
+
+
+def test_the_api_pages_show_all_that_winnow_exports() -> None:
+    import winnow
+
+    shown = {name.removeprefix("winnow.") for name in API}
+    assert set(winnow.__all__) - shown == {"__version__", "plan"}  # `plan` is Plan.of, which Plan shows
