@@ -39,6 +39,7 @@ class Entry:
         kind: training-free or learned.
         arxiv: identifier of the source.
         summary: first line of the class docstring.
+        name: of the class.
     """
 
     slug: str
@@ -48,6 +49,7 @@ class Entry:
     kind: str = "training-free"
     arxiv: str = ""
     summary: str = ""
+    name: str = ""
 
 
 _extra: dict[str, Entry] = {}
@@ -81,7 +83,7 @@ def register(
         if listed is None:
             summary = (cls.__doc__ or "").strip().split("\n")[0]
             source = arxiv or _source(getattr(sys.modules.get(cls.__module__), "__doc__", None))
-            _extra[slug] = Entry(slug, cls.__module__, "user", tuple(stages), kind, source, summary)
+            _extra[slug] = Entry(slug, cls.__module__, "user", tuple(stages), kind, source, summary, cls.__name__)
         return cls
 
     return add
@@ -113,7 +115,7 @@ def _read(path: Path) -> list[Entry]:
                 facts |= {"stages": tuple(row["stages"])} if "stages" in row else {}
                 facts["arxiv"] = _source(ast.get_docstring(tree)) or facts.get("arxiv", "")
                 summary = (ast.get_docstring(node) or "").split("\n")[0]
-                entries.append(Entry(slug, f"winnow.methods.{path.stem}", summary=summary, **facts))
+                entries.append(Entry(slug, f"winnow.methods.{path.stem}", summary=summary, name=node.name, **facts))
     return entries
 
 
