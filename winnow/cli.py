@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,27 +12,31 @@ import typer
 from typer.core import TyperGroup
 
 from winnow import __version__, cli_bench
+from winnow.cli_streams import flush, forgiving, mistake, print_json
 from winnow.core.errors import WinnowError
 
 
 class _Group(TyperGroup):
     """Turns a user's mistake into one line on stderr and exit code 2, and Ctrl-C into exit code 130."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            forgiving(stream)
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except WinnowError as error:
-            typer.echo("winnow: " + " ".join(str(error).split()), err=True)
-            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         except BrokenPipeError:
             raise
-        except OSError as error:
-            typer.echo(
-                f"winnow: {error.strerror or type(error).__name__}: {error.filename or 'no file named'}", err=True
-            )
-            raise typer.Exit(2) from None
+        except Exception as error:
+            said = mistake(error)
+            if said is None:
+                raise
+        typer.echo("winnow: " + " ".join(said.split()), err=True)
+        raise typer.Exit(2)
 
 
 app = typer.Typer(
@@ -88,7 +90,11 @@ def run(
     model: Model = None,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", help="A slug or a plan; give it several times to compare.", show_default="fastervlm"),
+        typer.Option(
+            "--method",
+            help="A slug or a plan; give it several times to compare.",
+            show_default="that of winnow.compress",
+        ),
     ] = None,
     keep: Annotated[
         str | None, typer.Option(help="Visual tokens to keep: 64, 0.25 or 25%.", show_default="as the method says")
@@ -107,12 +113,14 @@ def run(
 
     from winnow import cli_run
     from winnow.cli_meter import busy
+    from winnow.engine.compress import DEFAULT
     from winnow.models.load import load, quiet
 
     quiet()
-    wanted = cli_run.plans(method or ["fastervlm"], keep, positions)
-    cli_run.overlay_paths(overlay, wanted)
+    wanted = cli_run.plans(method or [DEFAULT], keep, positions)
+    paths = cli_run.overlay_paths(overlay, wanted)
     asked = cli_run.subject(picture, question)
+    cli_run.check_overlays(paths, asked.image.size)
     note = busy()
     if model is None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # the bundled model gains little from more, and loses much when a core is taken
@@ -129,7 +137,7 @@ def run(
     if note:
         result["note"] = note
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         from winnow.cli_show import comparison
 
@@ -143,7 +151,7 @@ def methods(as_json: Json = False) -> None:
 
     found = entries()
     if as_json:
-        _print_json([dataclasses.asdict(entry) for entry in found])
+        print_json([dataclasses.asdict(entry) for entry in found])
         return
     from winnow.cli_show import listing
 
@@ -163,7 +171,7 @@ def systems(
         raise WinnowError(f"--state {state!r}; allowed: {', '.join(table.STATES)}.")
     found = [system for system in table.systems() if state in (None, system.state)]
     if as_json:
-        _print_json([dataclasses.asdict(system) for system in found])
+        print_json([dataclasses.asdict(system) for system in found])
         return
     from winnow.cli_show import listing
 
@@ -190,7 +198,7 @@ def doctor(
     quiet()
     found = diagnose(*load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code))
     if as_json:
-        _print_json([{"name": check.name, "ok": check.ok, "detail": check.detail} for check in found])
+        print_json([{"name": check.name, "ok": check.ok, "detail": check.detail} for check in found])
     else:
         from winnow.cli_show import checks
 
@@ -240,7 +248,7 @@ def train_reference(
     out: Annotated[Path, typer.Option(help="The folder of the run.")] = Path("runs/reference"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    processes: Annotated[int, typer.Option(min=1, help="On a CPU: one for each core to use.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, max=256, help="On a CPU: one for each core to use.")] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     scale: Annotated[float, typer.Option(help="Share of the full schedule.")] = 1.0,
     dropout: Annotated[bool, typer.Option(help="Without: the language model is always shown all tokens.")] = True,
@@ -270,21 +278,12 @@ def train_reference(
     )
 
 
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, indent=1))
-
-
 def main() -> None:
     """The `winnow` command."""
     try:
         app()
     finally:
-        # A reader that went away (`winnow systems | head`) must not cause a traceback when Python flushes at exit.
-        with contextlib.suppress(ValueError):
-            try:
-                sys.stdout.flush()
-            except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        flush()
 
 
 if __name__ == "__main__":

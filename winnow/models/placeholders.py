@@ -1,7 +1,7 @@
 """Whether a processor's prompt has a placeholder for each token that the model makes of the picture.
 
-The processor computes that number from settings of its own, which are saved apart from the model's configuration and can
-differ from it. What the model makes is found out from the model: its encoder runs once for each shape of inputs.
+The processor computes that number from settings of its own, which are saved apart from the model's configuration and
+can differ from it. What the model makes is asked of the model: its encoder runs once for each shape of inputs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def check_placeholders(model: Any, processor: Any, inputs: Mapping[str, Any]) ->
     for name, modality, token in family_of(inner).encoders:
         if modality != "image":
             continue
-        placeholders = int((inputs["input_ids"] == getattr(inner.config, token)).sum())
+        ids = inputs.get("input_ids", torch.empty(0))
+        placeholders = int((ids == getattr(inner.config, token)).sum())
         made = _features(inner, name, inputs)
         if made == placeholders:
             return
@@ -59,8 +60,8 @@ def check_placeholders(model: Any, processor: Any, inputs: Mapping[str, Any]) ->
                 f"{type(inner).__name__} cannot encode the picture as {type(processor).__name__} prepares it: {how}."
             )
         raise WinnowError(
-            f"{type(processor).__name__} writes {placeholders} image tokens into the prompt, and {type(inner).__name__} "
-            f"makes {made} of the picture: {how}."
+            f"{type(processor).__name__} writes {placeholders} image tokens into the prompt, "
+            f"and {type(inner).__name__} makes {made} of the picture: {how}."
         )
 
 
@@ -104,7 +105,7 @@ def _shown(value: Any) -> str:
 
 
 def _features(model: Any, name: str, inputs: Mapping[str, Any]) -> int | None:
-    """Tokens that the model makes of the picture; None if its encoder fails. Found out once for each shape of inputs."""
+    """Tokens that the model makes of the picture; None if its encoder fails. Asked once for each shape of inputs."""
     # On the class: where the model is compressed, the engine stands in for the method of the object.
     encoder = getattr(type(model.base_model), name)
     given = {key: inputs[key] for key in inspect.signature(encoder).parameters if key in inputs}
