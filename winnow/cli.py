@@ -12,7 +12,8 @@ import typer
 from typer.core import TyperGroup
 
 from winnow import __version__, cli_bench
-from winnow.cli_streams import flush, forgiving, mistake, print_json
+from winnow.cli_options import Device, Dtype, Json, Model, Positions, Trust
+from winnow.cli_streams import flush, forgiving, mistake, print_json, say, warn
 from winnow.core.errors import WinnowError
 
 
@@ -35,7 +36,7 @@ class _Group(TyperGroup):
             said = mistake(error)
             if said is None:
                 raise
-        typer.echo("winnow: " + " ".join(said.split()), err=True)
+        warn(" ".join(said.split()))
         raise typer.Exit(2)
 
 
@@ -54,21 +55,10 @@ app.add_typer(world, name="world")
 app.add_typer(train, name="train")
 cli_bench.register(app)
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", "-m", help="A Hub id or a folder [default: the bundled reference model].", show_default=False
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default="a GPU if there is one")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, …", show_default="as in the checkpoint")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")]
-
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"winnow {__version__}")
+        say(f"winnow {__version__}")
         raise typer.Exit
 
 
@@ -99,7 +89,7 @@ def run(
     keep: Annotated[
         str | None, typer.Option(help="Visual tokens to keep: 64, 0.25 or 25%.", show_default="as the method says")
     ] = None,
-    positions: Annotated[str | None, typer.Option(help="keep or compact.", show_default="keep")] = None,
+    positions: Positions = None,
     overlay: Annotated[Path | None, typer.Option(help="Draw the kept tokens into this picture file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Length of the answer.")] = 16,
     runs: Annotated[int, typer.Option(min=1, max=1000, help="Timed runs after a warm-up; medians are shown.")] = 3,
@@ -127,7 +117,7 @@ def run(
     loaded, processor = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     warnings = cli_run.warnings(asked) if model is None else []
     for warning in warnings:
-        typer.echo(f"winnow: warning: {warning}", err=True)
+        warn(f"warning: {warning}")
     result = cli_run.compare(
         loaded, processor, asked, wanted, max_new_tokens=max_new_tokens, runs=runs, picture=overlay
     )
@@ -180,7 +170,7 @@ def systems(
     ]
     listing(("slug", "family", "stages", "kind", "state", "arXiv"), rows)
     counts = ", ".join(f"{sum(s.state == name for s in found)} {name}" for name in table.STATES)
-    typer.echo(f"{len(found)} systems: {counts}. ◦ is outside the list of 107.")
+    say(f"{len(found)} systems: {counts}. ◦ is outside the list of 107.")
 
 
 @app.command()
@@ -225,7 +215,7 @@ def world_show(
     """Draw scenes and their questions on one sheet."""
     from winnow.world.export import show
 
-    typer.echo(show(sheet, count, size, split, seed, boxes=boxes))
+    say(show(sheet, count, size, split, seed, boxes=boxes))
 
 
 @world.command("export")
@@ -239,7 +229,7 @@ def world_export(
     """Write scenes as PNG files, and their questions with answers and evidence as JSON lines."""
     from winnow.world.export import export
 
-    typer.echo(export(folder, count, size, split, seed))
+    say(export(folder, count, size, split, seed))
 
 
 @train.command("reference")
@@ -261,7 +251,7 @@ def train_reference(
     from winnow.models.load import quiet
 
     quiet()
-    typer.echo(
+    say(
         fit(
             preset,
             out,

@@ -10,10 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from winnow.cli_streams import print_json
+from winnow.cli_options import Device, Dtype, Json, Model, Positions, Trust
+from winnow.cli_streams import print_json, say, warn
 from winnow.core.errors import WinnowError
 
 BUDGETS = "128,64,32,16"
+LARGEST_BATCH = 4096
 
 StorePath = Annotated[Path, typer.Option(help="The SQLite file of results; a killed sweep goes on from it.")]
 Methods = Annotated[
@@ -25,21 +27,11 @@ Methods = Annotated[
     ),
 ]
 Keep = Annotated[str, typer.Option(help="Budgets: content tokens (64) or shares (12.5%).")]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", "-m", help="A Hub id or a folder [default: the bundled reference model].", show_default=False
-    ),
-]
 Data = Annotated[
     Path | None,
     typer.Option(help='Your own questions: JSON lines of {"image", "question", "answer"[, "evidence", "type", "id"]}.'),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default="a GPU if there is one")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, …", show_default="as in the checkpoint")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.", show_default="torch's choice")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -70,7 +62,7 @@ def bench(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Length of an answer.", show_default="16")
     ] = None,
-    positions: Annotated[str | None, typer.Option(help="keep or compact.", show_default="keep")] = None,
+    positions: Positions = None,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
@@ -89,7 +81,7 @@ def bench(
         several.listed(baselines, "--baselines random,uniform"), batch, seed, max_new_tokens, positions, device, dtype,
         trust_remote_code, threads=threads if threads is not None or processes == 1 else 1, resume=not fresh,
     )  # fmt: skip
-    run = several.run_all(sweep, processes, progress=sys.stderr.isatty() and not as_json, say=_warn)
+    run = several.run_all(sweep, processes, progress=sys.stderr.isatty() and not as_json, say=warn)
     with Store(store) as results:
         _print_accuracy(results, run, as_json)
 
@@ -147,7 +139,7 @@ def report(
     from winnow.bench.report import write_report
 
     for path in write_report(store, out, pictures=pictures):
-        typer.echo(path)
+        say(path)
 
 
 def named(values: Sequence[str] | None) -> tuple[str, ...]:
@@ -168,14 +160,10 @@ def named(values: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _warn(text: str) -> None:
-    typer.echo(f"winnow: {text}", err=True)
-
-
 def _sizes(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise WinnowError(f"--batches {text!r}; write sizes such as 1,8,32.")
+    if not all(part.isdecimal() and 0 < int(part) <= LARGEST_BATCH for part in parts):
+        raise WinnowError(f"--batches {text!r}; write sizes such as 1,8,32, at most {LARGEST_BATCH}.")
     return tuple(map(int, parts))
 
 
@@ -189,7 +177,7 @@ def _print_accuracy(store: Any, run: str, as_json: bool) -> None:
     from winnow.cli_show import listing
 
     listing(*accuracy_table(rows))
-    typer.echo(f"Run {run} in {store.path}. Next: winnow report {shlex.quote(str(store.path))} -o report.html")
+    say(f"Run {run} in {store.path}. Next: winnow report {shlex.quote(str(store.path))} -o report.html")
 
 
 def _print_speed(store: Any, run: str, as_json: bool) -> None:
@@ -208,4 +196,4 @@ def _print_speed(store: Any, run: str, as_json: bool) -> None:
 
     listing(*speed_table(found))
     if reason := store.run(run).environment.get("busy"):
-        _warn(f"no speed-up is shown, because the machine was busy: {reason}")
+        warn(f"no speed-up is shown, because the machine was busy: {reason}")

@@ -32,7 +32,7 @@ FOREIGN = (
     "the bundled reference model knows only winnow's own world of drawn scenes, and its answer to this picture means "
     f"nothing; use a real checkpoint: --model {CHECKPOINT}"
 )
-LONGEST = {".png": 2**31 - 1, ".jpg": 65_535, ".jpeg": 65_535, ".webp": 16_383}  # pixels of a side
+LONGEST = {".png": 2**31 - 1, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # pixels of a side
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,16 @@ def forgiving(stream: Any) -> None:
         stream.reconfigure(errors="replace")
 
 
+def say(text: object) -> None:
+    """Print a line on stdout. `typer.echo` alone would write UTF-8 where the stream is ASCII."""
+    typer.echo(text, file=sys.stdout)
+
+
+def warn(text: str) -> None:
+    """Print a line on stderr, with the name of the program before it."""
+    typer.echo(f"winnow: {text}", file=sys.stderr)
+
+
 def print_json(value: Any) -> None:
     """Print JSON on stdout; what stdout's encoding cannot show is escaped, so that nothing of it is lost."""
     text = json.dumps(value, ensure_ascii=False, indent=1)
@@ -27,7 +37,7 @@ def print_json(value: Any) -> None:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeError:
         text = json.dumps(value, indent=1)
-    typer.echo(text)
+    say(text)
 
 
 def mistake(error: Exception) -> str | None:
@@ -41,9 +51,15 @@ def mistake(error: Exception) -> str | None:
         return (
             "The store cannot be opened, read or written: it is no store, it is read-only, or another process holds it."
         )
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or ("torch" in sys.modules and _of_torch(error)):
         return "Memory ran out; use a smaller picture, batch or model, or --dtype bfloat16."
     return None
+
+
+def _of_torch(error: Exception) -> bool:
+    from winnow.bench.sweep import out_of_memory
+
+    return out_of_memory(error)
 
 
 def flush() -> None:
