@@ -163,9 +163,9 @@ def panel_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _zoom(size: tuple[int, int]) -> float:
-    width, height = size
-    zoom = max(1.0, min(SMALLEST / min(size), math.sqrt(LARGEST / (width * height))))
-    return round(zoom) if zoom > 1.5 else zoom  # whole pixels stay crisp
+    zoom = SMALLEST / min(size)
+    zoom = round(zoom) if zoom > 1.5 else zoom  # whole pixels stay crisp
+    return max(1.0, min(zoom, math.isqrt(LARGEST // (size[0] * size[1]))))
 
 
 def _panel(

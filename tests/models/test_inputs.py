@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import zoo
@@ -249,3 +252,25 @@ def test_the_encoder_is_asked_once_for_each_shape_of_inputs(monkeypatch):
     for size in ((120, 90), (120, 90), (70, 200), (70, 200)):
         model_inputs(model, asking, Image.new("RGB", size), QUESTION)
     assert len(calls) == 2
+
+
+def test_a_configuration_that_is_mended_is_read_again():
+    model, asking = zoo.model("llava_clip"), processor("llava_clip")
+    picture = Image.new("RGB", (90, 90))
+    for strategy, fits in (("full", False), ("default", True)):
+        model.config.vision_feature_select_strategy = strategy
+        model.model.config.vision_feature_select_strategy = strategy
+        if fits:
+            model_inputs(model, asking, picture, QUESTION)
+        else:
+            with pytest.raises(WinnowError, match=r"25 image tokens .* makes 26"):
+                model_inputs(model, asking, picture, QUESTION)
+
+
+def test_what_was_asked_of_a_model_does_not_keep_it_alive():
+    model = zoo.model("llava_clip")
+    model_inputs(model, processor("llava_clip"), Image.new("RGB", (90, 90)), QUESTION)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None

@@ -109,7 +109,8 @@ def _features(model: Any, name: str, inputs: Mapping[str, Any]) -> int | None:
     # On the class: where the model is compressed, the engine stands in for the method of the object.
     encoder = getattr(type(model.base_model), name)
     given = {key: inputs[key] for key in inspect.signature(encoder).parameters if key in inputs}
-    key = (name, *((key, _shape(value)) for key, value in given.items()))
+    said = repr([_at(model.config, path) for _, path in SETTINGS])
+    key = (name, said, *((key, _shape(value)) for key, value in given.items()))
     with _lock:
         known = _counts.setdefault(model, {})
     if key not in known:
