@@ -18,7 +18,19 @@ from winnow.core.layout import Layout, grid_rows
 from winnow.core.ledger import ItemLedger
 from winnow.core.reduction import Reduction
 from winnow.engine.compress import compress
-from winnow.overlay import DROPPED, EVIDENCE_LINE, KEPT, KEPT_LINE, MERGED, levels, overlay, provenance, shown_box
+from winnow.overlay import (
+    DROPPED,
+    EVIDENCE_LINE,
+    KEPT,
+    KEPT_LINE,
+    LARGEST,
+    MERGED,
+    levels,
+    overlay,
+    panel_size,
+    provenance,
+    shown_box,
+)
 
 ORANGE = (220, 120, 40)
 
@@ -82,6 +94,15 @@ def test_small_pictures_are_scaled_up_and_keep_their_proportions():
 @pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 200)])
 def test_degenerate_pictures_are_drawn(size):
     assert overlay(Image.new("RGB", size), Layout.grid(1, 1), [0], caption="x").width >= 1
+
+
+@pytest.mark.parametrize("size", [(1, 200), (81, 16_200), (400, 300), (60, 2400), (5000, 4000)])
+def test_a_panel_is_as_large_as_said_and_strips_are_not_drawn_larger_than_memory_holds(size):
+    wide, high = panel_size(size)
+    assert wide * high <= max(size[0] * size[1], LARGEST)
+    assert wide / high == pytest.approx(size[0] / size[1], rel=0.01)
+    if wide * high < 2**20:
+        assert overlay(Image.new("RGB", size), Layout.grid(2, 2), [0]).size == (wide, high)
 
 
 def test_evidence_is_outlined_where_it_lies():

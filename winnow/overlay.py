@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -20,6 +21,7 @@ Box = tuple[float, float, float, float]
 
 DROPPED, MERGED, KEPT = 0, 1, 2
 SMALLEST = 448  # pixels of the shorter side of a panel: smaller pictures are scaled up, so that tokens can be seen
+LARGEST = 2**24  # pixels of a panel that was scaled up: a strip would fill the memory
 KEPT_LINE = (255, 214, 10)
 EVIDENCE_LINE = (255, 45, 150)
 PAPER = (24, 24, 27)
@@ -154,13 +156,23 @@ def overlay(
     return _sheet(panels or [_panel(image, np.zeros((0, 4)), found, tuple(evidence), shown)], caption)
 
 
+def panel_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of a panel of the overlay; size: those of the picture."""
+    zoom = _zoom(size)
+    return max(1, round(size[0] * zoom)), max(1, round(size[1] * zoom))
+
+
+def _zoom(size: tuple[int, int]) -> float:
+    zoom = SMALLEST / min(size)
+    zoom = round(zoom) if zoom > 1.5 else zoom  # whole pixels stay crisp
+    return max(1.0, min(zoom, math.isqrt(LARGEST // (size[0] * size[1]))))
+
+
 def _panel(
     image: Image.Image, boxes: np.ndarray, found: np.ndarray, evidence: tuple[Box, ...], shown: Box | None
 ) -> Image.Image:
     """One grid of tokens over the picture."""
-    zoom = max(1.0, SMALLEST / min(image.size))
-    zoom = round(zoom) if zoom > 1.5 else zoom  # whole pixels stay crisp
-    size = (max(1, round(image.width * zoom)), max(1, round(image.height * zoom)))
+    zoom, size = _zoom(image.size), panel_size(image.size)
     clear = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
     x0, y0, x1, y1 = (zoom * edge for edge in shown or (0, 0, *image.size))
     seen, level = np.zeros(clear.shape[:2], bool), np.zeros(clear.shape[:2], np.int64)

@@ -45,7 +45,7 @@ def call(checkpoint, tmp_path):
     return invoke
 
 
-COMMON = ("--methods", "fastervlm,fastv:layer=1,keep=10%", "--keep", "16,12.5%", "--questions", "6")
+COMMON = ("--method", "fastervlm", "--method", "fastv:layer=1,keep=10%", "--keep", "16,12.5%", "--questions", "6")
 
 
 def test_bench_prints_a_line_for_each_cell_and_says_what_is_next(call, tmp_path):
@@ -80,7 +80,7 @@ def test_bench_asks_the_questions_of_a_data_file_and_names_bad_rows(call, tmp_pa
     lines = export(tmp_path / "scenes", 1, seed=2)
     with lines.open("a") as file:
         file.write("{}\n")
-    result = call("bench", "--methods", "fastervlm", "--keep", "16", "--data", str(lines), "--max-new-tokens", "2")
+    result = call("bench", "--method", "fastervlm", "--keep", "16", "--data", str(lines), "--max-new-tokens", "2")
     assert result.exit_code == 0, result.output
     assert "left out: line" in result.stderr
     assert "its image is None" in result.stderr
@@ -91,7 +91,7 @@ def test_speed_prints_times_and_on_a_busy_machine_no_speed_up(call, monkeypatch)
 
     monkeypatch.setattr(timing, "busy", lambda device="cpu": "the neighbours")
     options = (
-        "--methods",
+        "--method",
         "fastervlm",
         "--keep",
         "16",
@@ -124,7 +124,7 @@ def test_lists_keep_the_settings_of_a_plan_together():
         "todre",
     )
     with pytest.raises(WinnowError, match="Cannot read 'a,,b'"):
-        listed("a,,b", "--methods x,y")
+        listed("a,,b", "--keep 64,32")
 
 
 def test_the_commands_import_no_torch():
