@@ -11,17 +11,8 @@ import pytest
 import torch
 
 from tests import zoo
-from winnow.bench.meters import (
-    cost,
-    counted_flops,
-    efficiency,
-    evidence_recall,
-    judge,
-    median,
-    paired,
-    rate,
-    read_by_layer,
-)
+from winnow.bench.intervals import efficiency, median, paired, rate
+from winnow.bench.meters import cost, counted_flops, evidence_recall, judge, read_by_layer
 from winnow.core.layout import Layout
 from winnow.engine.compress import compress
 from winnow.engine.flops import lm_flops

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from tests.bench import synthetic
-from winnow.bench.meters import paired, rate
+from winnow.bench.intervals import paired, rate, retained
 from winnow.bench.report import write_report
-from winnow.bench.report_data import Report, Row, reports
+from winnow.bench.report_data import Report, reports
 from winnow.bench.report_page import command
-from winnow.bench.report_stats import retained
 from winnow.bench.store import Store
+from winnow.bench.summary import Result
 from winnow.core.errors import WinnowError
 
 SMALL = {"questions": 39, "budgets": (64, 16), "methods": ("fastervlm", "visionzip", "fastv"), "pictures": 2}
@@ -80,7 +80,7 @@ def one(store: Path) -> Report:
     return found
 
 
-def row(report: Report, label: str, budget: str = "64") -> Row:
+def row(report: Report, label: str, budget: str = "64") -> Result:
     return next(r for r in report.rows if (r.cell.label, r.cell.budget) == (label, budget))
 
 
@@ -193,14 +193,12 @@ def test_figures_are_those_of_the_answers(store: Path) -> None:
         plain = {a.question: a for a in opened.answers(report.full.cell.id)}  # type: ignore[union-attr]
     right = [a.correct for a in answers]
     full = [plain[a.question].correct for a in answers]
-    assert found.about.accuracy == rate(sum(right), len(right))
-    assert found.about.change == paired(full, right)
-    assert found.about.agreement == pytest.approx(
-        sum(a.answer == plain[a.question].answer for a in answers) / len(answers)
-    )
+    assert found.accuracy == rate(sum(right), len(right))
+    assert found.change == paired(full, right)
+    assert found.agreement == pytest.approx(sum(a.answer == plain[a.question].answer for a in answers) / len(answers))
     assert found.kept == 64
-    assert found.about.layer_tokens == 64 + synthetic.TEXT
-    assert found.about.kv == pytest.approx((64 + 12) / (256 + 12))
+    assert found.layer_tokens == 64 + synthetic.TEXT
+    assert found.kv == pytest.approx((64 + 12) / (256 + 12))
     assert sum(asked for _, asked in found.by_type.values()) == len(answers)
     assert sum(good for good, _ in found.by_type.values()) == sum(right)
     assert report.full is not None
@@ -216,7 +214,7 @@ def test_the_files_beside_the_page_say_the_same(store: Path, written: Path) -> N
     for line, entry, own in zip(lines, rows, report.rows, strict=True):
         assert line["label"] == entry["label"] == own.cell.label
         if own.asked:
-            assert float(line["accuracy"]) == entry["accuracy"] == own.about.accuracy.value
+            assert float(line["accuracy"]) == entry["accuracy"] == own.accuracy.value
             assert float(line["layer_tokens"]) == entry["layer_tokens"]
     with Image.open(written.with_suffix(".png")) as chart:
         assert chart.size == (1760, 1000)
@@ -397,7 +395,9 @@ def test_the_command_is_the_recorded_one_or_asks_for_the_same(tmp_path: Path) ->
     assert command(one(path)) == "winnow bench --methods all"
     change(path, "UPDATE runs SET environment = '{}'")
     said = command(one(path))
-    assert said == "winnow bench --methods fastervlm,fastv,visionzip --keep 64,16 --questions 39 --seed 0"
+    assert (
+        said == "winnow bench --method fastervlm --method fastv --method visionzip --keep 64,16 --questions 39 --seed 0"
+    )
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from winnow.bench.environment import code_settings, environment, model_settings, run_key
-from winnow.bench.meters import Median, efficiency, median
+from winnow.bench.intervals import Median, efficiency, median
 from winnow.bench.plans import FULL_JOB, Job, Keep, jobs
 from winnow.bench.requests import joined, request
 from winnow.bench.reuse import Encoded, listening
