@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
 from tests.bench import synthetic
-from winnow.bench.charts import DARK, INKS, LIGHT, SVG, XLINK, Curve, Mark, Scale, chart, key, number, png, spread, svg
+from winnow.bench.charts import DARK, INKS, LIGHT, Curve, Mark, Scale, chart, key, number, png, spread
 from winnow.bench.report import write_report
+from winnow.bench.svg import SVG, XLINK, svg
 from winnow.core.errors import WinnowError
 
 SIZE = (800, 500)

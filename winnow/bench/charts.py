@@ -1,15 +1,13 @@
-"""The charts of the report: drawn once by matplotlib, as SVG whose colours follow the page's stylesheet and as PNG."""
+"""The charts of the report as matplotlib figures; `svg` makes them part of the page."""
 
 from __future__ import annotations
 
 import io
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
 
 from winnow.core.errors import WinnowError
 
@@ -28,13 +26,11 @@ DARK = {
     "c0": "#5fb3f0", "c1": "#ff8a4c", "c2": "#3cc79a", "c3": "#f08bcb", "c4": "#e8b23a", "c5": "#4fd3e8",
     "c6": "#a99bff", "c7": "#ff7b86", "q0": "#939da7", "q1": "#b0b9c2", "q2": "#7d8790",
 }  # fmt: skip
-INK = {color: f"var(--{ink})" for ink, color in LIGHT.items()}
 INKS = 8  # colours for curves; more curves repeat them with another line
 MARKERS = "osD^vhPX"
 DASHES: tuple[tuple[float, ...], ...] = ((), (6, 3), (2, 3), (8, 3, 2, 3), (1, 3))
 TEXT, LETTER, LINE_HEIGHT = 12.5, 6.9, 15  # pixels: of the type, of a letter, and from one label to the next
 MOST_LABELS = 22  # curves that can be labelled side by side before their names become a wall
-SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 
 @dataclass(frozen=True)
@@ -145,7 +141,7 @@ def number(value: float) -> str:
 
 
 @contextmanager
-def _drawing() -> Iterator[type[Figure]]:
+def drawing() -> Iterator[type[Figure]]:
     """matplotlib's figures under settings of our own; the user's style files do not reach the report."""
     try:
         import matplotlib as mpl
@@ -166,7 +162,7 @@ def _drawing() -> Iterator[type[Figure]]:
 
 def require() -> None:
     """Raise WinnowError, with what to install, where charts cannot be drawn."""
-    with _drawing():
+    with drawing():
         pass
 
 
@@ -187,7 +183,7 @@ def chart(
         band: draw the interval of curves that are not quiet as a band instead of bars, for charts of one method.
         aside: move the curves a few pixels apart, where many share their values of x, so that their bars can be seen.
     """
-    with _drawing() as make:
+    with drawing() as make:
         wide, high = size
         figure = make((wide / 72, high / 72), dpi=72)
         figure.patch.set_gid("paper")
@@ -197,7 +193,7 @@ def chart(
         room = min(wide * 0.26, LETTER * longest + 30) if labels else 12.0
         across, up = wide - margin - 52, high - 62
         ax = figure.add_axes((52 / wide, 48 / high, across / wide, up / high))
-        _axes(ax, scale, room, across, up)
+        _axes(ax, scale, room + 22 * labels, across, up)
         loud = [curve.name for curve in curves if not curve.quiet]
         step = min(4.0, 30.0 / max(1, len(loud))) if aside else 0.0
         moved = {name: (i - (len(loud) - 1) / 2) * step for i, name in enumerate(loud)}
@@ -212,7 +208,6 @@ def _axes(ax: Any, scale: Scale, room: float, across: float, up: float) -> None:
     """Frame, ticks, grid and level."""
     if scale.log:
         ax.set_xscale("log")
-    room += 22  # between the names and the points
     ax.set_xlim(scale.limits(room, across - room - 26, 26))
     heights = scale.heights(min(8, max(2, int(up / 34))))
     ax.set_ylim(heights[0], heights[-1])
@@ -305,7 +300,7 @@ def spread(wanted: Sequence[float], apart: float, low: float, high: float) -> li
 
 def key(curve: Curve) -> Figure:
     """The line and the marker of a curve, for a legend."""
-    with _drawing() as make:
+    with drawing() as make:
         figure = make((30 / 72, 14 / 72), dpi=72)
         figure.patch.set_gid("paper")
         ax = figure.add_axes((0, 0, 1, 1), xlim=(0, 30), ylim=(0, 14))
@@ -318,84 +313,6 @@ def key(curve: Curve) -> Figure:
 def png(figure: Figure) -> bytes:
     """The chart on white paper, two pixels to the unit."""
     buffer = io.BytesIO()
-    with _drawing():
+    with drawing():
         figure.savefig(buffer, format="png", dpi=144, facecolor=LIGHT["paper"], metadata={"Software": None})
     return buffer.getvalue()
-
-
-def svg(figure: Figure, prefix: str, title: str = "", curves: Sequence[Curve] = (), class_: str = "chart") -> str:
-    """Inline SVG in the colours and the type of the page around it.
-
-    Args:
-        prefix: of ids inside the drawing, which nothing else on the page may have.
-        title: for readers who cannot see it.
-        curves: those that were drawn: what belongs to one is a group with its name in `data-curve`.
-    """
-    buffer = io.StringIO()
-    with _drawing():
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    ElementTree.register_namespace("", SVG[1:-1])
-    ElementTree.register_namespace("xlink", XLINK[1:-1])
-    root = ElementTree.fromstring(buffer.getvalue())  # noqa: S314 - matplotlib has written it just now
-    size = root.get("viewBox", "")
-    root.attrib = {"class": class_, "viewBox": size, "role": "img"} if title else {
-        "class": class_, "viewBox": size, "aria-hidden": "true"}  # fmt: skip
-    used = {href[1:] for element in root.iter() if (href := element.get(f"{XLINK}href"))}
-    names = {name: f"{prefix}-{i}" for i, name in enumerate(sorted(used))}
-    root[:] = [part for child in root for part in _cleaned(child, names, curves)]
-    if title:
-        root.insert(0, _element("title", title))
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _cleaned(
-    element: ElementTree.Element, names: dict[str, str], curves: Sequence[Curve]
-) -> Iterator[ElementTree.Element]:
-    """An element for the page, or its children alone: a group or a list of definitions that says nothing goes.
-
-    Ids become the page's only ones, curves have their names, colours are variables, and the type is the page's.
-    """
-    name, ident = element.tag.removeprefix(SVG), element.attrib.pop("id", "")
-    if name in ("style", "clipPath") or ident == "paper":
-        return  # a style here would be the whole page's, and nothing is drawn outside its axes
-    element[:] = [part for child in element for part in _cleaned(child, names, curves)]
-    for unused in ("clip-path", "transform") if "(-0 " in element.get("transform", "") else ("clip-path",):
-        element.attrib.pop(unused, None)
-    if ident in names:
-        element.set("id", names[ident])
-    if href := element.get(f"{XLINK}href"):
-        element.set(f"{XLINK}href", f"#{names[href[1:]]}")
-    if ident.startswith("curve ") and curves:
-        curve, *mark = (curves[int(ident.split()[1])], *ident.split()[2:])
-        element.set("data-curve", curve.name)
-        if mark and curve.marks[int(mark[0])].note:
-            element.insert(0, _element("title", curve.marks[int(mark[0])].note))
-    if style := ";".join(filter(None, map(_style, element.attrib.pop("style", "").split(";")))):
-        element.set("style", style)
-    for attribute in ("d", "x", "y", "transform"):
-        if value := element.get(attribute):
-            element.set(
-                attribute, re.sub(r"\d+\.\d+", lambda found: f"{float(found[0]):.4g}", value).replace("  ", " ")
-            )
-    element.tail = None
-    if name in ("g", "defs"):
-        element.text = None
-    if name == "g" and not element.attrib:
-        yield from element
-    elif name != "defs" or len(element):
-        yield element
-
-
-def _style(text: str) -> str:
-    """One declaration as the page wants it."""
-    name, _, value = text.strip().partition(": ")
-    if name != "font":
-        return f"{name}:{INK.get(value, value)}" if name not in ("", "font-family", "font-style") else ""
-    bold = "font-weight:600;" if "bold" in value or "700" in value else ""
-    return bold + "font-size:" + next(part for part in value.split() if part.endswith("px"))
-
-
-def _element(name: str, text: str) -> ElementTree.Element:
-    made = ElementTree.Element(f"{SVG}{name}")
-    made.text = text
-    return made

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from winnow.bench.charts import Curve, Mark, Scale, chart, key, svg
+from winnow.bench.charts import Curve, Mark, Scale, chart, key
 from winnow.bench.report_data import NATIVE, Report
 from winnow.bench.summary import Result
+from winnow.bench.svg import svg
 
 WIDE, NARROW, SMALL = (880, 500), (360, 340), (320, 230)
 Across = Callable[[Result], float | None]
