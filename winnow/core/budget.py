@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from winnow.core.errors import WinnowError
 
@@ -23,10 +23,12 @@ class Budget:
         value: an `int` is tokens; a `float` in (0, 1) is a share of the item's content tokens at entry; a string is
             a count ("64") or a percentage ("25%", "100%"). `1.0` is refused because it reads as both.
         allow_empty: permits 0, which removes the item; as a string, a question mark behind the value ("1%?").
+        rounding: of a share: `half-up` or `floor`.
     """
 
     value: int | float | str = 0.25
     allow_empty: bool = False
+    rounding: str = "half-up"
 
     def __post_init__(self) -> None:
         if isinstance(self.value, str) and self.value.strip().endswith("?"):
@@ -64,11 +66,24 @@ class Budget:
             return "share", float(text)
         raise WinnowError(f"keep={value!r} cannot be read; {_ALLOWED}.")
 
-    def of(self, at: object, *, rounding: str = "nearest") -> int:
+    @property
+    def is_count(self) -> bool:
+        """Whether the budget is a number of tokens; otherwise it is a share."""
+        return self._parsed()[0] == "tokens"
+
+    def rounded(self, rounding: str) -> Budget:
+        """The same budget under another rule of rounding."""
+        return replace(self, rounding=rounding)
+
+    @property
+    def share(self) -> float | None:
+        """The share as a number from 0 to 1; None for a number of tokens."""
+        return None if self.is_count else self._parsed()[1]
+
+    def of(self, at: object, *, rounding: str | None = None) -> int:
         """The count for an item: `at` is its number of content tokens at entry, or a view.
 
-        A share is rounded to the nearest integer, halves up (`rounding="floor"` for papers that cut); the result is
-        at least 1, unless empty is allowed, and at most the number of content tokens.
+        At least 1, unless empty is allowed, and at most the number of content tokens.
         """
         n = at if isinstance(at, int) else at.entry  # type: ignore[attr-defined]
         kind, number = self._parsed()
@@ -77,7 +92,7 @@ class Budget:
             return min(n, max(least, int(number)))
         exact = number * n
         # 1e-9: a share such as 0.29 of 100 must not lose a token to its binary representation.
-        count = math.floor(exact + 1e-9) if rounding == "floor" else math.floor(exact + 0.5 + 1e-9)
+        count = math.floor(exact + 1e-9) if (rounding or self.rounding) == "floor" else math.floor(exact + 0.5 + 1e-9)
         return min(n, max(least, count))
 
     def __str__(self) -> str:

@@ -24,6 +24,7 @@ class Method:
     signals: the fields that hold a Signal, or a tuple of them. Anything else defines `steps(info)`.
 
     Class attributes:
+        rounding: how a share of tokens becomes a count.
         identity: the settings at which the method changes nothing, or None if there are none.
         pairwise: whether it builds one V × V fp32 table for each item.
         streaming: whether it remembers something in `State.request`; its views then never join samples.
@@ -31,6 +32,7 @@ class Method:
 
     slug: ClassVar[str] = ""
     at: ClassVar[str] = "projected"
+    rounding: ClassVar[str] = "half-up"
     identity: ClassVar[dict[str, Any] | None] = None
     pairwise: ClassVar[bool] = False
     streaming: ClassVar[bool] = False
@@ -58,6 +60,23 @@ class Method:
     def calibrate(self, run: Callable[..., Any]) -> Method:
         """A method whose settings were fitted with `run`, which the engine supplies; itself by default."""
         return self
+
+    def at_budget(self, budget: Budget, content: int) -> Method:
+        """The same method at another budget.
+
+        Args:
+            budget: content tokens that are left after its last step, or their share.
+            content: content tokens of a typical item, for methods with a schedule.
+
+        Raises:
+            UnsupportedError: the method has no budget to set.
+        """
+        if "keep" not in self.settings():
+            raise UnsupportedError(
+                f"{self.slug} has no setting `keep`, so a budget says nothing to it; give it as a plan with its own "
+                f"settings: {self.slug}:{','.join(f'{name}=…' for name in self.settings())}"
+            )
+        return dataclasses.replace(self, keep=budget)  # type: ignore[type-var, call-arg]
 
     def signals(self) -> tuple[Signal, ...]:
         """The signals among the settings."""

@@ -10,7 +10,7 @@ what the code does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -41,6 +41,7 @@ class PyramidDrop(Method):
     ratios: tuple[Budget, ...] = (Budget(0.5), Budget(0.25), Budget(0.125))
     layers: tuple[int, ...] | None = None
 
+    rounding: ClassVar[str] = "floor"
     identity: ClassVar[dict[str, Any] | None] = {"ratios": ("100%", "100%", "100%")}
 
     def __post_init__(self) -> None:
@@ -70,9 +71,19 @@ class PyramidDrop(Method):
             for layer, budget in budgets.items()
         )
 
+    def at_budget(self, budget: Budget, content: int) -> PyramidDrop:
+        """Cuts by equal factors down to the budget: at 12.5 % the published 50 %, 25 %, 12.5 %."""
+        n, share = len(self.ratios), budget.share
+        if share is None:
+            left = budget.of(content)
+            before = [str(round(content * (left / content) ** (cut / n))) for cut in range(1, n)]
+        else:
+            before = [f"{100 * share ** (cut / n):.8f}".rstrip("0").rstrip(".") + "%" for cut in range(1, n)]
+        return replace(self, ratios=(*map(Budget, before), budget))
+
     def cut(self, view: View, layer: int, budget: Budget) -> Reduction:
         """The map of the cut before `layer`."""
-        return top_k(view[LMAttention(layer, rows="last")], budget.of(view.entered, rounding="floor"), view)
+        return top_k(view[LMAttention(layer, rows="last")], budget.rounded(self.rounding).of(view.entered), view)
 
     def _step(self, layer: int, budget: Budget, view: View, state: State) -> tuple[Reduce, State]:
         return Reduce(self.cut(view, layer, budget)), state
