@@ -14,7 +14,6 @@ import argparse
 import json
 import platform
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ import transformers
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import winnow
+from winnow.bench.clock import clocked
+from winnow.bench.intervals import median
 
 IMAGE, TEXT, SIDE = 500, 32, 24
 CONTENT = SIDE * SIDE
@@ -105,17 +106,10 @@ def native(model: LlavaForConditionalGeneration, features: torch.Tensor, tokens:
     return run
 
 
-def clocked(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return (time.perf_counter() - start) * 1000
-
-
-def interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
+def interval(values: np.ndarray) -> tuple[float, float, float]:
     """Median and its 95 % bootstrap interval."""
-    rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(values, (draws, len(values))), 1)
-    return float(np.median(values)), float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
+    found = median(values)
+    return found.value, found.low, found.high
 
 
 def measure(model: LlavaForConditionalGeneration, case: Case, pixels: torch.Tensor, rounds: int) -> dict[str, object]:
@@ -134,10 +128,10 @@ def measure(model: LlavaForConditionalGeneration, case: Case, pixels: torch.Tens
     for turn in range(rounds + 3):
         handle = winnow.compress(model, case.plan)
         encoded._winnow.plan = handle._engine.default  # the same plan, attached anew
-        spent = clocked(method)
+        _, spent = clocked(method, model.device)
         read = handle.last.layer_tokens
         handle.detach()
-        found = {n: clocked(run) for n, run in natives.items()}
+        found = {n: clocked(run, model.device)[1] for n, run in natives.items()}
         if turn >= 3:  # warm-up
             times["method"].append(spent)
             for n, t in found.items():

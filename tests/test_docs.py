@@ -113,12 +113,12 @@ def test_measured_rows_and_pictures_come_from_a_store(docs: ModuleType, elsewher
     synthetic.accuracy(store, questions=26, budgets=(64, 16), methods=("fastervlm", "visionzip"), pictures=2)
     assert docs.main(["measure", str(store)]) == 0
     found = json.loads((elsewhere / "measured.json").read_text(encoding="utf-8"))
-    assert found["command"] == "winnow bench --methods all"
+    assert found["command"] == "winnow bench --questions 260"
     page = (elsewhere / "methods" / "fastervlm.md").read_text(encoding="utf-8")
     row = next(r for r in found["rows"] if (r["label"], r["budget"]) == ("fastervlm", "64"))
     assert f"| fastervlm 64 | 64 | 76 | {100 * row['accuracy']:.1f} [" in page
     assert "| full | 256 | 268 |" in page
-    assert "```sh\nwinnow bench --methods all\n```" in page
+    assert "```sh\nwinnow bench --questions 260\n```" in page
     assert "../images/methods/fastervlm.webp" in page
     assert (elsewhere / "images" / "methods" / "fastervlm.webp").stat().st_size > 1000
     assert "## Measured" not in (elsewhere / "methods" / "fastv.md").read_text(encoding="utf-8")

@@ -12,11 +12,17 @@ import typer
 
 from winnow.core.errors import WinnowError
 
-EIGHT = "fastervlm,visionzip,vtc-cls,hiprune,divprune,todre,fastv,pyramiddrop"
 BUDGETS = "128,64,32,16"
 
 StorePath = Annotated[Path, typer.Option(help="The SQLite file of results; a killed sweep goes on from it.")]
-Methods = Annotated[str, typer.Option(help="Slugs, to which --keep applies, or plans with settings of their own.")]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        help="A slug, to which --keep applies, or a plan; give it several times.",
+        show_default="all methods",
+    ),
+]
 Keep = Annotated[str, typer.Option(help="Budgets: content tokens (64) or shares (12.5%).")]
 Model = Annotated[
     str | None,
@@ -44,7 +50,7 @@ def register(app: typer.Typer) -> None:
 
 def bench(
     store: StorePath = Path("runs.sqlite"),
-    methods: Methods = EIGHT,
+    methods: Methods = None,
     keep: Keep = BUDGETS,
     questions: Annotated[
         int | None, typer.Option(min=1, help="How many.", show_default="400 of winnow's world, all of --data")
@@ -77,7 +83,7 @@ def bench(
 
     quiet()
     sweep = several.Sweep(
-        str(store), several.listed(methods, "--methods fastervlm,divprune"), several.budgets_of(keep), model,
+        str(store), several.methods_of(methods), several.budgets_of(keep), model,
         None if data is None else str(data), questions, split, start,
         several.listed(baselines, "--baselines random,uniform"), batch, seed, max_new_tokens, positions, device, dtype,
         trust_remote_code, threads=threads if threads is not None or processes == 1 else 1, resume=not fresh,
@@ -89,7 +95,7 @@ def bench(
 
 def speed(
     store: StorePath = Path("runs.sqlite"),
-    methods: Methods = EIGHT,
+    methods: Methods = None,
     keep: Keep = "64",
     model: Model = None,
     data: Data = None,
@@ -115,7 +121,7 @@ def speed(
 
     quiet()
     sweep = several.Sweep(
-        str(store), several.listed(methods, "--methods fastervlm,divprune"), several.budgets_of(keep), model,
+        str(store), several.methods_of(methods), several.budgets_of(keep), model,
         None if data is None else str(data), 64, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
         threads=threads,
     )  # fmt: skip

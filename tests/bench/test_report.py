@@ -392,7 +392,7 @@ def test_plans_with_their_own_settings_and_a_store_without_evidence_or_full_mode
 
 def test_the_command_is_the_recorded_one_or_asks_for_the_same(tmp_path: Path) -> None:
     path = fresh(tmp_path)
-    assert command(one(path)) == "winnow bench --methods all"
+    assert command(one(path)) == "winnow bench --questions 260"
     change(path, "UPDATE runs SET environment = '{}'")
     said = command(one(path))
     assert (

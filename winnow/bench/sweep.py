@@ -128,7 +128,9 @@ class Sweeper:
         if not job.baseline:
             return None
         return [
-            choose(job.baseline, r.ask, layout, min(job.keep or 1, layout.n_content), r.evidence, r.objects, self.seed)
+            choose(
+                job.baseline, r.ask, layout, min(job.cell.keep or 1, layout.n_content), r.evidence, r.objects, self.seed
+            )
             for r, layout in zip(requests, layouts, strict=True)
         ]
 

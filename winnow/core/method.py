@@ -76,7 +76,7 @@ class Method:
                 f"{self.slug} has no setting `keep`, so a budget says nothing to it; give it as a plan with its own "
                 f"settings: {self.slug}:{','.join(f'{name}=…' for name in self.settings())}"
             )
-        return dataclasses.replace(self, keep=budget)  # type: ignore[type-var, call-arg]
+        return dataclasses.replace(self, keep=budget)  # type: ignore[type-var]
 
     def signals(self) -> tuple[Signal, ...]:
         """The signals among the settings."""
