@@ -2,7 +2,8 @@
 
     python tools/docs.py write            docs/methods/*.md, and the measured table of README.md
     python tools/docs.py check            exit 1 if they differ from what `write` would write
-    python tools/docs.py measure STORE    docs/measured.json and docs/images/methods/ from a store of `winnow bench`
+    python tools/docs.py measure STORE    docs/measured.json and docs/images/methods/ from a store of `winnow bench`;
+                                          exit 1 if by these figures the default method should be another
 
 A page says what the method's own module says; what was measured comes from docs/measured.json, where there is one.
 """
@@ -19,7 +20,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import default_method
 from winnow.core.budget import Budget
+from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.method import Method
 from winnow.core.registry import Entry, entries, method_class
@@ -277,7 +282,20 @@ def measure(store_path: str) -> int:
                     strip.paste(one, (left, 0))
                     left += one.width + 8
                 strip.save(PICTURES / f"{row.cell.label}.webp", quality=80, method=6)
-    return write()
+    return write() or check_default()
+
+
+def check_default() -> int:
+    """Fail where the default method is not the one that the rule names by the new figures."""
+    from winnow.engine.compress import DEFAULT
+
+    try:
+        said = default_method.complaint(default_method.load(MEASURED), DEFAULT)
+    except WinnowError as error:
+        said = str(error)
+    if said:
+        print(said, file=sys.stderr)
+    return 1 if said else 0
 
 
 def main(given: list[str]) -> int:
