@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16, choices=range(4, 65, 4), metavar="L", help="of the LM")
     parser.add_argument("--only", default="", help="plans that start with this")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--selection", type=Path, help="the share of each selection alone, for tools/default_method.py")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = build(options.layers)
@@ -198,7 +199,10 @@ def main() -> None:
                 flush=True,
             )
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    if options.selection:
+        shares = {r["plan"]: [round(share, 5) for share in r["selection"]] for r in results}
+        options.selection.write_text(json.dumps(shares, indent=1) + "\n")
     sys.exit(0 if all(r["pass"] for r in results) else 1)
 
 

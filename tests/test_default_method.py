@@ -14,7 +14,7 @@ from winnow.core.info import ModelInfo
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.registry import entries
-from winnow.core.signal import LMAttention, VisionAttention
+from winnow.core.signal import Signal
 from winnow.core.step import Step
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "default_method.py"
@@ -28,6 +28,13 @@ def rule() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@dataclass(frozen=True)
+class Asking(Signal):
+    """Depends on the question."""
+
+    reads_text = True
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ def rows(**right: tuple[float, float]) -> list[dict[str, object]]:
     return found
 
 
-def test_what_acts_in_the_language_model_or_looks_at_the_question_or_at_cls_is_barred(
+def test_what_acts_in_the_language_model_or_looks_at_the_text_or_needs_cls_is_barred(
     rule: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def barred(where: str, signal: object = None) -> str:
@@ -62,10 +69,9 @@ def test_what_acts_in_the_language_model_or_looks_at_the_question_or_at_cls_is_b
         return rule.barred(Acting)
 
     assert barred("projected") == ""
-    assert barred("projected", VisionAttention(query="all")) == ""
-    assert "no [CLS] token" in barred("projected", VisionAttention(query="cls"))
+    assert barred("projected", Signal()) == ""
     assert "acts at layers[2]" in barred("layers[2]")
-    assert "looks at the question" in barred("projected", LMAttention(1))
+    assert "looks at the text" in barred("projected", Asking())
     assert "does not run on a model without [CLS]" in barred("features")
 
 
@@ -88,7 +94,7 @@ def test_the_best_in_the_mean_that_nothing_bars_is_the_default(
     assert rule.best(slow).slug == third
     assert "1.01% of the prefill" in slow[1].barred
     unknown = rule.standings(shipped, twin, {third: 0.02})
-    with pytest.raises(WinnowError, match="No method satisfies the rule.*was not measured"):
+    with pytest.raises(WinnowError, match=r"No method satisfies the rule.*was not measured"):
         rule.best(unknown)
 
 

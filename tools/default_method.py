@@ -7,7 +7,7 @@ has the most right answers, in the mean over 25 % and 12.5 % of the tokens and o
     python tools/default_method.py     print the rule's answer with its figures; exit 1 if the default is another
 
 Figures: docs/measured.json (`make measured`), the twin's in the model's card.json (`make card`), and the share of the
-selection in docs/prefill.json (`make selection`: the upper end of its interval, 32 LM layers).
+selection in docs/selection.json (`make selection`: the upper end of its interval, 32 LM layers).
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from winnow.core.info import ModelInfo
 from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.registry import entries, method_class
-from winnow.core.signal import LMAttention, LMAttentionMass
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "docs" / "measured.json"
-PREFILL = ROOT / "docs" / "prefill.json"
+SELECTION = ROOT / "docs" / "selection.json"
 CARD = ROOT / "winnow" / "reference" / "small" / "card.json"
 SHARES = (0.25, 0.125)
 MOST = 0.01  # of the prefill, for the selection
@@ -61,8 +60,8 @@ def barred(cls: type[Method]) -> str:
         for step in steps:
             if step.at.name in ("layers", "kv", "decode"):
                 return f"it acts at {step.at}, inside the language model"
-            if any(isinstance(signal, LMAttention | LMAttentionMass) for signal in step.needs):
-                return "it looks at the question"
+            if any(signal.reads_text for signal in step.needs):
+                return "it looks at the text"
     return ""
 
 
@@ -102,13 +101,15 @@ def best(found: Sequence[Standing]) -> Standing:
     for one in found:
         if not one.barred:
             return one
-    raise WinnowError("No method satisfies the rule of the default: " + "; ".join(f"{s.slug}: {s.barred}" for s in found))
+    raise WinnowError(
+        "No method satisfies the rule of the default: " + "; ".join(f"{s.slug}: {s.barred}" for s in found)
+    )
 
 
 def load(measured: Path = MEASURED) -> list[Standing]:
     """The standings by the committed figures, or by other ones of the shipped model."""
-    shipped, card, timed = (json.loads(path.read_text(encoding="utf-8")) for path in (measured, CARD, PREFILL))
-    selection = {Plan.of(row["plan"]).methods[0].slug: row["selection"][2] for row in timed}
+    shipped, card, timed = (json.loads(path.read_text(encoding="utf-8")) for path in (measured, CARD, SELECTION))
+    selection = {Plan.of(plan).methods[0].slug: interval[2] for plan, interval in timed.items()}
     return standings(shipped["rows"], card["controls"]["methods"]["without_dropout"], selection)
 
 

@@ -7,6 +7,7 @@ tiles, a tap where the layer has run, a probe where it has not.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
@@ -14,7 +15,13 @@ from winnow.core.info import ModelInfo
 
 @dataclass(frozen=True)
 class Signal:
-    """Base of all signals. Equal settings are the same signal, so two methods share one computation."""
+    """Base of all signals. Equal settings are the same signal, so two methods share one computation.
+
+    Class attributes:
+        reads_text: whether it depends on the text.
+    """
+
+    reads_text: ClassVar[bool] = False
 
     def require(self, info: ModelInfo) -> None:
         """Raise UnsupportedError if a model of this kind cannot give the signal."""
@@ -89,6 +96,8 @@ class LMAttention(Signal):
         rows: `"last"` is the last prompt token; `"question"` the mean over the tokens of the question.
     """
 
+    reads_text: ClassVar[bool] = True
+
     layer: int
     rows: str = "last"
 
@@ -107,6 +116,8 @@ class LMAttentionMass(Signal):
         rows: `"question"` or `"items"` (all visual tokens of the sample).
         keys: `"items"` or `"question"`.
     """
+
+    reads_text: ClassVar[bool] = True
 
     layer: int
     rows: str = "question"
