@@ -400,6 +400,15 @@ def test_the_command_is_the_recorded_one_or_asks_for_the_same(tmp_path: Path) ->
     )
 
 
+def test_a_run_that_says_nothing_of_its_model_and_machine_has_a_report(tmp_path: Path) -> None:
+    path = fresh(tmp_path, questions=13)
+    change(path, "UPDATE runs SET environment = '{}', settings = '{}'")
+    (out, *_) = write_report(path, tmp_path / "r.html", png=False, csv=False, json=False)
+    text = Page(out.read_text(encoding="utf-8")).text
+    assert "A model with fewer tokens" in text
+    assert "The command was not recorded" in text
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(WinnowError, match="no store"):
         write_report(tmp_path / "none.sqlite", tmp_path / "r.html")

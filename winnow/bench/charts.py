@@ -7,12 +7,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from winnow.core.errors import WinnowError
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+Figure = Any  # matplotlib's, which is imported only where something is drawn
 
 # Inks c0 … c7 are for methods, q0 … q2 for baselines. Each is at least 3:1 against its paper; they differ in lightness
 # as well as in hue, and every curve has a marker of its own besides.
@@ -141,11 +140,11 @@ def number(value: float) -> str:
 
 
 @contextmanager
-def drawing() -> Iterator[type[Figure]]:
+def drawing() -> Iterator[Any]:
     """matplotlib's figures under settings of our own; the user's style files do not reach the report."""
     try:
         import matplotlib as mpl
-        from matplotlib.figure import Figure
+        from matplotlib import figure
     except ImportError:
         raise WinnowError(
             "The report's charts need matplotlib, which is not installed: pip install 'tokenwinnow[bench]'."
@@ -157,7 +156,7 @@ def drawing() -> Iterator[type[Figure]]:
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(own)
-        yield Figure
+        yield figure.Figure
 
 
 def require() -> None:

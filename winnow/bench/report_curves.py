@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from winnow.bench.charts import Curve, Mark, Scale, chart, key
+from winnow.bench.charts import Curve, Figure, Mark, Scale, chart, key
 from winnow.bench.report_data import NATIVE, Report
 from winnow.bench.summary import Result
 from winnow.bench.svg import svg
@@ -47,8 +47,8 @@ def scale(report: Report, found: list[Curve], title: str) -> Scale:
     return Scale.around(title, found, level)
 
 
-def main_chart(report: Report, across: Across, title: str) -> Any:
-    """The chart of all methods in its wide form, a matplotlib figure."""
+def main_chart(report: Report, across: Across, title: str) -> Figure:
+    """The chart of all methods in its wide form."""
     found = curves(report, across)
     return chart(found, scale(report, found, title), WIDE, aside=across is by_tokens)
 

@@ -38,7 +38,7 @@ def page(store: Store, reports: Sequence[Report], folder: Path) -> str:
         policy=_policy(script),
         style=colors() + _asset("report.css"),
         script=script,
-        runs=[_run(store, report, folder, f"r{i}") for i, report in enumerate(reports, 1)],
+        runs=[_run(store, report, folder, f"r{i}", len(reports) > 1) for i, report in enumerate(reports, 1)],
         table=report_table,
         words=report_words,
     )
@@ -77,14 +77,17 @@ def colors() -> str:
     return f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
 
 
-def _run(store: Store, report: Report, folder: Path, ident: str) -> dict[str, Any]:
+def _run(store: Store, report: Report, folder: Path, ident: str, several: bool) -> dict[str, Any]:
     """What the template shows of a run."""
     album = Album(folder, set())
     time_title = ""
     if report.cases:
         time_title = f"milliseconds to the first token, {report_table.case_name(report.cases[0])} (median)"
+    run = report.run
+    when = [str(run.settings[name]) for name in ("device", "dtype") if run.settings.get(name)]
     shown = {
         "id": ident,
+        "when": [*when, *([f"run {run.key[:12]}"] if several else []), run.created[:10]],
         "report": report,
         "title": _title(report),
         "facts": _facts(report),

@@ -5,16 +5,15 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 from xml.etree import ElementTree
 
-from winnow.bench.charts import LIGHT, Curve, drawing
+from winnow.bench.charts import LIGHT, Curve, Figure, drawing
 
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 INK = {color: f"var(--{ink})" for ink, color in LIGHT.items()}
 
 
-def svg(figure: Any, prefix: str, title: str = "", curves: Sequence[Curve] = (), class_: str = "chart") -> str:
+def svg(figure: Figure, prefix: str, title: str = "", curves: Sequence[Curve] = (), class_: str = "chart") -> str:
     """Inline SVG in the colours and the type of the page around it.
 
     Args:
