@@ -102,7 +102,7 @@ def run(
     import torch
 
     from winnow import cli_run
-    from winnow.cli_meter import busy
+    from winnow.bench.clock import busy
     from winnow.engine.compress import DEFAULT
     from winnow.models.load import load, quiet
 
@@ -111,7 +111,7 @@ def run(
     paths = cli_run.overlay_paths(overlay, wanted)
     asked = cli_run.subject(picture, question)
     cli_run.check_overlays(paths, asked.image.size)
-    note = busy()
+    reason = busy()
     if model is None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # the bundled model gains little from more, and loses much when a core is taken
     loaded, processor = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -124,8 +124,8 @@ def run(
     result = {"winnow": __version__, "model": model or "bundled reference model", **result}
     if warnings:
         result["warning"] = " ".join(warnings)
-    if note:
-        result["note"] = note
+    if reason:
+        result["note"] = f"this machine was busy at the start ({reason}): do not rely on the times"
     if as_json:
         print_json(result)
     else:

@@ -21,7 +21,7 @@ from winnow.core.registry import method_class
 from winnow.engine.compress import compress
 from winnow.media import open_image
 from winnow.models.inputs import model_inputs
-from winnow.overlay import Box, overlay, panel_size, provenance, shown_box
+from winnow.overlay import Box, overlay, panel_size, shown_box
 from winnow.reference import unknown_words
 from winnow.world import SPLITS, VERSION, Scene, scene
 from winnow.world.export import origin
@@ -209,7 +209,7 @@ def _picture(asked: Subject, processor: Any, handle: Any, path: Path | None, nam
         found["evidence_recall"] = float(matters[item.kept.numpy()].sum() / max(1, matters.sum()))
     if path is not None:
         caption = f"{name}: {len(item.kept)} of {item.layout.n_content} tokens · {asked.question}"
-        kept = provenance(item, handle.info.has_cls)
+        kept = item.provenance()
         save(overlay(asked.image, item.layout, kept, evidence=asked.evidence, shown=box, caption=caption), path)
         found["overlay"] = str(path)
     return found

@@ -8,13 +8,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Int
 from PIL import Image, ImageDraw, ImageFont
 
 from winnow.core.errors import WinnowError
 from winnow.core.layout import Layout
-from winnow.core.ledger import ItemLedger
 from winnow.core.reduction import Reduction
 
 Box = tuple[float, float, float, float]
@@ -75,32 +73,13 @@ def _resized(images: Any, wide: float, high: float) -> tuple[int, int]:
     return (short, long) if wide <= high else (long, short)
 
 
-def provenance(item: ItemLedger, has_cls: bool) -> Reduction:
-    """The map from an item's content tokens to what is left of them.
-
-    A step at `features` saw the tower's tokens: with a [CLS] in each tile, and with those that padding adds. They are
-    brought to the content tokens of the layout, whose `cell` says where each lies in the tower's output. Outputs that
-    stand for no place of the picture ([CLS] alone) are left out.
-    """
-    total = item.provenance()
-    if not item.reductions or str(item.reductions[0][0]) != "features":
-        return total
-    cell = torch.from_numpy(item.layout.cell[item.layout.content])
-    if has_cls:
-        patches = total.n // (int(item.layout.tile.max()) + 1) - 1
-        cell = cell // patches * (patches + 1) + 1 + cell % patches
-    matrix = total.to_matrix().cpu()[:, cell]
-    shown = (matrix != 0).any(1)
-    return Reduction.mix(matrix[shown], anchor=item.kept[shown])
-
-
 def levels(layout: Layout, kept: Reduction | Sequence[int] | np.ndarray | Any) -> Int[np.ndarray, " v"]:
     """DROPPED, MERGED or KEPT for each content token of an item.
 
     Args:
         layout: of the item as it entered the LM, V content tokens.
         kept: the ids of the kept tokens, a bool mask of length V, or the item's provenance: a Reduction of V tokens,
-            whose anchors are kept and whose other sources were merged into them (`provenance`).
+            whose representatives are kept and whose other sources were merged into them.
     """
     v = layout.n_content
     found = np.zeros(v, dtype=np.int64)
@@ -110,7 +89,7 @@ def levels(layout: Layout, kept: Reduction | Sequence[int] | np.ndarray | Any) -
                 f"The overlay takes a map of one item with {v} content tokens; got {kept.n}, lanes {kept.lanes}."
             )
         found[kept.kept.cpu().numpy()] = MERGED
-        found[kept.anchors[kept.valid].cpu().numpy()] = KEPT
+        found[kept.anchors[kept.sourced].cpu().numpy()] = KEPT
         return found
     ids = np.asarray(kept.cpu() if hasattr(kept, "cpu") else kept)
     if ids.dtype == bool:

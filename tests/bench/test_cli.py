@@ -8,10 +8,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from winnow.bench.processes import listed
+from winnow.bench.processes import budgets_of, listed, methods_of
 from winnow.bench.store import Store
 from winnow.cli_bench import register
 from winnow.core.errors import WinnowError
+from winnow.core.registry import entries
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,10 @@ def call(checkpoint, tmp_path):
     return invoke
 
 
-COMMON = ("--method", "fastervlm", "--method", "fastv:layer=1,keep=10%", "--keep", "16,12.5%", "--questions", "6")
+COMMON = (
+    *("--method", "fastervlm", "--method", "fastv:layer=1,keep=10%"),
+    *("--keep", "16,12.5%", "--questions", "6"),
+)
 
 
 def test_bench_prints_a_line_for_each_cell_and_says_what_is_next(call, tmp_path):
@@ -112,19 +116,13 @@ def test_speed_prints_times_and_on_a_busy_machine_no_speed_up(call, monkeypatch)
     assert "×" not in result.stdout
 
 
-def test_lists_keep_the_settings_of_a_plan_together():
-    assert listed("a,b", "") == ("a", "b")
-    assert listed("fastervlm,fastv:layer=2,keep=10%,divprune", "") == (
-        "fastervlm",
-        "fastv:layer=2,keep=10%",
-        "divprune",
-    )
-    assert listed("pyramiddrop:ratios=[50%,25%],layers=[1,2],todre", "") == (
-        "pyramiddrop:ratios=[50%,25%],layers=[1,2]",
-        "todre",
-    )
-    with pytest.raises(WinnowError, match="Cannot read 'a,,b'"):
-        listed("a,,b", "--keep 64,32")
+def test_lists_are_taken_apart_at_commas_and_all_methods_are_measured_by_default():
+    assert listed("64, 12.5%", "") == ("64", "12.5%")
+    with pytest.raises(WinnowError, match="Cannot read '64,,32'; write a list such as --keep 128,64,32"):
+        budgets_of("64,,32")
+    plans = ["fastv:layer=2,keep=10%", "todre"]
+    assert methods_of(plans) == tuple(plans)
+    assert methods_of(None) == tuple(e.slug for e in entries() if e.module.startswith("winnow.methods."))
 
 
 def test_the_commands_import_no_torch():

@@ -207,6 +207,11 @@ class Reduction:
         return (self.to_matrix() != 0).any(-2)
 
     @property
+    def sourced(self) -> Bool[Tensor, "*lanes m"]:
+        """Whether an output has any source; the row of a [CLS] token, in content tokens, has none."""
+        return self.valid if self.is_selection else (self.to_matrix() != 0).any(-1)
+
+    @property
     def mass(self) -> Float[Tensor, "*lanes m"]:
         """Sum of the weights of each output: 1 for a copy or a mean, the cluster size for a sum."""
         return self.to_matrix().sum(-1)
