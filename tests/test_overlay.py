@@ -199,7 +199,7 @@ def test_provenance_of_a_real_run_keeps_what_the_ledger_keeps(build):
 def test_a_kept_cls_token_has_no_place_in_the_picture():
     item = ItemLedger(0, "image", Layout.grid(2, 2), 4, ids=torch.tensor([0, 3]))
     item.reductions.append(("features", "zip", Reduction.select(torch.tensor([0, 4]), 5)))
-    assert levels(item.layout, provenance(item, has_cls=True)).tolist() == [DROPPED, DROPPED, DROPPED, KEPT]
+    assert levels(item.layout, item.provenance()).tolist() == [DROPPED, DROPPED, DROPPED, KEPT]
 
 
 def ramps(width: int, height: int) -> Image.Image:

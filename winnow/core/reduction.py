@@ -42,7 +42,9 @@ class Reduction:
     ordered: bool = True
 
     @staticmethod
-    def select(chosen: Tensor, n: int | None = None, *, counts: Sequence[int] | None = None, ordered=True) -> "Reduction":
+    def select(
+        chosen: Tensor, n: int | None = None, *, counts: Sequence[int] | None = None, ordered=True
+    ) -> "Reduction":
         """Keep some tokens and drop the others.
 
         Args:

@@ -14,8 +14,6 @@ from transformers.cache_utils import (
     Cache,
     DynamicCache,
     DynamicLayer,
-    DynamicSlidingWindowLayer,
-    QuantizedLayer,
     StaticLayer,
 )
 

@@ -379,4 +379,3 @@ class Engine:
 
 def _nothing() -> None:
     pass
-

@@ -397,7 +397,4 @@ class LMPass:
         """
         first = len(states) - len(self.bound.layers)
         packings = [self.packing_at(max(0, i - first)) for i in range(len(states))]
-        return tuple(
-            h if h is None else self.tokens.to_logical(h, p)
-            for h, p in zip(states, packings, strict=True)
-        )
+        return tuple(h if h is None else self.tokens.to_logical(h, p) for h, p in zip(states, packings, strict=True))

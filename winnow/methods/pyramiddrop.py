@@ -66,7 +66,11 @@ class PyramidDrop(Method):
 
     def steps(self, info: ModelInfo) -> tuple[Step, ...]:
         return tuple(
-            Step(Point("layers", row.layer), lambda view, state, row=row, budget=budget: self.cut(view, row, budget), (row,))
+            Step(
+                Point("layers", row.layer),
+                lambda view, state, row=row, budget=budget: self.cut(view, row, budget),
+                (row,),
+            )
             for row, budget in zip(map(LMAttention, self.layers or ()), self.ratios, strict=True)
         )
 
