@@ -294,18 +294,21 @@ class Engine:
         if request is None:
             return None
         lm, request.lm = request.lm, None
-        if lm is None:
-            request.ledger = write_ledger(request, None, kwargs) or request.ledger
-            return None
         if isinstance(output, tuple):
             cache = next((x for x in output if hasattr(x, "get_seq_length")), None)
+        else:
+            cache = cache_of(output)
+        if lm is None:
+            request.ledger = write_ledger(request, None, kwargs, cache)
+            return None
+        if isinstance(output, tuple):
             output = (lm.leave(output[0], cache), *output[1:])
         else:
-            output["last_hidden_state"] = lm.leave(output.last_hidden_state, cache_of(dict(output.items())))
+            output["last_hidden_state"] = lm.leave(output.last_hidden_state, cache)
             states = getattr(output, "hidden_states", None)
             if states is not None and lm.tokens.touched:
                 output["hidden_states"] = lm.logical_states(states)
-        request.ledger = write_ledger(request, lm, kwargs) or request.ledger
+        request.ledger = write_ledger(request, lm, kwargs, cache)
         return output
 
     def _enter_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
