@@ -61,7 +61,10 @@ class BoundModel:
                     "uncompiled: compression runs eagerly."
                 )
         info = family.info(model)
-        return BoundModel(model, base, lm, family, info, *parts, lm.layers, cache_keyword(lm.forward))  # type: ignore[arg-type]
+        tower, blocks, projector = parts
+        return BoundModel(
+            model, base, lm, family, info, tower, blocks, projector, lm.layers, cache_keyword(type(lm).forward)
+        )
 
     @property
     def token_ids(self) -> dict[str, int]:

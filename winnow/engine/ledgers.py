@@ -44,8 +44,8 @@ def _count_bytes(ledger: Ledger, request: Request, cache: Any, tokens: int) -> N
     held = [layer for layer in getattr(cache, "layers", ()) if getattr(layer, "keys", None) is not None]
     if held:
         ledger.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
-        ledger.kv_bytes_full = tokens * len(held) * kv_bytes_per_token(
-            request.bound.lm.config, held[0].keys.element_size()
+        ledger.kv_bytes_full = (
+            tokens * len(held) * kv_bytes_per_token(request.bound.lm.config, held[0].keys.element_size())
         )
 
 
