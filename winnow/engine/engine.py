@@ -252,6 +252,8 @@ class Engine:
             try:
                 with request.clock.phase("decode" if held else "prefill"):
                     output = plain(**called)
+                if not request.reached_lm and request.plan.plan.methods:
+                    self._explain_the_silence()
                 if request.ledger is not None:
                     self.ledgers.add(request.ledger)
                 return output
@@ -259,6 +261,14 @@ class Engine:
                 self._leave_layers(request)
                 if request.lm is not None:
                     request.lm.close()
+
+    def _explain_the_silence(self) -> None:
+        """A forward that did not pass our hook on the language model has run as the plain model."""
+        self.bound.check_seams()
+        raise UnsupportedError(
+            f"{type(self.bound.base).__name__} did not call its language model, or the hooks on it were removed, so "
+            "nothing was compressed; call detach() on the handle and compress again."
+        )
 
     def _times(self, called: dict[str, Any], held: bool) -> dict[str, float] | None:
         """Where the times of this forward are summed: with its encoder's, or with its prefill's."""
@@ -285,7 +295,10 @@ class Engine:
 
     def _enter_lm(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         request = self._mine()
-        if request is None or kwargs.get("inputs_embeds") is None:
+        if request is None:
+            return None
+        request.reached_lm = True
+        if kwargs.get("inputs_embeds") is None:
             return None
         request.lm = start_lm(request, kwargs)
         if request.lm is None:
