@@ -321,7 +321,8 @@ class Engine:
         else:
             cache = cache_of(output)
         if lm is None:
-            request.ledger = write_ledger(request, None, kwargs, cache)
+            if kwargs.get("inputs_embeds") is not None:
+                request.ledger = write_ledger(request, None, kwargs, cache)
             return None
         if isinstance(output, tuple):
             output = (lm.leave(output[0], cache), *output[1:])
