@@ -22,6 +22,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OM
 RANKS = [
     {"core", "children", "media_headers", "_version", "__version__"},
     {"media", "overlay", "parts", "signals", "systems", "world"},
+    {"contract"},  # what methods import
     {"reference"},
     {"methods", "models", "cache"},
     {"engine"},

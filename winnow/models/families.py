@@ -32,10 +32,14 @@ def check_version() -> None:
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    while hasattr(model, "get_base_model") and type(model).__module__.startswith("peft"):
-        model = model.get_base_model()
-    return model
+    """The transformers model inside wrappers of PEFT and of torch.compile, or the model itself."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model") and type(model).__module__.startswith("peft"):
+            model = model.get_base_model()
+        else:
+            return model
 
 
 def family_of(model: Any) -> Family:
@@ -43,10 +47,6 @@ def family_of(model: Any) -> Family:
     check_version()
     if not isinstance(model, nn.Module):
         raise WinnowError(f"compress takes a transformers model, got {type(model).__name__}.")
-    if hasattr(model, "_orig_mod"):
-        raise UnsupportedError(
-            "a model under torch.compile cannot be compressed: compress the model that was compiled."
-        )
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         raise UnsupportedError(
             f"{type(model).__name__} is spread over several devices (hf_device_map); "
