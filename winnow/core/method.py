@@ -118,7 +118,7 @@ class Method:
                 f"{self.slug} has no setting `keep`, so a budget says nothing to it; give it as a plan with its own "
                 f"settings: {self.slug}:{names}"
             )
-        return dataclasses.replace(self, keep=Budget(budget) if not isinstance(budget, Budget) else budget)  # type: ignore[type-var, call-arg]
+        return dataclasses.replace(self, keep=Budget.parse(budget))  # type: ignore[type-var, call-arg]
 
     def bind(self, info: ModelInfo) -> tuple["Method", tuple[Step, ...]]:
         """The resolved method and its steps, after checking that this model has the points and signals they ask for."""

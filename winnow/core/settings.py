@@ -101,7 +101,7 @@ def _converted(hint: Any, value: Any) -> Any:
         _need(isinstance(value, int) and not isinstance(value, bool))
         return value
     if isinstance(hint, type) and issubclass(hint, Budget):
-        return value if isinstance(value, Budget) else Budget(value)  # whose own message says what is allowed
+        return Budget.parse(value)  # whose own message says what is allowed
     if isinstance(hint, type):
         _need(isinstance(value, hint))
     return value
