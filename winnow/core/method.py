@@ -147,6 +147,13 @@ class Method:
         return {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("setting", True)}  # type: ignore[arg-type]
 
     @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The default of each setting that has one, as an instance holds it."""
+        hints = types_of(cls)
+        given = {n: f.default for n, f in cls.settings().items() if f.default is not dataclasses.MISSING}
+        return {name: _rounded(checked(cls.slug, name, hints[name], v), cls.rounding) for name, v in given.items()}
+
+    @classmethod
     def configured(cls, **values: Any) -> "Method":
         """An instance from plain values, as a plan string or a request gives them."""
         known = cls.settings()

@@ -121,10 +121,10 @@ class Plan:
     def _text(self, all_settings: bool) -> str:
         parts = []
         for method in self.methods:
-            shown = []
-            for name, field in method.settings().items():
+            shown, defaults = [], method.defaults()
+            for name in method.settings():
                 value = getattr(method, name)
-                if all_settings or value != field.default:
+                if all_settings or name not in defaults or value != defaults[name]:
                     shown.append(f"{name}={_show(value)}")
             parts.append(method.slug + (":" + ",".join(shown) if shown else ""))
         text = " + ".join(parts) or FULL
@@ -185,6 +185,8 @@ def _value(text: str, whole: str) -> Any:
         if not text.endswith("]"):
             raise WinnowError(f"Unclosed bracket in {text!r} in the plan {whole!r}.")
         return tuple(_value(v.strip(), whole) for v in _split(text[1:-1], ",") if v.strip())
+    if re.match(r"[A-Za-z_]\w*\(", text) and not text.endswith(")"):
+        raise WinnowError(f"Unclosed bracket in {text!r} in the plan {whole!r}.")
     if call := re.fullmatch(r"([A-Za-z_]\w*)\((.*)\)", text):
         return _signal(call[1], _settings(call[2], whole), whole)
     try:

@@ -49,6 +49,10 @@ def checked(owner: str, name: str, hint: Any, value: Any) -> Any:
         return _converted(hint, value)
     except _Mismatch:
         raise WinnowError(f"{owner}: {name}={value!r}; allowed: {described(hint)}.") from None
+    except WinnowError as error:  # a budget says what is wrong with it, not which setting it is
+        said = str(error).removeprefix("keep=")
+        shown = said if said.startswith(repr(value)) else f"{value!r}: {said}"
+        raise WinnowError(f"{owner}: {name}={shown}") from None
 
 
 def described(hint: Any) -> str:
