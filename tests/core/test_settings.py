@@ -9,7 +9,6 @@ import pytest
 
 from winnow.core.budget import Budget
 from winnow.core.errors import WinnowError
-from winnow.core.method import Method
 from winnow.core.registry import built_in, method_class
 from winnow.core.settings import Between, Block, Count, Layer, Share, checked, described, types_of
 from winnow.core.signal import Signal

@@ -33,14 +33,14 @@ from winnow.core.plan import Plan
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal
-from winnow.signals.language import LMAttention
-from winnow.signals.vision import VisionAttention, VisionKeys
 from winnow.core.step import Action, Keep, Reduce, State, Step
 from winnow.core.view import View
 from winnow.engine.compress import compress
 from winnow.engine.handle import Handle
 from winnow.methods.fastv import FastV
 from winnow.models.load import load
+from winnow.signals.language import LMAttention
+from winnow.signals.vision import VisionAttention, VisionKeys
 
 DETAILS = ("color", "shape", "place", "reading", "referring", "document", "two-hop")  # each has evidence
 SCENES = 90

@@ -14,10 +14,10 @@ from winnow.core.budget import Budget
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
-from winnow.core.signal import Signal
-from winnow.signals.vision import VisionAttention
-from winnow.core.step import Step
 from winnow.core.select import top_k
+from winnow.core.signal import Signal
+from winnow.core.step import Step
+from winnow.signals.vision import VisionAttention
 
 ROW = VisionAttention("feature", query="all")
 
@@ -202,7 +202,7 @@ class PlugIn(Good):
         return (Foreign(),)
 
     def steps(self, info):
-        return (Step(Point("layers", 1), self._run, self.signals()),)
+        return (Step(Point("layers", 1), self._one_step, self.signals()),)
 
     def reduce(self, view):
         return top_k(view[Foreign()].amax(-1), self.keep.of(view), view)

@@ -10,10 +10,10 @@ from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
 from winnow.core.plan import Plan
-from winnow.signals.language import LMAttention
 from winnow.core.step import State
 from winnow.core.view import View
 from winnow.methods.pyramiddrop import PyramidDrop
+from winnow.signals.language import LMAttention
 
 from .stubs import STUBS, ids, scores, tokens
 
@@ -26,7 +26,7 @@ def _chain(method, n, info=LLAMA, b=1):
     held, found = torch.arange(n).expand(b, n), {}
     for step in method.checked_steps(info):
         view = View(tokens(0, held.shape[1], b=b), layout, held, n, {step.needs[0]: row.gather(1, held)})
-        held = held.gather(1, step.run(view, State())[0].reduction.index)
+        held = held.gather(1, step.act(view, State())[0].reduction.index)
         found[step.at.index] = held
     return row, found
 
@@ -51,7 +51,7 @@ def _best(reduce):
 
 
 def test_cut_on_plain_tensors():
-    _best(lambda view, k: PyramidDrop().cut(view, 8, Budget(k)))
+    _best(lambda view, k: PyramidDrop().cut(view, LMAttention(8), Budget(k)))
 
 
 @pytest.mark.parametrize("stub", STUBS)
@@ -85,7 +85,7 @@ def test_ratios_count_from_what_entered_the_lm_also_between_its_cuts():
     half, quarter, _ = PyramidDrop().checked_steps(LLAMA)
     for step, n, expected in ((half, 20, 10), (quarter, 10, 5), (half, 9, 9)):
         view = View.of(tokens(0, n), {step.needs[0]: scores(0, n)}, n_visual=30, n_lm=20)
-        assert step.run(view, State())[0].reduction.m == expected
+        assert step.act(view, State())[0].reduction.m == expected
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_default_cuts_at_any_depth(depth, layers):
 def test_on_one_layer_the_deepest_cut_holds():
     (step,) = PyramidDrop().checked_steps(ModelInfo(depth=1))
     view = View.of(tokens(0, 16), {step.needs[0]: scores(0, 16)})
-    assert step.run(view, State())[0].reduction.m == 2
+    assert step.act(view, State())[0].reduction.m == 2
 
 
 def test_layers_and_ratios_of_ones_own():

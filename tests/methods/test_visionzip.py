@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,10 +15,13 @@ from winnow.core.reduction import Reduction
 from winnow.core.step import State
 from winnow.core.view import View
 from winnow.methods.fastervlm import FasterVLM
-from winnow.methods.visionzip import CLS_ROW, KEYS, VisionZip
+from winnow.methods.visionzip import VisionZip
+from winnow.signals.vision import VisionAttention, VisionKeys
 from winnow.testing import WITH_CLS, WITHOUT_CLS, Picture
 
 from .stubs import scores, tokens
+
+CLS_ROW, KEYS = VisionAttention(), VisionKeys()
 
 
 def _view(layout, seed=0, b=1, x=None, entry=None):
@@ -201,7 +206,9 @@ def test_letterbox_patches_are_neither_kept_nor_merged():
 def test_separators_are_dropped():
     (step,) = VisionZip().checked_steps(WITH_CLS)
     assert str(step.at) == "features"
-    action, _ = step.run(_view(Layout.grid(9, 9, cls=True)), State())
+    view = _view(Layout.grid(9, 9, cls=True))
+    view = replace(view, signals=dict(zip(step.needs, view.signals.values(), strict=True)))
+    action, _ = step.act(view, State())
     assert action.separators == "drop"
 
 
@@ -240,7 +247,7 @@ def test_representation_fails_for_a_stub(stub):
 
 
 def test_towers_without_cls_are_refused():
-    with pytest.raises(UnsupportedError, match="features"):
+    with pytest.raises(UnsupportedError, match=r"no \[CLS\]"):
         VisionZip().checked_steps(WITHOUT_CLS)
     with pytest.raises(WinnowError, match=r"\[CLS\]"):
         VisionZip().reduce(View.of(tokens(0, 9), {CLS_ROW: scores(0, 9), KEYS: tokens(0, 9)}, layout=Layout.grid(3, 3)))
