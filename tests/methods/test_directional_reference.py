@@ -83,7 +83,7 @@ def max_sum(view, k):
 def test_the_settings_are_the_defaults(sample):
     info = sample.handle.info
     assert VtcCls().steps(info)[0].needs == (VisionAttention(3), VisionAttention(4))
-    assert HiPrune().steps(info)[0].needs == (VisionAttention(1, query="all"), VisionAttention(query="all"))
+    assert HiPrune().bind(info)[0].object_layer == 1
 
 
 def _finds_more_than_blind(sample, select, shares=SHARES):
