@@ -1,6 +1,6 @@
 """All names that the author of a method or of a signal needs, from one import.
 
-    from winnow.contract import Budget, Method, View, VisionAttention, register
+from winnow.contract import Budget, Method, View, VisionAttention, register
 """
 
 from winnow.core.budget import Budget, split_evenly

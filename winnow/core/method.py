@@ -124,7 +124,7 @@ class Method:
         """The resolved method and its steps, after checking that this model has the points and signals they ask for."""
         try:
             resolved = self.resolve(info)
-            steps = tuple(step.resolved(info) for step in resolved.steps(info))
+            steps = tuple(step.resolved(info, self.signals()) for step in resolved.steps(info))
         except UnsupportedError as error:
             raise UnsupportedError(f"{self.slug} cannot run on {info.model}: {error}") from None
         for step in steps:

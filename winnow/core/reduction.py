@@ -42,7 +42,9 @@ class Reduction:
     ordered: bool = True
 
     @staticmethod
-    def select(chosen: Tensor, n: int | None = None, *, counts: Sequence[int] | None = None, ordered=True) -> "Reduction":
+    def select(
+        chosen: Tensor, n: int | None = None, *, counts: Sequence[int] | None = None, ordered=True
+    ) -> "Reduction":
         """Keep some tokens and drop the others.
 
         Args:
@@ -205,6 +207,11 @@ class Reduction:
     def kept(self) -> Bool[Tensor, "*lanes n"]:
         """Which sources reach any output."""
         return (self.to_matrix() != 0).any(-2)
+
+    @property
+    def sourced(self) -> Bool[Tensor, "*lanes m"]:
+        """Whether an output has any source; the row of a [CLS] token, in content tokens, has none."""
+        return self.valid if self.is_selection else (self.to_matrix() != 0).any(-1)
 
     @property
     def mass(self) -> Float[Tensor, "*lanes m"]:

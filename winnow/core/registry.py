@@ -40,6 +40,7 @@ class Entry:
         kind: training-free or learned.
         arxiv: identifier of the source.
         summary: first line of the class docstring.
+        name: of the class.
         settings: name of each setting → its `type`, as written, and its `default` as plan strings write it.
         released: the settings and the `positions` of the authors' released code, or None.
     """
@@ -51,6 +52,7 @@ class Entry:
     kind: str = "training-free"
     arxiv: str = ""
     summary: str = ""
+    name: str = ""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     released: Mapping[str, Any] | None = None
 
@@ -86,8 +88,8 @@ def register(
         if listed is None:
             summary = (cls.__doc__ or "").strip().split("\n")[0]
             source = arxiv or _source(getattr(sys.modules.get(cls.__module__), "__doc__", None))
-            settings, released = described_class(cls)
-            _extra[slug] = Entry(slug, cls.__module__, "user", tuple(stages), kind, source, summary, settings, released)
+            facts = ("user", tuple(stages), kind, source, summary, cls.__name__)
+            _extra[slug] = Entry(slug, cls.__module__, *facts, *described_class(cls))
         return cls
 
     return add
@@ -120,7 +122,7 @@ def _read(path: Path) -> list[Entry]:
                 facts["arxiv"] = _source(ast.get_docstring(tree)) or facts.get("arxiv", "")
                 summary = (ast.get_docstring(node) or "").split("\n")[0]
                 facts["settings"], facts["released"] = read_class(node)
-                entries.append(Entry(slug, f"winnow.methods.{path.stem}", summary=summary, **facts))
+                entries.append(Entry(slug, f"winnow.methods.{path.stem}", summary=summary, name=node.name, **facts))
     return entries
 
 

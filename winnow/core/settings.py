@@ -96,7 +96,8 @@ def _converted(hint: Any, value: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _first(get_args(hint), value)
     if origin is tuple:
-        _need(isinstance(value, tuple | list) and len(value) > 0)
+        signals = isinstance(get_args(hint)[0], type) and issubclass(get_args(hint)[0], Signal)
+        _need(isinstance(value, tuple | list) and (signals or len(value) > 0))
         return tuple(_converted(get_args(hint)[0], v) for v in value)
     if hint is float:
         _need(isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))

@@ -40,10 +40,12 @@ class Signal:
 
     Class attributes:
         per: `token` (values for each token of the item) or `item` (one value for each item).
+        covers_prefix: whether, at the tower's side, there are values for [CLS] too.
         reads_text: whether it depends on the text, so that it must be known where the question is.
     """
 
     per: ClassVar[Literal["token", "item"]] = "token"
+    covers_prefix: ClassVar[bool] = False
     reads_text: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -70,7 +70,9 @@ class BoundModel:
 
     def check_seams(self) -> None:
         """Refuse a model whose parts were exchanged after it was compressed: hooks would be left on the old ones."""
-        found = [seam(self.base, path, self.model) for path in (self.family.tower, self.family.blocks, self.family.projector)]
+        found = [
+            seam(self.base, path, self.model) for path in (self.family.tower, self.family.blocks, self.family.projector)
+        ]
         now = (*found, self.model.get_decoder(), self.lm.layers)
         for was, new in zip((self.tower, self.blocks, self.projector, self.lm, self.layers), now, strict=True):
             if was is not new:

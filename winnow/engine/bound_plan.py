@@ -44,7 +44,9 @@ class BoundPlan:
     reads_question: bool
 
     @staticmethod
-    def of(plan: Plan, info: ModelInfo, device: torch.device | None = None, dtype: torch.dtype | None = None) -> "BoundPlan":
+    def of(
+        plan: Plan, info: ModelInfo, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> "BoundPlan":
         """Check the plan for a model; `device` and `dtype` are those of what its methods build.
 
         Raises:
@@ -122,9 +124,7 @@ def _listen(
     listeners[site].add(signal)
 
 
-def _built(
-    plan: Plan, info: ModelInfo, device: torch.device | None, dtype: torch.dtype | None
-) -> dict[int, nn.Module]:
+def _built(plan: Plan, info: ModelInfo, device: torch.device | None, dtype: torch.dtype | None) -> dict[int, nn.Module]:
     made = {}
     for number, method in enumerate(plan.methods):
         module = method.build(info)

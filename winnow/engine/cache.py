@@ -14,8 +14,6 @@ from transformers.cache_utils import (
     Cache,
     DynamicCache,
     DynamicLayer,
-    DynamicSlidingWindowLayer,
-    QuantizedLayer,
     StaticLayer,
 )
 
@@ -160,25 +158,21 @@ def tag(cache: Cache, attachment: Any, logical: int) -> CacheState:
 
 def check_cache(cache: Cache) -> None:
     """Refuse storages that cannot hold a different number of tokens in each layer."""
-    if not isinstance(cache, DynamicCache) or type(cache).get_query_offset not in _PLAIN_OFFSETS:
-        if not any(isinstance(layer, StaticLayer) for layer in getattr(cache, "layers", ())):
-            raise UnsupportedError(
-                f"a {type(cache).__name__} cannot hold a compressed prompt; use the default dynamic cache."
-            )
     for layer in cache.layers:
         if isinstance(layer, StaticLayer):
             raise UnsupportedError(
                 "a static cache has one fixed length for all layers and cannot hold a compressed prompt; "
                 "use the default dynamic cache (drop cache_implementation='static')."
             )
-        if isinstance(layer, DynamicSlidingWindowLayer | QuantizedLayer) or not isinstance(layer, DynamicLayer):
+        if type(layer) is not DynamicLayer:
             raise UnsupportedError(
                 f"a cache with {type(layer).__name__} cannot hold a compressed prompt; use the default dynamic cache."
             )
-
-
-# Caches whose queries stand behind what the cache holds; some assisted decoders shift them.
-_PLAIN_OFFSETS = {Cache.get_query_offset}
+    # Caches of some assisted decoders shift their queries behind what they hold.
+    if not isinstance(cache, DynamicCache) or type(cache).get_query_offset is not Cache.get_query_offset:
+        raise UnsupportedError(
+            f"a {type(cache).__name__} cannot hold a compressed prompt; use the default dynamic cache."
+        )
 
 
 class Physical:

@@ -6,7 +6,8 @@ from winnow.core.errors import WinnowError
 from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.registry import method_class
-from winnow.engine.engine import Engine, check_training
+from winnow.engine.engine import Engine
+from winnow.engine.forward import check_training
 from winnow.engine.handle import Handle
 from winnow.engine.spans import template_suffix
 from winnow.models.families import family_of, unwrap
@@ -45,6 +46,7 @@ def compress(
     if plan is None:
         plan = method_class(DEFAULT).configured(**({} if keep is None else {"keep": keep}))
     check_training(inner)
-    engine = Engine(inner, family, Plan.of(plan, positions=positions), None if processor is None else template_suffix(processor))
+    suffix = None if processor is None else template_suffix(processor)
+    engine = Engine(inner, family, Plan.of(plan, positions=positions), suffix)
     engine.attach()
     return Handle(engine)

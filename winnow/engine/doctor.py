@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from winnow.core.errors import WinnowError
 from winnow.engine.compress import compress
 from winnow.models.families import family_of, unwrap
+from winnow.models.inputs import model_inputs
 
 QUESTION = "What is in the picture?"
 # Largest difference of logits, relative to the largest logit, between two orders of the same sums.
@@ -33,9 +34,10 @@ def diagnose(model: Any, processor: Any) -> list[Check]:
 
     Raises:
         UnsupportedError: the model's family is not supported.
+        WinnowError: the processor does not fit the model.
     """
     family_of(unwrap(model))
-    inputs = _inputs(model, processor)
+    inputs = model_inputs(model, processor, _picture(), QUESTION)
     checks = []
     with torch.no_grad():
         plain = model(**inputs).logits
@@ -60,18 +62,11 @@ def _guarded(name: str, run: Any) -> Check:
     return Check(name, ok, detail)
 
 
-def _inputs(model: Any, processor: Any) -> dict[str, Tensor]:
-    """A picture with structure everywhere, and a question about it."""
+def _picture() -> Image.Image:
+    """A picture with structure everywhere."""
     ramp = torch.arange(336)
     pixels = torch.stack([ramp[None].expand(336, -1), ramp[:, None].expand(-1, 336), (ramp[None] ^ ramp[:, None])], -1)
-    picture = Image.fromarray((pixels % 256).to(torch.uint8).numpy())
-    if getattr(processor, "chat_template", None):
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
-        text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-    else:
-        text = f"{getattr(processor, 'image_token', '<image>')} {QUESTION}"
-    made = processor(images=[picture], text=text, return_tensors="pt").to(model.device)
-    return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in made.items()}
+    return Image.fromarray((pixels % 256).to(torch.uint8).numpy())
 
 
 def _identity(model: Any, inputs: dict[str, Tensor], plain: Tensor, ids: Tensor) -> tuple[bool, str]:

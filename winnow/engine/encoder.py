@@ -86,7 +86,9 @@ def finish(request: Request, record: EncoderRecord, output: Any) -> Any:
     if record.items:
         settle(record)
     if record.reduced:
-        placed = [_placed(x, item, layout) for x, item, layout in zip(pooled, record.items, record.layouts, strict=True)]
+        placed = [
+            _placed(x, item, layout) for x, item, layout in zip(pooled, record.items, record.layouts, strict=True)
+        ]
         output.pooler_output = torch.stack(placed) if isinstance(pooled, Tensor) else type(pooled)(placed)
     record.times = request.clock.times
     record.tower_output = None

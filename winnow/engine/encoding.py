@@ -80,3 +80,8 @@ def mark(output: Any, record: EncoderRecord) -> Any:
 def record_of(output: Any) -> EncoderRecord | None:
     """The record that an encoder's output carries."""
     return getattr(output, "winnow", None)
+
+
+def is_marked(output: Any) -> bool:
+    """Whether an output comes from the encoder of a compressed model, with or without its record."""
+    return hasattr(type(output), "winnow")

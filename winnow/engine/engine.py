@@ -379,13 +379,3 @@ class Engine:
 
 def _nothing() -> None:
     pass
-
-
-def check_training(model: Any) -> None:
-    """Refuse gradient checkpointing, which runs layers again in the backward pass, outside any request."""
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
-        raise UnsupportedError(
-            "compression does not run with gradient checkpointing: layers would be reduced twice. "
-            "Call model.gradient_checkpointing_disable(), or train without compression."
-        )
-

@@ -1,15 +1,16 @@
 """What one forward of the base model was called with: its encodings, its positions, its items and its questions."""
 
+import sys
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from winnow.core.errors import WinnowError
+from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.cache import CacheState, check_cache, state_of
-from winnow.engine.encoding import EncoderRecord, record_of
+from winnow.engine.encoding import EncoderRecord, is_marked, record_of
 from winnow.engine.item_tokens import Span, find_spans
 from winnow.engine.lm_pass import LMPass
 from winnow.engine.request import Request
@@ -21,6 +22,11 @@ def encodings_of(called: dict[str, Any], plan: BoundPlan) -> dict[str, EncoderRe
     outputs = called.get("mm_encoder_outputs") or {}
     found = {modality: record_of(output) for modality, output in outputs.items() if output is not None}
     foreign = [modality for modality, record in found.items() if record is None]
+    if foreign and plan.plan.methods and is_marked(outputs[foreign[0]]):
+        raise UnsupportedError(
+            "a prompt that is prefilled in chunks (prefill_chunk_size) is not compressed: its pictures come in slices; "
+            "leave prefill_chunk_size unset."
+        )
     if foreign and plan.plan.methods:
         raise WinnowError(
             f"mm_encoder_outputs[{foreign[0]!r}] was made before the model was compressed; "
@@ -53,16 +59,52 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
     """The pass through the LM, if there is anything to do: items, or a cache that holds a reduced prompt."""
     cache = arguments.get(request.bound.cache_name)
     if not request.encodings and state_of(cache) is None:
+        _refuse_chunks(request)
         return None
     if request.plan.plan.methods:
-        request.bound.check_seams()
+        check_training(request.bound.model)
+        if request.encodings:
+            request.bound.check_seams()
         if cache is not None:
             check_cache(cache)
+    given = arguments.get("attention_mask")
+    if given is not None and (not isinstance(given, Tensor) or given.ndim != 2):
+        raise UnsupportedError("compression takes a 2-D attention_mask (1 real, 0 padding); got a prepared mask.")
     if not request.encodings:
         return LMPass(request, arguments)
     ids = _token_ids(request, arguments["inputs_embeds"])
     spans, ends = _spans(request, ids)
     return LMPass(request, arguments, spans, _questions(request, arguments, ids, ends), ends)
+
+
+def check_training(model: Any) -> None:
+    """Refuse gradient checkpointing, which runs layers again in the backward pass, outside any request."""
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
+        raise UnsupportedError(
+            "compression does not run with gradient checkpointing: layers would be reduced twice. "
+            "Call model.gradient_checkpointing_disable(), or train without compression."
+        )
+
+
+def _refuse_chunks(request: Request) -> None:
+    """Placeholders without their pictures are read as words, as by the plain model; but not in a chunk of a prompt.
+
+    `generate` passes the pictures of a chunked prompt with no chunk (transformers ≤ 5.22), and does not say so in its
+    calls: its own frame tells.
+    """
+    ids = request.called.get("input_ids")
+    if ids is None or ids.shape[1] == 1 or not request.plan.plan.methods:
+        return
+    if not any(bool((ids == token).any()) for token in request.bound.token_ids.values()):
+        return
+    frame: Any = sys._getframe(1)
+    while frame is not None and "generation_config" not in frame.f_locals:
+        frame = frame.f_back
+    if frame is not None and getattr(frame.f_locals["generation_config"], "prefill_chunk_size", None) is not None:
+        raise UnsupportedError(
+            "a prompt that is prefilled in chunks (prefill_chunk_size) is not compressed: its pictures would be read "
+            "as words; leave prefill_chunk_size unset."
+        )
 
 
 def _token_ids(request: Request, embeds: Tensor) -> Int[Tensor, "b s"]:

@@ -33,7 +33,7 @@ class Handle:
     @property
     def model(self) -> Any:
         """The model itself; call it as ever."""
-        return self._engine.model
+        return self._engine.bound.model
 
     @property
     def plan(self) -> Plan:
@@ -58,8 +58,9 @@ class Handle:
     def last(self) -> Ledger | None:
         """The ledger of the latest request.
 
-        Of this thread or asyncio task, if it has made one; else of whichever thread made the latest (a streamer's
-        `Thread(target=model.generate)`). A request without pictures has a ledger too, and `read_in_full` says why.
+        Of this thread or asyncio task, if it has made one; else of whichever made the latest. The main thread also sees
+        what a thread did that has ended (a streamer's `Thread(target=model.generate)`). A request without pictures has
+        a ledger too, whose `read_in_full` says why.
         """
         return self._engine.ledgers.last
 

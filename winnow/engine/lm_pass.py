@@ -53,8 +53,6 @@ class LMPass:
         self.state: CacheState | None = state_of(self.cache)
         self.before = 0 if self.cache is None else self.cache.get_seq_length()
         given = arguments.get("attention_mask")
-        if given is not None and (not isinstance(given, Tensor) or given.ndim != 2):
-            raise UnsupportedError("compression takes a 2-D attention_mask (1 real, 0 padding); got a prepared mask.")
         mask, sizes, right, self._host_mask = row_mask(given, rows, length, embeds.device)
         # What the cache holds of layers that were never reduced is known from the caller's mask alone.
         self.caller_past = given[:, : self.before].bool() if given is not None and self.before else None
@@ -393,9 +391,10 @@ class LMPass:
         return next(packing for first, packing in reversed(self.packings) if first <= layer)
 
     def logical_states(self, states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """Recorded hidden states at their logical length; those that were not asked for are None."""
-        packings = [self.packing_at(max(0, i - 1)) for i in range(len(states))]
-        return tuple(
-            h if h is None else self.tokens.to_logical(h, p) for h, p in zip(states, packings, strict=True)
-        )
+        """Recorded hidden states at their logical length; those that were not asked for are None.
 
+        There is one for each layer, its output, or one more, the input of the first layer, before them.
+        """
+        first = len(states) - len(self.bound.layers)
+        packings = [self.packing_at(max(0, i - first)) for i in range(len(states))]
+        return tuple(h if h is None else self.tokens.to_logical(h, p) for h, p in zip(states, packings, strict=True))

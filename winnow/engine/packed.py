@@ -123,9 +123,7 @@ class PackedSequence:
         if past_mask is None and not self.packing.padded:
             return None
         if held and past_mask is None:
-            past_mask = torch.ones(
-                len(self.packing.sizes), held, dtype=torch.bool, device=self.packing.mask.device
-            )
+            past_mask = torch.ones(len(self.packing.sizes), held, dtype=torch.bool, device=self.packing.mask.device)
         return self.packing.mask if past_mask is None else torch.cat([past_mask.bool(), self.packing.mask], 1)
 
     def lm_mask(self, hidden: Tensor, past_mask: Tensor | None, held: int) -> Tensor | None:

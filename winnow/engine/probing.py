@@ -19,7 +19,11 @@ _one_query_agrees: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKe
 
 
 def probe_layer(
-    layer: nn.Module, hidden: Float[Tensor, "b p d"], arguments: dict[str, Any], cache: Any, last: Int[Tensor, " b"] | None
+    layer: nn.Module,
+    hidden: Float[Tensor, "b p d"],
+    arguments: dict[str, Any],
+    cache: Any,
+    last: Int[Tensor, " b"] | None,
 ) -> tuple[Float[Tensor, "b h r e"], Float[Tensor, "b g k e"]]:
     """Queries and keys of a layer for these inputs; the keys of its cache come first.
 

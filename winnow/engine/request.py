@@ -69,22 +69,35 @@ current: ContextVar[Request | None] = ContextVar("winnow_request", default=None)
 
 
 class Ledgers:
-    """The ledger of the latest request, of each thread or task and of all; it goes when its thread or task goes."""
+    """The ledger of the latest request: of each thread or task while it lives, and of all."""
 
     def __init__(self) -> None:
         self._own: weakref.WeakKeyDictionary[Any, Ledger] = weakref.WeakKeyDictionary()
         self._latest: Ledger | None = None
+        self._latest_by: Any = None  # a weak reference to its thread or task
 
     def add(self, ledger: Ledger) -> None:
-        self._own[_here()] = self._latest = ledger
+        here = _here()
+        self._own[here] = self._latest = ledger
+        self._latest_by = weakref.ref(here)
 
     @property
     def last(self) -> Ledger | None:
-        """That of this thread or task, if it has made a request; else that of whoever made the latest."""
-        return self.here or self._latest
+        """That of this thread or task, if it has made a request; else that of whoever made the latest.
+
+        The main thread also sees what a thread did that has ended: it is who starts a thread to stream an answer.
+        """
+        here = _here()
+        own = self._own.get(here)
+        if own is None:
+            return self._latest
+        by = self._latest_by()
+        ended = by is None or (isinstance(by, threading.Thread) and not by.is_alive())
+        return self._latest if here is threading.main_thread() and ended else own
 
     @property
     def here(self) -> Ledger | None:
+        """That of this thread or task."""
         return self._own.get(_here())
 
 

@@ -90,9 +90,7 @@ class StepRunner:
             n_lm=first.n_lm,
         )
 
-    def _changes(
-        self, group: list[ItemTokens], view: View, action: Reduce, step: Step, slug: str
-    ) -> list[Change]:
+    def _changes(self, group: list[ItemTokens], view: View, action: Reduce, step: Step, slug: str) -> list[Change]:
         reduction = action.reduction
         in_order = reduction.is_selection and reduction.ordered
         made = None if in_order else reduction.apply(view.tokens)

@@ -25,7 +25,9 @@ class LayerWatch:
         self.running, self.index = running, index
         parts = {"attention": getattr(layer, "self_attn", None), "mlp": getattr(layer, "mlp", None)}
         if None in parts.values():
-            raise UnsupportedError(f"{type(layer).__name__} has no self_attn or no mlp, so what they do cannot be seen.")
+            raise UnsupportedError(
+                f"{type(layer).__name__} has no self_attn or no mlp, so what they do cannot be seen."
+            )
         self.handles = [layer.register_forward_pre_hook(Hook(self._start))]
         for name, part in parts.items():
             hook = Hook(lambda module, args, kwargs, output, name=name: self._part(name, args, kwargs, output))

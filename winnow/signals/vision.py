@@ -1,7 +1,7 @@
 """Signals of the encoder: its pixels, the blocks of the vision tower, and the projector."""
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -114,6 +114,8 @@ class VisionAttention(VisionSignal):
 @dataclass(frozen=True)
 class VisionKeys(VisionSignal):
     """Keys of one block of the vision tower, averaged over heads: `[b, N, d]` (with [CLS] at `features`)."""
+
+    covers_prefix: ClassVar[bool] = True
 
     def read(self, seen: TowerAttention) -> Float[Tensor, "t n d"]:
         return seen.k.to(torch.promote_types(seen.k.dtype, torch.float32)).mean(1)
