@@ -115,6 +115,21 @@ def test_tuples_of_signals_can_be_written():
         registry._classes.pop("listens")
 
 
+def test_a_default_that_the_type_does_not_allow_has_to_be_given():
+    @registry.register("needs-layers")
+    class NeedsLayers(Method):
+        layers: tuple[int, ...] = ()
+        count: int = None  # type: ignore[assignment]
+
+    try:
+        assert str(Plan((NeedsLayers((3, 4), 2),))) == "needs-layers:layers=[3,4],count=2"
+        with pytest.raises(WinnowError, match=r"needs-layers: layers=\(\); allowed: a list of: an int"):
+            Plan.of("needs-layers")
+    finally:
+        registry._extra.pop("needs-layers")
+        registry._classes.pop("needs-layers")
+
+
 @pytest.mark.parametrize(
     ("text", "plan"),
     [

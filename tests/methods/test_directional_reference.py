@@ -82,7 +82,7 @@ def max_sum(view, k):
 
 def test_the_settings_are_the_defaults(sample):
     info = sample.handle.info
-    assert VtcCls().steps(info)[0].needs == (VisionAttention(3), VisionAttention(4))
+    assert VtcCls().bind(info)[0].layers == (3, 4)
     assert HiPrune().bind(info)[0].object_layer == 1
 
 

@@ -148,10 +148,14 @@ class Method:
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """The default of each setting that has one, as an instance holds it."""
-        hints = types_of(cls)
-        given = {n: f.default for n, f in cls.settings().items() if f.default is not dataclasses.MISSING}
-        return {name: _rounded(checked(cls.slug, name, hints[name], v), cls.rounding) for name, v in given.items()}
+        """The default of each setting, as an instance holds it, where there is one that its type allows."""
+        found = {}
+        for name, hint in types_of(cls).items():
+            try:
+                found[name] = _rounded(checked(cls.slug, name, hint, cls.settings()[name].default), cls.rounding)
+            except WinnowError:
+                continue  # such a setting must be given
+        return found
 
     @classmethod
     def configured(cls, **values: Any) -> "Method":
