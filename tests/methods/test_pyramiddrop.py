@@ -131,3 +131,32 @@ def test_wrong_settings(settings):
 def test_layer_beyond_the_model_is_refused():
     with pytest.raises(WinnowError, match="32 LM layers"):
         PyramidDrop(layers=(8, 16, 32)).checked_steps(LLAMA)
+
+
+@pytest.mark.parametrize("content", [256, 576, 2880, 25, 105])
+@pytest.mark.parametrize("budget", [13, 64, 192, 320, 640, "12.5%", 1])
+def test_at_a_budget_the_last_cut_keeps_exactly_that(budget, content):
+    method = PyramidDrop().at_budget(budget, content)
+    counts = [ratio.of(content) for ratio in method.ratios]
+    assert counts[-1] == (content // 8 if budget == "12.5%" else min(budget, content))
+    assert counts == sorted(counts, reverse=True)
+    _, found = _chain(method, content)
+    assert [held.shape[1] for held in found.values()] == counts
+    again = Plan.of(str(Plan((method,)))).methods[0]  # a plan string carries it
+    assert [ratio.of(content) for ratio in again.ratios] == counts
+
+
+def test_at_an_eighth_it_is_the_published_schedule():
+    assert [r.of(n) for n in (576, 2880) for r in PyramidDrop().at_budget("12.5%", 576).ratios] == [
+        *(288, 144, 72),
+        *(1440, 720, 360),
+    ]
+    assert [r.of(576) for r in PyramidDrop().at_budget(72, 576).ratios] == [288, 144, 72]
+    assert PyramidDrop((0.6, 0.3), (3, 9)).at_budget("25%", 100) == PyramidDrop(("50%", "25%"), (3, 9))
+
+
+def test_a_budget_that_may_leave_nothing():
+    counts = [ratio.of(100) for ratio in PyramidDrop().at_budget(Budget(0, allow_empty=True), 100).ratios]
+    assert counts[-1] == 0
+    assert min(counts) == 0
+    assert counts == sorted(counts, reverse=True)

@@ -14,8 +14,6 @@ is lost (`padding=true`), and the remainder of an uneven split goes to the first
 positions: there `hiprune:wrap=true` equals it. Elsewhere positions are kept by default, as for all methods of winnow.
 """
 
-from dataclasses import replace
-
 import torch
 
 import winnow.contract as wn
@@ -46,7 +44,7 @@ class HiPrune(wn.Method):
 
     def resolve(self, info: wn.ModelInfo):
         nth = info.vision_depth // 2 if info.merge > 1 else int(info.vision_depth * 9 / 24 + 0.5)
-        return self if self.object_layer is not None else replace(self, object_layer=max(0, nth - 1))
+        return self if self.object_layer is not None else self.replace(object_layer=max(0, nth - 1))
 
     def signals(self):
         middle = 8 if self.object_layer is None else self.object_layer

@@ -8,8 +8,6 @@ Departs from the released code: any padding side. Positions are kept by default,
 plans differ in what they keep alone; the code numbers anew what is left after each cut (`positions=compact`).
 """
 
-from dataclasses import replace
-
 import winnow.contract as wn
 
 
@@ -29,12 +27,11 @@ class PyramidDrop(wn.Method):
     identity = {"ratios": ("100%", "100%", "100%")}
     released = {"positions": "compact"}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         cuts, layers = len(self.ratios), self.layers
         if layers is not None and (len(layers) != cuts or list(layers) != sorted(set(layers))):
             raise wn.WinnowError(
-                f"pyramiddrop: layers={layers!r}; allowed: ascending layers, one for each of {cuts} ratios."
+                f"pyramiddrop: layers={layers!r}; allowed: {cuts} ascending layers, one for each ratio."
             )
 
     def at_budget(self, budget, content: int):
@@ -42,8 +39,10 @@ class PyramidDrop(wn.Method):
         last, cuts = wn.Budget.parse(budget).rounded(self.rounding), len(self.ratios)
         parts = [float(last.share(content)) ** ((cut + 1) / cuts) for cut in range(cuts - 1)]
         least = max(1, last.of(content))
-        steps = [max(least, round(part * content)) if last.is_count else f"{max(part, 1e-6):.4%}" for part in parts]
-        return replace(self, ratios=(*steps, last))
+        steps = [
+            max(least, round(part * content)) if last.is_count else f"{100 * max(part, 1e-6):.6g}%" for part in parts
+        ]
+        return self.replace(ratios=(*steps, last))
 
     def resolve(self, info: wn.ModelInfo):
         cuts = len(self.ratios)

@@ -11,7 +11,6 @@ or nothing. Where all text follows the image, attention from image to text is 0 
 Departs from the released code: no code has been released.
 """
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -45,7 +44,7 @@ class ToDRE(wn.Method):
     identity = {"keep": "100%", "stage2": False}
 
     def resolve(self, info: wn.ModelInfo):
-        return self if self.pivot != "auto" else replace(self, pivot="cls" if info.has_cls else "random")
+        return self if self.pivot != "auto" else self.replace(pivot="cls" if info.has_cls else "random")
 
     def steps(self, info: wn.ModelInfo):
         row = () if self.pivot == "random" else (CLS_ROW,)

@@ -18,7 +18,6 @@ from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
 import winnow.contract as wn
 from winnow.parts.cosine import unit
@@ -53,17 +52,16 @@ class VisionZip(wn.Method):
     identity = None
     released = {"order": "thumbnail", "positions": "compact"}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.contextual >= 1 if self.dominant is None else not isinstance(self.contextual, int):
-            allowed = "a share below 1, or with dominant an int"
-            raise wn.WinnowError(f"visionzip: contextual={self.contextual!r}; allowed: {allowed}.")
+            raise wn.WinnowError(
+                f"visionzip: contextual={self.contextual!r}; allowed: below 1, or an int with dominant."
+            )
 
     def at_budget(self, budget, content: int):
         """Another budget at the same share of contextual tokens."""
-        return VisionZip(budget, self._share, None, self.merge, self.order, self.row, self.keys)
+        return self.replace(keep=budget, contextual=self._share(), dominant=None)
 
-    @property
     def _share(self) -> float:
         """The share of contextual tokens."""
         return self.contextual if self.dominant is None else self.contextual / (self.dominant + self.contextual)
@@ -73,7 +71,7 @@ class VisionZip(wn.Method):
         each = 0 if self.dominant is None else self.dominant + int(self.contextual)
         total = min(n_visual, each * len(patches)) if each else self.keep.of(n_visual)
         split = wn.split_evenly(total, [p + 1 for p in patches])
-        contextual = [min(max(0, n - 1), int(n * self._share + 0.5)) for n in split]
+        contextual = [min(max(0, n - 1), int(n * self._share() + 0.5)) for n in split]
         return tuple((n - c, c) for n, c in zip(split, contextual, strict=True))
 
     def reduce(self, view: wn.View) -> wn.Reduction:
@@ -103,7 +101,9 @@ class VisionZip(wn.Method):
             anchor, cluster = anchor[:, order], torch.where(cluster < 0, -1, order.argsort()[cluster])
         return wn.Reduction.assign(cluster, weights, m=rows, anchor=anchor, ordered=False)
 
-    def _weights(self, cluster: Int[Tensor, "b n"], anchor: Int[Tensor, "b m"]) -> Float[Tensor, "b n"]:
+    def _weights(
+        self, cluster: Int[torch.Tensor, "b n"], anchor: Int[torch.Tensor, "b m"]
+    ) -> Float[torch.Tensor, "b n"]:
         live = (cluster >= 0).float()
         size = live.new_zeros(anchor.shape).scatter_add_(1, cluster.clamp_min(0), live)
         if self.merge == "mean":
@@ -112,7 +112,7 @@ class VisionZip(wn.Method):
         return (live / others).scatter_(1, anchor, 1.0)
 
 
-def _thumbnail_first(counts: tuple[tuple[int, int], ...], anchor: Tensor) -> Int[Tensor, " m"]:
+def _thumbnail_first(counts: tuple[tuple[int, int], ...], anchor: torch.Tensor) -> Int[torch.Tensor, " m"]:
     """The outputs, dominant before contextual, with all of the first tile's ahead of the others."""
     (d, c), dominant = counts[0], sum(d for d, _ in counts)
     place = torch.arange(anchor.shape[1], device=anchor.device)

@@ -10,7 +10,6 @@ with tiles the budget of the item is split equally over them (the code knows sin
 default, as for all methods of winnow; the code numbers them anew.
 """
 
-from dataclasses import replace
 from functools import reduce
 from typing import Literal
 
@@ -40,19 +39,18 @@ class VtcCls(Method):
     per_tile = True
     released = {"combine": "sum", "positions": "compact"}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.layers is not None and self.start is not None:
             raise WinnowError(f"vtc-cls: layers={self.layers!r}; allowed: a list of vision blocks, without start.")
 
     def resolve(self, info: ModelInfo):
         if self.layers is not None:
-            return replace(self, layers=tuple(VisionAttention(layer).block(info) for layer in self.layers))
+            return self.replace(layers=tuple(VisionAttention(layer).block(info) for layer in self.layers))
         last = VisionAttention().block(info)
         start = min(info.vision_depth // 2, last) if self.start is None else VisionAttention(self.start).block(info)
         if start > last:
             raise WinnowError(f"vtc-cls: start={self.start} lies after the feature block, which is block {last}.")
-        return replace(self, start=None, layers=tuple(range(start, last + 1)))
+        return self.replace(start=None, layers=tuple(range(start, last + 1)))
 
     def signals(self):
         return tuple(map(VisionAttention, self.layers or ("feature",)))
