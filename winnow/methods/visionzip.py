@@ -54,9 +54,7 @@ class VisionZip(wn.Method):
 
     def check(self) -> None:
         if self.contextual >= 1 if self.dominant is None else not isinstance(self.contextual, int):
-            raise wn.WinnowError(
-                f"visionzip: contextual={self.contextual!r}; allowed: below 1, or an int with dominant."
-            )
+            raise wn.WinnowError(f"visionzip: contextual={self.contextual!r}; allowed: below 1; with dominant an int.")
 
     def at_budget(self, budget, content: int):
         """Another budget at the same share of contextual tokens."""

@@ -53,7 +53,7 @@ class VtcCls(Method):
         return self.replace(start=None, layers=tuple(range(start, last + 1)))
 
     def signals(self):
-        return tuple(map(VisionAttention, self.layers or ("feature",)))
+        return tuple(VisionAttention(layer) for layer in self.layers or ("feature",))  # type: ignore[arg-type]
 
     def score(self, view: View):
-        return reduce(_COMBINE[self.combine], (view[row] for row in self.signals()))
+        return reduce(_COMBINE[self.combine], (view[row] for row in self.signals()))  # type: ignore[call-overload]
