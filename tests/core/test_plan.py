@@ -1,5 +1,7 @@
 """The plan grammar: a round trip, a key, and errors that name what is allowed (B4, B7)."""
 
+from dataclasses import dataclass
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,6 +115,34 @@ def test_tuples_of_signals_can_be_written():
     finally:
         registry._extra.pop("listens")
         registry._classes.pop("listens")
+
+
+def test_a_signal_defined_again_is_the_last_one_and_another_of_that_name_is_refused():
+    """As when a notebook's cell is run twice."""
+
+    def defined(module):
+        @dataclass(frozen=True)
+        class Twice(VisionAttention):
+            """A signal."""
+
+        Twice.__module__ = module
+        return Twice
+
+    @registry.register("hears-twice")
+    class HearsTwice(Method):
+        row: VisionAttention = VisionAttention()
+
+    try:
+        first, second = defined("here"), defined("here")
+        assert first is not second
+        assert type(Plan.of("hears-twice:row=Twice(layer=3)").methods[0].row) is second
+        third = defined("there")
+        with pytest.raises(WinnowError, match="names the signal Twice; known, and known once, are"):
+            Plan.of("hears-twice:row=Twice(layer=3)")
+        assert third.__module__ == "there"
+    finally:
+        registry._extra.pop("hears-twice")
+        registry._classes.pop("hears-twice")
 
 
 def test_a_default_that_the_type_does_not_allow_has_to_be_given():

@@ -197,18 +197,18 @@ def _value(text: str, whole: str) -> Any:
 
 
 def _signal(name: str, values: dict[str, Any], whole: str) -> Signal:
-    kinds = {kind for kind in _below(Signal) if kind.__name__ == name}
+    known = _below(Signal)
+    kinds = {(kind.__module__, kind.__qualname__): kind for kind in known if kind.__name__ == name}  # a cell run twice
     if len(kinds) != 1:
-        known = ", ".join(sorted({kind.__name__ for kind in _below(Signal)}))
-        raise WinnowError(f"The plan {whole!r} names the signal {name}; known, and known once, are: {known}.")
-    kind = kinds.pop()
+        names = ", ".join(sorted({kind.__name__ for kind in known}))
+        raise WinnowError(f"The plan {whole!r} names the signal {name}; known, and known once, are: {names}.")
+    (kind,) = kinds.values()
     fields = {f.name for f in dataclasses.fields(kind)}
     if unknown := sorted(set(values) - fields):
         raise WinnowError(f"{name} has no setting {unknown[0]!r}; it has {', '.join(sorted(fields)) or 'none'}.")
     return kind(**values)
 
 
-def _below(kind: type) -> set[type]:
-    """All subclasses, at any depth."""
-    own: set[type] = set(kind.__subclasses__())
-    return own.union(*(_below(sub) for sub in own))
+def _below(kind: type) -> list[type]:
+    """All subclasses, at any depth, in the order in which they were defined."""
+    return [found for sub in kind.__subclasses__() for found in (sub, *_below(sub))]
