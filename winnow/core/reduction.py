@@ -124,8 +124,9 @@ class Reduction:
 
     def cpu(self) -> "Reduction":
         """The map with its tensors on the CPU."""
-        tensors = {f.name: x.cpu() for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
-        return replace(self, **tensors)  # type: ignore[arg-type]
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in given.items()}
+        return Reduction(**moved)
 
     def apply(self, x: Float[Tensor, "*lanes n d"]) -> Float[Tensor, "*lanes m d"]:
         """The output rows. A selection copies bits; sums run in the dtype of `x`."""

@@ -53,6 +53,10 @@ def checked(owner: str, name: str, hint: Any, value: Any) -> Any:
         return _converted(hint, value)
     except _Mismatch:
         raise WinnowError(f"{owner}: {name}={value!r}; allowed: {described(hint)}.") from None
+    except WinnowError as error:  # a budget says what is wrong with it, not which setting it is
+        said = str(error).removeprefix("keep=")
+        shown = said if said.startswith(repr(value)) else f"{value!r}: {said}"
+        raise WinnowError(f"{owner}: {name}={shown}") from None
 
 
 def described(hint: Any) -> str:
@@ -106,7 +110,7 @@ def _converted(hint: Any, value: Any) -> Any:
         _need(isinstance(value, int) and not isinstance(value, bool))
         return value
     if isinstance(hint, type) and issubclass(hint, Budget):
-        return value if isinstance(value, Budget) else Budget(value)  # whose own message says what is allowed
+        return Budget.parse(value)  # whose own message says what is allowed
     if isinstance(hint, type):
         _need(isinstance(value, hint))
     return value

@@ -104,9 +104,13 @@ class Signal:
         return torch.randn(b, n, generator=generator).mul(2).softmax(-1)
 
 
-@functools.cache
 def signal_types(kind: Any) -> dict[str, Any]:
     """The types of a signal's settings."""
+    return _signal_types(kind)
+
+
+@functools.cache
+def _signal_types(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {f.name: hints[f.name] for f in fields(kind)}
 
