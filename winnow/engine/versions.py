@@ -82,6 +82,14 @@ def causal_mask(config: Any, embeds: Tensor, mask: Tensor | None, cache: Any, **
     return make(config=config, inputs_embeds=embeds, attention_mask=mask, **cache_keyword(make).of(cache), **options)
 
 
+def checkpoints_activations(model: Any) -> bool:
+    """Whether some module of the model runs again in the backward pass (gradient checkpointing, renamed in 5.23)."""
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+        if hasattr(type(model), name):
+            return bool(getattr(model, name))
+    return False
+
+
 def hidden_state_layers(count: int, depth: int) -> tuple[int, ...]:
     """For each of `count` recorded hidden states of an LM of `depth` layers, the layer whose tokens it has.
 
