@@ -49,7 +49,7 @@ def cache_of(values: dict[str, Any]) -> Any:
 
 
 def checkpoints_activations(model: Any) -> bool:
-    """Whether some module runs again in the backward pass (gradient checkpointing; the property was renamed in 5.23)."""
+    """Whether some module runs again in the backward pass: gradient checkpointing, whose name changed in 5.23."""
     for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
         if hasattr(type(model), name):
             return bool(getattr(model, name))

@@ -11,7 +11,7 @@ import transformers
 
 from winnow.core.errors import UnsupportedError
 
-OLDEST, NEWEST = (5, 19), (5, 24)  # major and minor; the two environments of the Makefile hold one version of each
+OLDEST, NEWEST = (5, 19), (5, 24)  # major and minor; the tests run on one version of each
 RANGE = f"transformers ≥ {OLDEST[0]}.{OLDEST[1]}, < {NEWEST[0]}.{NEWEST[1] + 1}"
 
 _accepted: set[tuple[str, str]] = set()
@@ -29,12 +29,11 @@ def check_version(model: str) -> None:
     """
     version = transformers.__version__
     if _read(version) < OLDEST:
-        raise UnsupportedError(f"transformers {version} is too old for winnow; install {RANGE}.")
+        raise UnsupportedError(f"transformers {version} is outside the range that winnow knows; install {RANGE}.")
     if is_untested() and not _trying.get() and (version, model) not in _accepted:
         raise UnsupportedError(
-            f"transformers {version} is newer than {NEWEST[0]}.{NEWEST[1]}, the newest that winnow is tested with; "
-            f"install {RANGE}. Or check it yourself: winnow.engine.doctor.diagnose(model, processor) accepts this "
-            f"version for {model} in this process if all its checks hold."
+            f"transformers {version} is outside the range that winnow knows; install {RANGE}. Or let winnow check it: "
+            f"winnow.engine.doctor.diagnose(model, processor) accepts it for {model}, in this process, if all is right."
         )
 
 
