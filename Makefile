@@ -30,7 +30,7 @@ RUNS    := runs
 SEED    := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-newest demo test test-newest test-all lint bench systems systems-check docs measured images reference card clean
+.PHONY: help venv venv-newest demo test test-newest test-all lint bench selection systems systems-check docs measured images reference card clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -78,6 +78,10 @@ lint: $(STAMP) ## ruff and mypy
 
 bench: $(STAMP) ## Speed against the plain model and against the same model with M tokens
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/prefill.py
+
+selection: $(STAMP) ## Time each method's selection against the prefill of 32 layers, for the rule of the default method
+	-OMP_NUM_THREADS=1 $(BIN)/python benchmarks/prefill.py --layers 32 --rounds 10 --selection docs/selection.json
+	$(BIN)/python tools/default_method.py
 
 systems: test ## Write the table of systems from what the tests prove
 	$(BIN)/python tools/systems.py write $(REPORT)

@@ -14,7 +14,6 @@ import argparse
 import json
 import platform
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ import transformers
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import winnow
+from winnow.bench.clock import clocked
+from winnow.bench.intervals import median
 
 IMAGE, TEXT, SIDE = 500, 32, 24
 CONTENT = SIDE * SIDE
@@ -105,17 +106,10 @@ def native(model: LlavaForConditionalGeneration, features: torch.Tensor, tokens:
     return run
 
 
-def clocked(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return (time.perf_counter() - start) * 1000
-
-
-def interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
+def interval(values: np.ndarray) -> tuple[float, float, float]:
     """Median and its 95 % bootstrap interval."""
-    rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(values, (draws, len(values))), 1)
-    return float(np.median(values)), float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
+    found = median(values)
+    return found.value, found.low, found.high
 
 
 def measure(model: LlavaForConditionalGeneration, case: Case, pixels: torch.Tensor, rounds: int) -> dict[str, object]:
@@ -133,11 +127,11 @@ def measure(model: LlavaForConditionalGeneration, case: Case, pixels: torch.Tens
 
     for turn in range(rounds + 3):
         handle = winnow.compress(model, case.plan)
-        encoded._winnow.plan = handle._engine.default  # the same plan, attached anew
-        spent = clocked(method)
+        encoded.winnow.plan = handle._engine.default  # the same plan, attached anew
+        _, spent = clocked(method, model.device)
         read = handle.last.layer_tokens
         handle.detach()
-        found = {n: clocked(run) for n, run in natives.items()}
+        found = {n: clocked(run, model.device)[1] for n, run in natives.items()}
         if turn >= 3:  # warm-up
             times["method"].append(spent)
             for n, t in found.items():
@@ -182,6 +176,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16, choices=range(4, 65, 4), metavar="L", help="of the LM")
     parser.add_argument("--only", default="", help="plans that start with this")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--selection", type=Path, help="the share of each selection alone, for tools/default_method.py")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = build(options.layers)
@@ -204,7 +199,10 @@ def main() -> None:
                 flush=True,
             )
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    if options.selection:
+        shares = {r["plan"]: [round(share, 5) for share in r["selection"]] for r in results}
+        options.selection.write_text(json.dumps(shares, indent=1) + "\n")
     sys.exit(0 if all(r["pass"] for r in results) else 1)
 
 

@@ -24,11 +24,11 @@ class Hand:
     cuts: dict[int, Cut] = field(default_factory=dict)
 
 
-def count(keep: int | str, n: int, down: bool = False) -> int:
-    """Tokens of a budget: a number, or a percentage of n, halves up (or rounded down); from 1 to n."""
+def count(keep: int | str, n: int, rounding: str = "up") -> int:
+    """Tokens of a budget: a number, or a percentage of n, halves `up`, to `even`, or rounded `down`; from 1 to n."""
     if isinstance(keep, str):
         exact = float(keep.rstrip("%")) * n / 100
-        keep = int(exact + 1e-9) if down else int(exact + 0.5 + 1e-9)
+        keep = {"up": int(exact + 0.5 + 1e-9), "even": round(exact), "down": int(exact + 1e-9)}[rounding]
     return max(1, min(n, keep))
 
 
@@ -177,7 +177,7 @@ def fastv(
 
     def choose(number: int, rows: Tensor, seen: Sequence[Seen]) -> Tensor:
         score = reference.lm_attention(layer - 1, seen[layer - 1], entry, compact)[:, -1].mean(0)
-        return rows[top(score[rows], count(keep, len(entry.content[number])))]
+        return rows[top(score[rows], count(keep, len(entry.content[number]), "even"))]
 
     return Hand(entry, {layer: cut(entry, choose)})
 
@@ -196,7 +196,7 @@ def pyramiddrop(
     def at(layer: int, keep: int | str) -> Choice:
         def choose(number: int, rows: Tensor, seen: Sequence[Seen]) -> Tensor:
             score = reference.lm_attention(layer, seen[-1], entry, compact)[:, -1].mean(0)
-            return rows[top(score[rows], count(keep, len(entry.content[number]), down=True))]
+            return rows[top(score[rows], count(keep, len(entry.content[number]), "down"))]
 
         return choose
 

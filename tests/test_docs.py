@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +17,7 @@ from tests.bench import synthetic
 from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.registry import entries, method_class
+from winnow.engine.compress import DEFAULT
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT_IN = [entry for entry in entries() if entry.module.startswith("winnow.methods.")]
@@ -105,20 +107,37 @@ def test_a_docstring_is_taken_apart_at_its_labels(docs: ModuleType, monkeypatch:
         "Departs from the paper": "nothing.",
         "Departs from the released code": "a | b.",
     }
-    assert docs.cell("a | <b>") == "a \\| &lt;b>"
+    assert docs.table(["a | <b>"], [[0.5]]) == "| a \\| &lt;b> |\n|---|\n| 0.500 |"
 
 
-def test_measured_rows_and_pictures_come_from_a_store(docs: ModuleType, elsewhere: Path) -> None:
+@pytest.fixture
+def named(docs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes the rule of the default method name this one."""
+
+    def name(slug: str) -> None:
+        standing = docs.default_method.Standing(slug, (0.5,), 0.001, "")
+        monkeypatch.setattr(docs.default_method, "load", lambda path: [standing])
+
+    return name
+
+
+def test_measured_rows_and_pictures_come_from_a_store(
+    docs: ModuleType, elsewhere: Path, named: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
     store = elsewhere / "runs.sqlite"
     synthetic.accuracy(store, questions=26, budgets=(64, 16), methods=("fastervlm", "visionzip"), pictures=2)
+    named("another")
+    assert docs.main(["measure", str(store)]) == 1
+    assert f"The default method is {DEFAULT}" in capsys.readouterr().err
+    named(DEFAULT)
     assert docs.main(["measure", str(store)]) == 0
     found = json.loads((elsewhere / "measured.json").read_text(encoding="utf-8"))
-    assert found["command"] == "winnow bench --methods all"
+    assert found["command"] == "winnow bench --questions 260"
     page = (elsewhere / "methods" / "fastervlm.md").read_text(encoding="utf-8")
     row = next(r for r in found["rows"] if (r["label"], r["budget"]) == ("fastervlm", "64"))
     assert f"| fastervlm 64 | 64 | 76 | {100 * row['accuracy']:.1f} [" in page
     assert "| full | 256 | 268 |" in page
-    assert "```sh\nwinnow bench --methods all\n```" in page
+    assert "```sh\nwinnow bench --questions 260\n```" in page
     assert "../images/methods/fastervlm.webp" in page
     assert (elsewhere / "images" / "methods" / "fastervlm.webp").stat().st_size > 1000
     assert "## Measured" not in (elsewhere / "methods" / "fastv.md").read_text(encoding="utf-8")

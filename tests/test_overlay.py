@@ -18,7 +18,18 @@ from winnow.core.layout import Layout, grid_rows
 from winnow.core.ledger import ItemLedger
 from winnow.core.reduction import Reduction
 from winnow.engine.compress import compress
-from winnow.overlay import DROPPED, EVIDENCE_LINE, KEPT, KEPT_LINE, MERGED, levels, overlay, provenance, shown_box
+from winnow.overlay import (
+    DROPPED,
+    EVIDENCE_LINE,
+    KEPT,
+    KEPT_LINE,
+    LARGEST,
+    MERGED,
+    levels,
+    overlay,
+    panel_size,
+    shown_box,
+)
 
 ORANGE = (220, 120, 40)
 
@@ -84,6 +95,15 @@ def test_degenerate_pictures_are_drawn(size):
     assert overlay(Image.new("RGB", size), Layout.grid(1, 1), [0], caption="x").width >= 1
 
 
+@pytest.mark.parametrize("size", [(1, 200), (81, 16_200), (400, 300), (60, 2400), (5000, 4000)])
+def test_a_panel_is_as_large_as_said_and_strips_are_not_drawn_larger_than_memory_holds(size):
+    wide, high = panel_size(size)
+    assert wide * high <= max(size[0] * size[1], LARGEST)
+    assert wide / high == pytest.approx(size[0] / size[1], rel=0.01)
+    if wide * high < 2**20:
+        assert overlay(Image.new("RGB", size), Layout.grid(2, 2), [0]).size == (wide, high)
+
+
 def test_evidence_is_outlined_where_it_lies():
     drawn = np.asarray(overlay(Image.new("RGB", (448, 448)), Layout.grid(4, 4), [], evidence=[(100, 50, 200, 150)]))
     rows, cols = np.nonzero((drawn == EVIDENCE_LINE).all(-1))
@@ -140,13 +160,28 @@ TILED = Layout.of(
 @pytest.mark.parametrize(("has_cls", "chosen"), [(True, [2, 6, 12]), (False, [1, 4, 9])])
 def test_provenance_of_a_step_on_the_towers_tokens_is_in_content_tokens(has_cls, chosen):
     """The second cell of the thumbnail, the first of the second tile, the second of the third: contents 1, 4 and 7."""
-    tower = 12 + 3 * has_cls
-    item = ItemLedger(0, "image", TILED, TILED.n_content, ids=torch.tensor([1, 4, 7]))
-    item.reductions.append(("features", "zip", Reduction.select(torch.tensor(chosen), tower)))
-    assert levels(TILED, provenance(item, has_cls)).nonzero()[0].tolist() == [1, 4, 7]
+    item = tower_item(has_cls, Reduction.select(torch.tensor(chosen), 12 + 3 * has_cls), [1, 4, 7])
+    assert levels(TILED, item.provenance()).nonzero()[0].tolist() == [1, 4, 7]
     item.reductions.append(("layers[2]", "prune", Reduction.select(torch.tensor([0, 2]), 3)))
-    item.ids = torch.tensor([1, 7])
-    assert levels(TILED, provenance(item, has_cls)).nonzero()[0].tolist() == [1, 7]
+    assert levels(TILED, item.provenance()).nonzero()[0].tolist() == [1, 7]
+
+
+def test_an_output_of_cls_alone_stands_for_no_content_token():
+    """[CLS] of the first tile, and the third tile's second cell with the first tile's second merged into it."""
+    merged = Reduction.edges(torch.tensor([0, 2, 12]), torch.tensor([0, 1, 1]), n=15, m=2, anchor=torch.tensor([0, 12]))
+    provenance = tower_item(True, merged, [0, 7]).provenance()
+    assert provenance.sourced.tolist() == [False, True]
+    assert levels(TILED, provenance).tolist() == [DROPPED, MERGED, *[DROPPED] * 5, KEPT]
+
+
+def tower_item(has_cls, reduction, left):
+    """An item whose tower gave [CLS] (or none) and 2 × 2 cells for each of three tiles, after one reduction."""
+    item = ItemLedger(0, "image", TILED, TILED.n_content, ids=torch.tensor(left))
+    item.reductions.append(("features", "zip", reduction))
+    cell_of = [c for tile in range(3) for c in ([-1] if has_cls else []) + [4 * tile + i for i in range(4)]]
+    place = {int(cell): i for i, cell in enumerate(TILED.cell[TILED.content])}
+    item.to_content(torch.tensor([place.get(cell, -1) for cell in cell_of]), TILED)
+    return item
 
 
 @pytest.mark.parametrize("build", ["llava_clip", "llava_next"])
@@ -155,16 +190,16 @@ def test_provenance_of_a_real_run_keeps_what_the_ledger_keeps(build):
     with compress(model, "visionzip:keep=20") as handle:
         model(**zoo.inputs(build, ("3 A 6",)))
     (item,) = handle.last.items
-    found = levels(item.layout, provenance(item, handle.info.has_cls))
+    found = levels(item.layout, item.provenance())
     drawn, left = set((found == KEPT).nonzero()[0].tolist()), set(item.kept.tolist())
-    assert left - {0} <= drawn <= left  # the engine gives outputs that stand for no place, such as [CLS], the id 0
+    assert left - {0} <= drawn <= left  # [CLS] takes the place of token 0, and stands for no part of the picture
     assert (found == MERGED).sum() > 0
 
 
 def test_a_kept_cls_token_has_no_place_in_the_picture():
     item = ItemLedger(0, "image", Layout.grid(2, 2), 4, ids=torch.tensor([0, 3]))
     item.reductions.append(("features", "zip", Reduction.select(torch.tensor([0, 4]), 5)))
-    assert levels(item.layout, provenance(item, has_cls=True)).tolist() == [DROPPED, DROPPED, DROPPED, KEPT]
+    assert levels(item.layout, item.provenance()).tolist() == [DROPPED, DROPPED, DROPPED, KEPT]
 
 
 def ramps(width: int, height: int) -> Image.Image:

@@ -269,7 +269,7 @@ def test_the_tests_run_on_both_ends_of_the_versions_of_transformers_that_are_sup
     from packaging.requirements import Requirement
     from packaging.version import Version
 
-    from winnow.models.supported import NEWEST, OLDEST, RANGE
+    from winnow.models.supported_versions import NEWEST, OLDEST, RANGE
 
     ends = [Version(pins(f"constraints{end}.txt")["transformers"]) for end in ("", "-newest")]
     assert [(end.major, end.minor) for end in ends] == [OLDEST, NEWEST]

@@ -2,7 +2,8 @@
 
     python tools/docs.py write            docs/methods/*.md, and the measured table of README.md
     python tools/docs.py check            exit 1 if they differ from what `write` would write
-    python tools/docs.py measure STORE    docs/measured.json and docs/images/methods/ from a store of `winnow bench`
+    python tools/docs.py measure STORE    docs/measured.json and docs/images/methods/ from a store of `winnow bench`;
+                                          exit 1 if by these figures the default method should be another
 
 A page says what the method's own module says; what was measured comes from docs/measured.json, where there is one.
 """
@@ -19,10 +20,16 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import default_method
+
 from winnow.core.budget import Budget
+from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.method import Method
 from winnow.core.registry import Entry, entries, method_class
+from winnow.learn.markdown import table
 from winnow.systems import System, families, systems
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,26 +80,21 @@ def shown(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def cell(text: str) -> str:
-    """Text inside a table."""
-    return text.replace("|", "\\|").replace("<", "&lt;")
-
-
 def wrapped(text: str) -> str:
     """A paragraph, or an entry of a list, in short lines."""
     indent = "  " if text.startswith("- ") else ""
     return textwrap.fill(text, 118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
-def settings(cls: type[Method]) -> list[str]:
+def settings(cls: type[Method]) -> str:
     """A table of the settings with their types and defaults."""
     said = arguments(cls)
-    lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    rows = []
     for name, field in cls.settings().items():
         default = "required" if field.default is dataclasses.MISSING else f"`{shown(field.default)}`"
         kind = str(getattr(field.type, "__name__", field.type)).replace(" | ", " or ")
-        lines.append(f"| `{name}` | {cell(kind)} | {default} | {cell(said.get(name, ''))} |")
-    return lines
+        rows.append((f"`{name}`", kind, default, said.get(name, "")))
+    return table(("setting", "type", "default", "meaning"), rows)
 
 
 def points(cls: type[Method]) -> str:
@@ -128,7 +130,7 @@ def page(entry: Entry, system: System | None, measured: dict[str, Any]) -> str:
         "Kind": f"{entry.kind}, family {entry.family} ({families().get(entry.family, 'your own')})",
     }
     lines += [wrapped(f"- **{what}:** {said}") for what, said in facts.items() if said]
-    lines += ["", "## Settings", "", *settings(cls), ""]
+    lines += ["", "## Settings", "", settings(cls), ""]
     if parts["how"]:
         lines += ["## How", "", "\n\n".join(map(wrapped, parts["how"].split("\n\n"))), ""]
     lines += ["## Where it departs", ""]
@@ -155,7 +157,7 @@ def figures(slug: str, measured: dict[str, Any]) -> list[str]:
     picture = PICTURES / f"{slug}.webp"
     lines: list[str] = []
     if rows:
-        lines += ["## Measured", "", *measured_table([*plain(measured), *rows]), "", about(measured), ""]
+        lines += ["## Measured", "", measured_table([*plain(measured), *rows]), "", about(measured), ""]
     if picture.is_file():
         seen = "clear: kept; half clear: merged; grey: dropped; outlined: the evidence of the question"
         lines += [f"![What it keeps ({seen})](../images/methods/{picture.name})", "", seen.capitalize() + ".", ""]
@@ -172,53 +174,58 @@ def about(measured: dict[str, Any]) -> str:
     return f"{said}\n\n```sh\n{measured['command']}\n```"
 
 
-def measured_table(rows: list[dict[str, Any]]) -> list[str]:
+def measured_table(rows: list[dict[str, Any]]) -> str:
     """Rows of `winnow report`'s JSON as a table."""
-    lines = ["| | tokens kept | tokens per layer | right, % | retained, % | evidence recall, % | FLOPs, % |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for row in rows:
-        share = lambda name, row=row: "–" if row.get(name) is None else f"{100 * row[name]:.1f}"  # noqa: E731
-        number = lambda name, row=row: "–" if row.get(name) is None else f"{row[name]:.4g}"  # noqa: E731
-        spread = lambda name, share=share: f"{share(name)} [{share(name + '_low')}, {share(name + '_high')}]"  # noqa: E731
-        cells = [f"{row['label']} {row['budget']}".strip(), number("tokens_kept"), number("layer_tokens")]
-        cells += [spread("accuracy"), "–" if row.get("retained") is None else spread("retained")]
-        cells += [share("evidence_recall"), share("flops_share")]
-        lines.append("| " + " | ".join(map(cell, cells)) + " |")
-    return lines
+    head = ("method", "tokens kept", "tokens per layer", "right, %", "retained, %", "evidence recall, %", "FLOPs, %")
+    return table(head, map(_measured, rows))
+
+
+def _measured(row: dict[str, Any]) -> list[str]:
+    def number(name: str, form: str = ".4g", scale: float = 1.0) -> str:
+        return "–" if row.get(name) is None else format(scale * row[name], form)
+
+    def share(name: str) -> str:
+        return number(name, ".1f", 100.0)
+
+    def spread(name: str) -> str:
+        return "–" if row.get(name) is None else f"{share(name)} [{share(name + '_low')}, {share(name + '_high')}]"
+
+    return [
+        f"{row['label']} {row['budget']}".strip(), number("tokens_kept"), number("layer_tokens"), spread("accuracy"),
+        spread("retained"), share("evidence_recall"), share("flops_share"),
+    ]  # fmt: skip
 
 
 def readme(measured: dict[str, Any]) -> str:
     """The README with the measured rows of one budget, in the order of their names: one run does not rank methods."""
     text = README.read_text(encoding="utf-8")
     rows = [*plain(measured), *(row for row in measured["rows"] if row["budget"] == SHOWN)] if measured else []
-    lines = [*measured_table(rows), "", about(measured)] if rows else ["Nothing has been measured yet."]
+    lines = [measured_table(rows), "", about(measured)] if rows else ["Nothing has been measured yet."]
     return TABLE.sub(lambda _: "\n".join([*lines, ""]), text)
 
 
 def index(found: list[Entry], known: dict[str, System]) -> str:
     """The list of methods, and which have run on which builds."""
     builds = sorted({build for entry in found if entry.slug in known for build in known[entry.slug].builds})
-    lines = [MARK, "# Methods", "", "What a plan may name. Each is one file in `winnow/methods`.", ""]
-    lines += ["| method | stage | what it does | paper |", "|---|---|---|---|"]
-    for entry in found:
-        name = known[entry.slug].name if entry.slug in known else entry.slug
-        paper = f"[{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else ""
-        cells = (f"[{name}]({entry.slug}.md)", ", ".join(entry.stages), cell(entry.summary), paper)
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "## What has run on what", ""]
-    if not builds:
-        return "\n".join([*lines, "No method has run on a model in the recorded tests.", ""])
-    lines += [
-        "✔ where a recorded test of the method passed on a tiny build of the real model class.",
-        "",
-        "| method | state | " + " | ".join(f"`{build}`" for build in builds) + " |",
-        "|---|---|" + "---|" * len(builds),
-    ]
+    rows, marks = [], []
     for entry in found:
         system = known.get(entry.slug)
-        marks = ("✔" if system and build in system.builds else "" for build in builds)
-        lines.append(f"| `{entry.slug}` | {system.state if system else 'none'} | " + " | ".join(marks) + " |")
-    return "\n".join(lines) + "\n"
+        paper = f"[{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else ""
+        name = f"[{system.name if system else entry.slug}]({entry.slug}.md)"
+        rows.append((name, ", ".join(entry.stages), entry.summary, paper))
+        ran = ("✔" if system and build in system.builds else "" for build in builds)
+        marks.append((f"`{entry.slug}`", system.state if system else "none", *ran))
+    parts = [
+        f"{MARK}\n# Methods\n\nWhat a plan may name. Each is one file in `winnow/methods`.",
+        table(("method", "stage", "what it does", "paper"), rows),
+        "## What has run on what",
+    ]
+    if builds:
+        parts.append("✔ where a recorded test of the method passed on a tiny build of the real model class.")
+        parts.append(table(("method", "state", *(f"`{build}`" for build in builds)), marks))
+    else:
+        parts.append("No method has run on a model in the recorded tests.")
+    return "\n\n".join(parts) + "\n"
 
 
 def outputs() -> dict[Path, str]:
@@ -277,7 +284,20 @@ def measure(store_path: str) -> int:
                     strip.paste(one, (left, 0))
                     left += one.width + 8
                 strip.save(PICTURES / f"{row.cell.label}.webp", quality=80, method=6)
-    return write()
+    return write() or check_default()
+
+
+def check_default() -> int:
+    """Fail where the default method is not the one that the rule names by the new figures."""
+    from winnow.engine.compress import DEFAULT
+
+    try:
+        said = default_method.complaint(default_method.load(MEASURED), DEFAULT)
+    except WinnowError as error:
+        said = str(error)
+    if said:
+        print(said, file=sys.stderr)
+    return 1 if said else 0
 
 
 def main(given: list[str]) -> int:

@@ -41,8 +41,10 @@ from tests.methods.directional import (  # noqa: E402
 from winnow import reference  # noqa: E402
 from winnow.core.budget import Budget  # noqa: E402
 from winnow.core.reduction import Reduction  # noqa: E402
-from winnow.core.signal import LMAttention, VisionAttention  # noqa: E402
+from winnow.signals.language import LMAttention  # noqa: E402
+from winnow.signals.vision import VisionAttention  # noqa: E402
 from winnow.core.view import View  # noqa: E402
+from winnow.learn.markdown import table  # noqa: E402
 from winnow.methods.divprune import DivPrune  # noqa: E402
 from winnow.methods.fastervlm import FasterVLM  # noqa: E402
 from winnow.methods.fastv import FastV  # noqa: E402
@@ -82,12 +84,10 @@ class Finding(NamedTuple):
     def verdict(self) -> str:
         return "holds" if self.difference.low > 0 else "contradicted" if self.difference.high < 0 else "open"
 
-    def line(self, twin: Finding | None) -> str:
+    def line(self, twin: Finding | None) -> list[str]:
         """A row of the table; with the verdict on another model if there is one."""
-        cells = [self.method, self.claim, self.verdict, f"{self.measured}; difference {self.difference}"]
-        if twin is not None:
-            cells[3:3] = [f"{twin.verdict}, {twin.difference}"]
-        return f"| {' | '.join(cells)} |"
+        there = [] if twin is None else [f"{twin.verdict}, {twin.difference}"]
+        return [self.method, self.claim, self.verdict, *there, f"{self.measured}; difference {self.difference}"]
 
 
 def fastervlm(view: View, k: int) -> Reduction:
@@ -205,9 +205,8 @@ def main(args: list[str]) -> int:
     twins: list[Finding | None] = [*findings(folders[0])] if folders else [None] * len(rows)
     heads = ["method", "claim", "here", *(["twin"] if folders else []), "measured"]
     weights = hashlib.sha256((reference.path() / "model.safetensors").read_bytes()).hexdigest()[:12]
-    page = HEAD + (TWIN if folders else "") + f"\n| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|\n"
-    page += "\n".join(row.line(twin) for row, twin in zip(rows, twins, strict=True))
-    page += f"\n\nWeights: SHA-256 {weights}…\n"
+    lines = [row.line(twin) for row, twin in zip(rows, twins, strict=True)]
+    page = HEAD + (TWIN if folders else "") + f"\n{table(heads, lines)}\n\nWeights: SHA-256 {weights}…\n"
     if "write" in args:
         TARGET.write_text(page, encoding="utf-8")
     else:

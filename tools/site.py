@@ -10,7 +10,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
-DOWN = re.compile(r"(?<=\]\()\.\./(?=(" + "|".join(map(re.escape, PAGES)) + r")\b)")
+DOWN = re.compile(r"(?<=\]\()\.\./(?=(?:\.\./)*(" + "|".join(map(re.escape, PAGES)) + r")\b)")
 TITLE = re.compile(r"^# (.*)$", re.MULTILINE)
 UP = re.compile(r"(?<=\]\()docs/")
 

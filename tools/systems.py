@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.core.registry import entries
+from winnow.learn import markdown
 from winnow.systems import STATES, families, prove, systems
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,16 +53,16 @@ def table(proved: dict[str, dict[str, Any]]) -> str:
         "",
         "Now: " + ", ".join(f"{counts[state]} {state}" for state in STATES) + f", of {len(states)}.",
     ]
+    head = ("slug", "system", "arXiv", "stages", "kind", "state", "ran on")
     for letter, title in families().items():
-        lines += ["", f"## {letter}. {title}", "", "| slug | system | arXiv | stages | kind | state | ran on |"]
-        lines += ["|---|---|---|---|---|---|---|"]
+        rows = []
         for s in systems():
             if s.family == letter:
                 slug = f"`{s.slug}`" + (" ◦" if s.extra else "")
                 paper = f"[{s.arxiv}](https://arxiv.org/abs/{s.arxiv})"
                 builds = ", ".join(proved.get(s.slug, {}).get("builds", ()))
-                cells = (slug, s.name, paper, ", ".join(s.stages), s.kind, SIGN[states[s.slug]], builds)
-                lines.append("| " + " | ".join(cells) + " |")
+                rows.append((slug, s.name, paper, ", ".join(s.stages), s.kind, SIGN[states[s.slug]], builds))
+        lines += ["", f"## {letter}. {title}", "", markdown.table(head, rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -70,15 +71,11 @@ def matrix(proved: dict[str, dict[str, Any]]) -> str:
     builds = sorted({build for row in proved.values() for build in row["builds"]})
     if not builds:
         return "No method has run on a model in the recorded tests.\n"
-    lines = [
-        "| method | state | " + " | ".join(f"`{build}`" for build in builds) + " |",
-        "|---|---|" + "---|" * len(builds),
-    ]
+    rows = []
     for entry in entries():
         row = proved.get(entry.slug, {"state": "none", "builds": ()})
-        cells = ("✔" if build in row["builds"] else "" for build in builds)
-        lines.append(f"| `{entry.slug}` | {row['state']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append((f"`{entry.slug}`", row["state"], *("✔" if build in row["builds"] else "" for build in builds)))
+    return markdown.table(("method", "state", *(f"`{build}`" for build in builds)), rows) + "\n"
 
 
 def outputs(proved: dict[str, dict[str, Any]]) -> dict[Path, str]:

@@ -1,7 +1,7 @@
 """winnow makes a vision-language model read fewer tokens and keep its answer, and proves both.
 
     import winnow
-    handle = winnow.compress(model, "fastervlm:keep=64")
+    handle = winnow.compress(model, "hiprune:keep=64")      # or winnow.HiPrune(keep=64)
     model.generate(**inputs)          # the model that you already have, unchanged
     print(handle.last)                # what was kept, and what it cost
     handle.detach()
@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from winnow._version import __version__
-from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.errors import UnsupportedError, WinnowError, WinnowWarning
 
 if TYPE_CHECKING:
     from winnow.core.budget import Budget
@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from winnow.core.view import View
     from winnow.engine.compress import compress
     from winnow.engine.handle import Handle
+    from winnow.methods.divprune import DivPrune
+    from winnow.methods.fastervlm import FasterVLM
+    from winnow.methods.fastv import FastV
+    from winnow.methods.hiprune import HiPrune
+    from winnow.methods.pyramiddrop import PyramidDrop
+    from winnow.methods.todre import ToDRE
+    from winnow.methods.visionzip import VisionZip
+    from winnow.methods.vtc_cls import VtcCls
+    from winnow.models.families import register_family
     from winnow.models.load import load
 
     plan = Plan.of
@@ -43,27 +52,53 @@ _LAZY = {
     "load": "winnow.models.load:load",
     "plan": "winnow.core.plan:Plan.of",
     "register": "winnow.core.registry:register",
+    "register_family": "winnow.models.families:register_family",
 }
+_METHODS = [
+    "DivPrune",
+    "FastV",
+    "FasterVLM",
+    "HiPrune",
+    "PyramidDrop",
+    "ToDRE",
+    "VisionZip",
+    "VtcCls",
+]
 
 __all__ = [
     "Budget",
+    "DivPrune",
+    "FastV",
+    "FasterVLM",
     "Handle",
+    "HiPrune",
     "Method",
     "Plan",
+    "PyramidDrop",
     "Reduction",
+    "ToDRE",
     "UnsupportedError",
     "View",
+    "VisionZip",
+    "VtcCls",
     "WinnowError",
+    "WinnowWarning",
     "__version__",
     "compress",
     "list_methods",
     "load",
     "plan",
     "register",
+    "register_family",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _METHODS:
+        from winnow.core.registry import entries, method_class
+
+        slug = next(entry.slug for entry in entries() if entry.name == name)
+        return method_class(slug)
     if name not in _LAZY:
         raise AttributeError(f"module 'winnow' has no attribute {name!r}")
     module, _, path = _LAZY[name].partition(":")
@@ -71,3 +106,7 @@ def __getattr__(name: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,27 +12,32 @@ import typer
 from typer.core import TyperGroup
 
 from winnow import __version__, cli_bench
+from winnow.cli_options import Device, Dtype, Json, Model, Positions, Trust
+from winnow.cli_streams import flush, forgiving, mistake, print_json, say, warn
 from winnow.core.errors import WinnowError
 
 
 class _Group(TyperGroup):
     """Turns a user's mistake into one line on stderr and exit code 2, and Ctrl-C into exit code 130."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            forgiving(stream)
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except WinnowError as error:
-            typer.echo("winnow: " + " ".join(str(error).split()), err=True)
-            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         except BrokenPipeError:
             raise
-        except OSError as error:
-            typer.echo(
-                f"winnow: {error.strerror or type(error).__name__}: {error.filename or 'no file named'}", err=True
-            )
-            raise typer.Exit(2) from None
+        except Exception as error:
+            said = mistake(error)
+            if said is None:
+                raise
+        warn(" ".join(said.split()))
+        raise typer.Exit(2)
 
 
 app = typer.Typer(
@@ -52,21 +55,10 @@ app.add_typer(world, name="world")
 app.add_typer(train, name="train")
 cli_bench.register(app)
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", "-m", help="A Hub id or a folder [default: the bundled reference model].", show_default=False
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default="a GPU if there is one")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, …", show_default="as in the checkpoint")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")]
-
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"winnow {__version__}")
+        say(f"winnow {__version__}")
         raise typer.Exit
 
 
@@ -88,12 +80,16 @@ def run(
     model: Model = None,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", help="A slug or a plan; give it several times to compare.", show_default="fastervlm"),
+        typer.Option(
+            "--method",
+            help="A slug or a plan; give it several times to compare.",
+            show_default="that of winnow.compress",
+        ),
     ] = None,
     keep: Annotated[
         str | None, typer.Option(help="Visual tokens to keep: 64, 0.25 or 25%.", show_default="as the method says")
     ] = None,
-    positions: Annotated[str | None, typer.Option(help="keep or compact.", show_default="keep")] = None,
+    positions: Positions = None,
     overlay: Annotated[Path | None, typer.Option(help="Draw the kept tokens into this picture file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Length of the answer.")] = 16,
     runs: Annotated[int, typer.Option(min=1, max=1000, help="Timed runs after a warm-up; medians are shown.")] = 3,
@@ -106,30 +102,32 @@ def run(
     import torch
 
     from winnow import cli_run
-    from winnow.cli_meter import busy
+    from winnow.bench.clock import busy
+    from winnow.engine.compress import DEFAULT
     from winnow.models.load import load, quiet
 
     quiet()
-    wanted = cli_run.plans(method or ["fastervlm"], keep, positions)
-    cli_run.overlay_paths(overlay, wanted)
+    wanted = cli_run.plans(method or [DEFAULT], keep, positions)
+    paths = cli_run.overlay_paths(overlay, wanted)
     asked = cli_run.subject(picture, question)
-    note = busy()
+    cli_run.check_overlays(paths, asked.image.size)
+    reason = busy()
     if model is None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # the bundled model gains little from more, and loses much when a core is taken
     loaded, processor = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     warnings = cli_run.warnings(asked) if model is None else []
     for warning in warnings:
-        typer.echo(f"winnow: warning: {warning}", err=True)
+        warn(f"warning: {warning}")
     result = cli_run.compare(
         loaded, processor, asked, wanted, max_new_tokens=max_new_tokens, runs=runs, picture=overlay
     )
     result = {"winnow": __version__, "model": model or "bundled reference model", **result}
     if warnings:
         result["warning"] = " ".join(warnings)
-    if note:
-        result["note"] = note
+    if reason:
+        result["note"] = f"this machine was busy at the start ({reason}): do not rely on the times"
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         from winnow.cli_show import comparison
 
@@ -143,7 +141,7 @@ def methods(as_json: Json = False) -> None:
 
     found = entries()
     if as_json:
-        _print_json([dataclasses.asdict(entry) for entry in found])
+        print_json([dataclasses.asdict(entry) for entry in found])
         return
     from winnow.cli_show import listing
 
@@ -163,7 +161,7 @@ def systems(
         raise WinnowError(f"--state {state!r}; allowed: {', '.join(table.STATES)}.")
     found = [system for system in table.systems() if state in (None, system.state)]
     if as_json:
-        _print_json([dataclasses.asdict(system) for system in found])
+        print_json([dataclasses.asdict(system) for system in found])
         return
     from winnow.cli_show import listing
 
@@ -172,7 +170,7 @@ def systems(
     ]
     listing(("slug", "family", "stages", "kind", "state", "arXiv"), rows)
     counts = ", ".join(f"{sum(s.state == name for s in found)} {name}" for name in table.STATES)
-    typer.echo(f"{len(found)} systems: {counts}. ◦ is outside the list of 107.")
+    say(f"{len(found)} systems: {counts}. ◦ is outside the list of 107.")
 
 
 @app.command()
@@ -190,7 +188,7 @@ def doctor(
     quiet()
     found = diagnose(*load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code))
     if as_json:
-        _print_json([{"name": check.name, "ok": check.ok, "detail": check.detail} for check in found])
+        print_json([{"name": check.name, "ok": check.ok, "detail": check.detail} for check in found])
     else:
         from winnow.cli_show import checks
 
@@ -217,7 +215,7 @@ def world_show(
     """Draw scenes and their questions on one sheet."""
     from winnow.world.export import show
 
-    typer.echo(show(sheet, count, size, split, seed, boxes=boxes))
+    say(show(sheet, count, size, split, seed, boxes=boxes))
 
 
 @world.command("export")
@@ -231,7 +229,7 @@ def world_export(
     """Write scenes as PNG files, and their questions with answers and evidence as JSON lines."""
     from winnow.world.export import export
 
-    typer.echo(export(folder, count, size, split, seed))
+    say(export(folder, count, size, split, seed))
 
 
 @train.command("reference")
@@ -240,7 +238,7 @@ def train_reference(
     out: Annotated[Path, typer.Option(help="The folder of the run.")] = Path("runs/reference"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    processes: Annotated[int, typer.Option(min=1, help="On a CPU: one for each core to use.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, max=256, help="On a CPU: one for each core to use.")] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     scale: Annotated[float, typer.Option(help="Share of the full schedule.")] = 1.0,
     dropout: Annotated[bool, typer.Option(help="Without: the language model is always shown all tokens.")] = True,
@@ -253,7 +251,7 @@ def train_reference(
     from winnow.models.load import quiet
 
     quiet()
-    typer.echo(
+    say(
         fit(
             preset,
             out,
@@ -270,21 +268,12 @@ def train_reference(
     )
 
 
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, indent=1))
-
-
 def main() -> None:
     """The `winnow` command."""
     try:
         app()
     finally:
-        # A reader that went away (`winnow systems | head`) must not cause a traceback when Python flushes at exit.
-        with contextlib.suppress(ValueError):
-            try:
-                sys.stdout.flush()
-            except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        flush()
 
 
 if __name__ == "__main__":

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from winnow.cli_options import Device, Dtype, Json, Model, Positions, Trust
+from winnow.cli_streams import print_json, say, warn
 from winnow.core.errors import WinnowError
 
-EIGHT = "fastervlm,visionzip,vtc-cls,hiprune,divprune,todre,fastv,pyramiddrop"
 BUDGETS = "128,64,32,16"
+LARGEST_BATCH = 4096
 
 StorePath = Annotated[Path, typer.Option(help="The SQLite file of results; a killed sweep goes on from it.")]
-Methods = Annotated[str, typer.Option(help="Slugs, to which --keep applies, or plans with settings of their own.")]
-Keep = Annotated[str, typer.Option(help="Budgets: content tokens (64) or shares (12.5%).")]
-Model = Annotated[
-    str | None,
+Methods = Annotated[
+    list[str] | None,
     typer.Option(
-        "--model", "-m", help="A Hub id or a folder [default: the bundled reference model].", show_default=False
+        "--method",
+        help="A slug, to which --keep applies, or a plan with its own settings. Several: repeat it; slugs also as a,b.",
+        show_default="all that winnow brings",
     ),
 ]
+Keep = Annotated[str, typer.Option(help="Budgets: content tokens (64) or shares (12.5%).")]
 Data = Annotated[
     Path | None,
     typer.Option(help='Your own questions: JSON lines of {"image", "question", "answer"[, "evidence", "type", "id"]}.'),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default="a GPU if there is one")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, …", show_default="as in the checkpoint")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.", show_default="torch's choice")]
 
 
 def register(app: typer.Typer) -> None:
@@ -44,7 +43,7 @@ def register(app: typer.Typer) -> None:
 
 def bench(
     store: StorePath = Path("runs.sqlite"),
-    methods: Methods = EIGHT,
+    method: Methods = None,
     keep: Keep = BUDGETS,
     questions: Annotated[
         int | None, typer.Option(min=1, help="How many.", show_default="400 of winnow's world, all of --data")
@@ -57,13 +56,13 @@ def bench(
         str, typer.Option(help="Of random, uniform, downsample, ceiling, oracle; random and downsample always run.")
     ] = "random,uniform,downsample,ceiling,oracle",
     batch: Annotated[int, typer.Option(min=1, help="Questions in a forward; it changes no answer.")] = 16,
-    processes: Annotated[int, typer.Option(min=1, help="On a CPU: one for each core to use.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, max=256, help="On a CPU: one for each core to use.")] = 1,
     threads: Threads = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the baselines' draws.")] = 0,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Length of an answer.", show_default="16")
     ] = None,
-    positions: Annotated[str | None, typer.Option(help="keep or compact.", show_default="keep")] = None,
+    positions: Positions = None,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
@@ -77,19 +76,19 @@ def bench(
 
     quiet()
     sweep = several.Sweep(
-        str(store), several.listed(methods, "--methods fastervlm,divprune"), several.budgets_of(keep), model,
+        str(store), named(method), several.budgets_of(keep), model,
         None if data is None else str(data), questions, split, start,
         several.listed(baselines, "--baselines random,uniform"), batch, seed, max_new_tokens, positions, device, dtype,
         trust_remote_code, threads=threads if threads is not None or processes == 1 else 1, resume=not fresh,
     )  # fmt: skip
-    run = several.run_all(sweep, processes, progress=sys.stderr.isatty() and not as_json, say=_warn)
+    run = several.run_all(sweep, processes, progress=sys.stderr.isatty() and not as_json, say=warn)
     with Store(store) as results:
         _print_accuracy(results, run, as_json)
 
 
 def speed(
     store: StorePath = Path("runs.sqlite"),
-    methods: Methods = EIGHT,
+    method: Methods = None,
     keep: Keep = "64",
     model: Model = None,
     data: Data = None,
@@ -115,7 +114,7 @@ def speed(
 
     quiet()
     sweep = several.Sweep(
-        str(store), several.listed(methods, "--methods fastervlm,divprune"), several.budgets_of(keep), model,
+        str(store), named(method), several.budgets_of(keep), model,
         None if data is None else str(data), 64, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
         threads=threads,
     )  # fmt: skip
@@ -140,17 +139,31 @@ def report(
     from winnow.bench.report import write_report
 
     for path in write_report(store, out, pictures=pictures):
-        typer.echo(path)
+        say(path)
 
 
-def _warn(text: str) -> None:
-    typer.echo(f"winnow: {text}", err=True)
+def named(values: Sequence[str] | None) -> tuple[str, ...]:
+    """The slugs and plans of `--method`, in order; default: every method that winnow brings.
+
+    Commas part slugs; a value with a `:`, `+` or `|` is one plan, whose settings have commas of their own.
+    """
+    if not values:
+        from winnow.core.registry import entries
+
+        return tuple(entry.slug for entry in entries() if entry.family != "user")
+    found: list[str] = []
+    for value in values:
+        found += [value] if any(mark in value for mark in ":+|") else value.split(",")
+    found = [name.strip() for name in found]
+    if not all(found):
+        raise WinnowError(f"--method {','.join(values)!r} has an empty name; `winnow methods` lists the slugs.")
+    return tuple(found)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise WinnowError(f"--batches {text!r}; write sizes such as 1,8,32.")
+    if not all(part.isdecimal() and 0 < int(part) <= LARGEST_BATCH for part in parts):
+        raise WinnowError(f"--batches {text!r}; write sizes such as 1,8,32, at most {LARGEST_BATCH}.")
     return tuple(map(int, parts))
 
 
@@ -159,12 +172,12 @@ def _print_accuracy(store: Any, run: str, as_json: bool) -> None:
 
     rows = summarise(store, run)
     if as_json:
-        typer.echo(json.dumps({"run": run, "cells": [row.as_json() for row in rows]}, ensure_ascii=False, indent=1))
+        print_json({"run": run, "cells": [row.as_json() for row in rows]})
         return
     from winnow.cli_show import listing
 
     listing(*accuracy_table(rows))
-    typer.echo(f"Run {run} in {store.path}. Next: winnow report {shlex.quote(str(store.path))} -o report.html")
+    say(f"Run {run} in {store.path}. Next: winnow report {shlex.quote(str(store.path))} -o report.html")
 
 
 def _print_speed(store: Any, run: str, as_json: bool) -> None:
@@ -177,10 +190,10 @@ def _print_speed(store: Any, run: str, as_json: bool) -> None:
     if as_json:
         about = store.run(run).environment
         content = {"run": run, "environment": about, "lines": [dataclasses.asdict(line) for line in found]}
-        typer.echo(json.dumps(content, ensure_ascii=False, indent=1))
+        print_json(content)
         return
     from winnow.cli_show import listing
 
     listing(*speed_table(found))
     if reason := store.run(run).environment.get("busy"):
-        _warn(f"no speed-up is shown, because the machine was busy: {reason}")
+        warn(f"no speed-up is shown, because the machine was busy: {reason}")

@@ -4,38 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import statistics
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from winnow.bench.clock import clocked, now
 from winnow.models.families import family_of, unwrap
 from winnow.models.family import seam
 
 PHASES = ("encoder", "projector", "select", "prefill", "token", "total")
 
 
-def busy() -> str | None:
-    """A sentence when this machine does other work, so that its times are worth little; None when it is idle."""
-    cores = os.cpu_count() or 1
-    try:
-        load = os.getloadavg()[0]
-    except (AttributeError, OSError):  # not every system keeps one
-        return None
-    if load <= 0.25 * cores:
-        return None
-    return f"this machine was busy at the start (load {load:.1f} on {cores} cores): do not rely on the times"
-
-
 class Meter:
     """Reads the phases of `generate` by hooks on the model and its parts, while it is entered.
 
     Attributes:
-        took: for each part, the seconds of each of its calls, less what was spent in other parts meanwhile. `head` is
-            what the model does around its `base`: the LM head.
+        took: for each part, the milliseconds of each of its calls, less what was spent in other parts meanwhile.
+            `head` is what the model does around its `base`: the LM head.
     """
 
     def __init__(self, model: Any) -> None:
@@ -47,7 +34,7 @@ class Meter:
         self.took: dict[str, list[float]] = {}
         self._open: list[
             list[float]
-        ] = []  # of each part that is running: its start, and the seconds of parts inside it
+        ] = []  # of each part that is running: its start, and the milliseconds of parts inside it
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -73,27 +60,25 @@ class Meter:
             self._open[-1][1] += whole
 
     def _now(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
+        return now(self.model.device)
 
     def phases(self, total: float, engine: Mapping[str, float]) -> dict[str, float | None]:
         """Milliseconds of each phase of the last run; no time is in two phases.
 
         Args:
-            total: seconds from end to end.
+            total: milliseconds from end to end.
             engine: the engine's own times, empty without compression. Part of the selection runs inside the tower and
                 inside the language model, which only the engine can tell apart.
         """
         head, base = self.took["head"], self.took["base"]
         later = [around + inner for around, inner in zip(head[1:], base[1:], strict=True)]
         return {
-            "encoder": engine.get("encoder", 1e3 * sum(self.took["tower"])),
-            "projector": engine.get("projector", 1e3 * sum(self.took["projector"])),
+            "encoder": engine.get("encoder", sum(self.took["tower"])),
+            "projector": engine.get("projector", sum(self.took["projector"])),
             "select": engine.get("select", 0.0),
-            "prefill": 1e3 * head[0] + engine.get("prefill", 1e3 * base[0]),
-            "token": 1e3 * statistics.fmean(later) if later else None,
-            "total": 1e3 * total,
+            "prefill": head[0] + engine.get("prefill", base[0]),
+            "token": statistics.fmean(later) if later else None,
+            "total": total,
         }
 
 
@@ -108,9 +93,9 @@ def answer(
     meter, timed = Meter(model), []
     for run in range(runs + 1):
         with meter(), torch.inference_mode():
-            start = time.perf_counter()
-            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-            total = time.perf_counter() - start
+            out, total = clocked(
+                lambda: model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False), model.device
+            )
         if run:
             timed.append(meter.phases(total, {} if handle is None else handle.last.times))
     text = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -21,7 +21,7 @@ from winnow.core.registry import method_class
 from winnow.engine.compress import compress
 from winnow.media import open_image
 from winnow.models.inputs import model_inputs
-from winnow.overlay import Box, overlay, provenance, shown_box
+from winnow.overlay import Box, overlay, panel_size, shown_box
 from winnow.reference import unknown_words
 from winnow.world import SPLITS, VERSION, Scene, scene
 from winnow.world.export import origin
@@ -32,7 +32,7 @@ FOREIGN = (
     "the bundled reference model knows only winnow's own world of drawn scenes, and its answer to this picture means "
     f"nothing; use a real checkpoint: --model {CHECKPOINT}"
 )
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+LONGEST = {".png": 2**31 - 1, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # pixels of a side
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def subject(picture: str, question: str | None) -> Subject:
     else:
         image = open_image(picture)
         drawn = _scene_of(picture, image)
-    asked = question.strip() if question is not None else ""
-    if not asked and not (drawn and drawn.questions):
+    asked = (question or "").strip()
+    if not asked and (question is not None or not (drawn and drawn.questions)):
         raise WinnowError(f'What shall be asked about {picture}? Say winnow run {picture} "QUESTION".')
     if drawn is None:
         return Subject(picture, image, asked)
@@ -209,7 +209,7 @@ def _picture(asked: Subject, processor: Any, handle: Any, path: Path | None, nam
         found["evidence_recall"] = float(matters[item.kept.numpy()].sum() / max(1, matters.sum()))
     if path is not None:
         caption = f"{name}: {len(item.kept)} of {item.layout.n_content} tokens · {asked.question}"
-        kept = provenance(item, handle.info.has_cls)
+        kept = item.provenance()
         save(overlay(asked.image, item.layout, kept, evidence=asked.evidence, shown=box, caption=caption), path)
         found["overlay"] = str(path)
     return found
@@ -219,8 +219,8 @@ def overlay_paths(picture: Path | None, wanted: Sequence[Plan]) -> list[Path | N
     """Where each plan's overlay goes."""
     if picture is None:
         return [None] * len(wanted)
-    if picture.suffix.lower() not in SUFFIXES:
-        raise WinnowError(f"--overlay {picture} is no name of a picture; its end is one of {', '.join(SUFFIXES)}.")
+    if picture.suffix.lower() not in LONGEST:
+        raise WinnowError(f"--overlay {picture} is not the name of a picture; end it in one of {', '.join(LONGEST)}.")
     if len(wanted) == 1:
         return [picture]
     names = ["+".join(method.slug for method in plan.methods) for plan in wanted]
@@ -228,17 +228,49 @@ def overlay_paths(picture: Path | None, wanted: Sequence[Plan]) -> list[Path | N
     return [picture.with_stem(f"{picture.stem}-{name}") for name in numbered]
 
 
+def check_overlays(paths: Iterable[Path | None], size: tuple[int, int]) -> None:
+    """Refuse overlays that cannot be written, before a model is loaded.
+
+    Args:
+        size: width and height of the picture.
+    """
+    for path in filter(None, paths):
+        _check_sides(path, panel_size(size))
+        try:
+            above = next(folder for folder in path.absolute().parents if folder.exists())
+            if path.is_dir():
+                wrong = "it is a folder"
+            elif not above.is_dir():
+                wrong = f"{above} is not a folder"
+            else:
+                wrong = "" if os.access(above, os.W_OK | os.X_OK) else f"you may not write into {above}"
+        except (OSError, ValueError) as error:  # a name that is too long, or that no file can have
+            wrong = getattr(error, "strerror", None) or type(error).__name__
+        if wrong:
+            raise WinnowError(f"The overlay cannot be written to {path}: {wrong}.")
+
+
+def _check_sides(path: Path, size: tuple[int, int]) -> None:
+    longest = LONGEST[path.suffix.lower()]
+    if max(size) > longest:
+        raise WinnowError(
+            f"The overlay cannot be written to {path}: it has {size[0]} × {size[1]} pixels, and {path.suffix} holds at "
+            f"most {longest} on a side; name a .png."
+        )
+
+
 def save(image: Image.Image, path: Path) -> None:
     """Write a picture completely or not at all."""
+    _check_sides(path, image.size)
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     failed = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(part)
         os.replace(part, path)
-    except OSError as error:
-        failed = error.strerror or type(error).__name__
-        with contextlib.suppress(OSError):
-            part.unlink()
+    except Exception as error:  # Pillow has errors of every kind for what a format cannot hold
+        failed = getattr(error, "strerror", None) or type(error).__name__
     if failed:
+        with contextlib.suppress(OSError, ValueError):
+            part.unlink()
         raise WinnowError(f"The overlay cannot be written to {path}: {failed}.")

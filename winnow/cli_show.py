@@ -23,7 +23,8 @@ PHASE_NAMES = {
 
 def console() -> Console:
     """As wide as the terminal; wide enough not to cut anything where a file or a program reads."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return Console(highlight=False, width=None if terminal else 200)
 
 
 def listing(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

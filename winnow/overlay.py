@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Int
 from PIL import Image, ImageDraw, ImageFont
 
 from winnow.core.errors import WinnowError
 from winnow.core.layout import Layout
-from winnow.core.ledger import ItemLedger
 from winnow.core.reduction import Reduction
 
 Box = tuple[float, float, float, float]
 
 DROPPED, MERGED, KEPT = 0, 1, 2
 SMALLEST = 448  # pixels of the shorter side of a panel: smaller pictures are scaled up, so that tokens can be seen
+LARGEST = 2**24  # pixels of a panel that was scaled up: a strip would fill the memory
 KEPT_LINE = (255, 214, 10)
 EVIDENCE_LINE = (255, 45, 150)
 PAPER = (24, 24, 27)
@@ -73,32 +73,13 @@ def _resized(images: Any, wide: float, high: float) -> tuple[int, int]:
     return (short, long) if wide <= high else (long, short)
 
 
-def provenance(item: ItemLedger, has_cls: bool) -> Reduction:
-    """The map from an item's content tokens to what is left of them.
-
-    A step at `features` saw the tower's tokens: with a [CLS] in each tile, and with those that padding adds. They are
-    brought to the content tokens of the layout, whose `cell` says where each lies in the tower's output. Outputs that
-    stand for no place of the picture ([CLS] alone) are left out.
-    """
-    total = item.provenance()
-    if not item.reductions or str(item.reductions[0][0]) != "features":
-        return total
-    cell = torch.from_numpy(item.layout.cell[item.layout.content])
-    if has_cls:
-        patches = total.n // (int(item.layout.tile.max()) + 1) - 1
-        cell = cell // patches * (patches + 1) + 1 + cell % patches
-    matrix = total.to_matrix().cpu()[:, cell]
-    shown = (matrix != 0).any(1)
-    return Reduction.mix(matrix[shown], anchor=item.kept[shown])
-
-
 def levels(layout: Layout, kept: Reduction | Sequence[int] | np.ndarray | Any) -> Int[np.ndarray, " v"]:
     """DROPPED, MERGED or KEPT for each content token of an item.
 
     Args:
         layout: of the item as it entered the LM, V content tokens.
         kept: the ids of the kept tokens, a bool mask of length V, or the item's provenance: a Reduction of V tokens,
-            whose anchors are kept and whose other sources were merged into them (`provenance`).
+            whose representatives are kept and whose other sources were merged into them.
     """
     v = layout.n_content
     found = np.zeros(v, dtype=np.int64)
@@ -108,7 +89,7 @@ def levels(layout: Layout, kept: Reduction | Sequence[int] | np.ndarray | Any) -
                 f"The overlay takes a map of one item with {v} content tokens; got {kept.n}, lanes {kept.lanes}."
             )
         found[kept.kept.cpu().numpy()] = MERGED
-        found[kept.anchors[kept.valid].cpu().numpy()] = KEPT
+        found[kept.anchors[kept.sourced].cpu().numpy()] = KEPT
         return found
     ids = np.asarray(kept.cpu() if hasattr(kept, "cpu") else kept)
     if ids.dtype == bool:
@@ -154,13 +135,23 @@ def overlay(
     return _sheet(panels or [_panel(image, np.zeros((0, 4)), found, tuple(evidence), shown)], caption)
 
 
+def panel_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of a panel of the overlay; size: those of the picture."""
+    zoom = _zoom(size)
+    return max(1, round(size[0] * zoom)), max(1, round(size[1] * zoom))
+
+
+def _zoom(size: tuple[int, int]) -> float:
+    zoom = SMALLEST / min(size)
+    zoom = round(zoom) if zoom > 1.5 else zoom  # whole pixels stay crisp
+    return max(1.0, min(zoom, math.isqrt(LARGEST // (size[0] * size[1]))))
+
+
 def _panel(
     image: Image.Image, boxes: np.ndarray, found: np.ndarray, evidence: tuple[Box, ...], shown: Box | None
 ) -> Image.Image:
     """One grid of tokens over the picture."""
-    zoom = max(1.0, SMALLEST / min(image.size))
-    zoom = round(zoom) if zoom > 1.5 else zoom  # whole pixels stay crisp
-    size = (max(1, round(image.width * zoom)), max(1, round(image.height * zoom)))
+    zoom, size = _zoom(image.size), panel_size(image.size)
     clear = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
     x0, y0, x1, y1 = (zoom * edge for edge in shown or (0, 0, *image.size))
     seen, level = np.zeros(clear.shape[:2], bool), np.zeros(clear.shape[:2], np.int64)

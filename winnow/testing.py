@@ -1,10 +1,11 @@
 """Checks that every method must pass, with no model at hand: for the methods of this package and for plug-ins.
 
-    from winnow.testing import check_method
-    check_method(MyMethod)                                # raises AssertionError with what was expected and what came
-    check_method(MyMethod, makers={MySignal: my_maker})   # where the method looks at a signal of its own
+    from winnow.testing import check_method, run_step
+    check_method(MyMethod)                      # raises AssertionError with what was expected and what came
+    run_step(MyMethod(keep=8), tokens=x, signals=attention).kept      # one step on plain arrays
 
-Views with random signals are made from what the method's own `steps(info)` ask for.
+Views with random signals are made from what the method's own steps ask for; a signal of your own says with `sample` what
+its values look like. `check_on_models` (in `winnow.testing_models`) runs a method on builds of real model classes.
 """
 
 from __future__ import annotations
@@ -21,18 +22,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from winnow.core.budget import Budget
-from winnow.core.errors import UnsupportedError
+from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout, cls_token, grid_rows
 from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.reduction import Reduction
-from winnow.core.signal import LMAttentionMass, Signal, VisionKeys
+from winnow.core.signal import Signal
 from winnow.core.step import Keep, Reduce, State, Step
 from winnow.core.view import View
-
-Maker = Callable[[Signal, torch.Generator, int, int], Tensor]
-"""Random values of a signal: (signal, generator, items b, tokens N) to `[b, N, …]` or `[b, …]`."""
 
 WITH_CLS = ModelInfo("a model with [CLS]", "llava", depth=8, width=32, vision_depth=12, feature_layer=-2, has_cls=True)
 WITHOUT_CLS = ModelInfo(
@@ -81,15 +79,6 @@ class Picture:
 PICTURES = (Picture.grid(1, 1), Picture.grid(1, 7), Picture.grid(6, 5), Picture.tiled(4, 2, 1))
 
 
-def random_signal(signal: Signal, generator: torch.Generator, b: int, n: int) -> Tensor:
-    """Positive values that sum to one for attention; normal ones for keys; a share for each item for masses."""
-    if isinstance(signal, VisionKeys):
-        return torch.randn(b, n, 8, generator=generator)
-    if isinstance(signal, LMAttentionMass):
-        return torch.rand(b, generator=generator) * 0.2
-    return torch.randn(b, n, generator=generator).mul(2).softmax(-1)
-
-
 @dataclass(frozen=True)
 class Act:
     """A step under test: its number in the method, the width of its tokens, and what the method's `build` made."""
@@ -108,31 +97,29 @@ class Subject:
         kind: its class.
         settings: those that it needs beside its defaults.
         infos: models to try; those that it does not support are left out, and one must remain.
-        makers: how to make signals that this package does not know.
     """
 
     kind: type[Method]
     settings: Mapping[str, Any] = field(default_factory=dict)
     infos: tuple[ModelInfo, ...] = (WITH_CLS, WITHOUT_CLS)
-    makers: Mapping[type[Signal], Maker] = field(default_factory=dict)
 
     def method(self, **settings: Any) -> Method:
         return self.kind.configured(**{**self.settings, **settings})
 
     @property
     def has_keep(self) -> bool:
-        return self.kind.settings().get("keep") is not None
+        return "keep" in self.kind.settings()
 
     def acts(self, **settings: Any) -> Iterator[Act]:
         """The steps of the method on each model that supports it."""
         method, supported = self.method(**settings), 0
         for info in self.infos:
             try:
-                steps = method.checked_steps(info)
+                resolved, steps = method.bind(info)
             except UnsupportedError:
                 continue
             supported += 1
-            module = method.build(info)
+            module = resolved.build(info)
             yield from (Act(number, step, info.width, module) for number, step in enumerate(steps))
         _expect(supported > 0, f"{self.kind.__name__} runs on none of {[info.model for info in self.infos]}")
 
@@ -143,11 +130,9 @@ class Subject:
         inside = step.at.name in ("features", "blocks")
         layout = picture.tower if inside else picture.lm
         n = layout.n if inside else layout.n_content if left is None else left
-        signals = {}
-        for signal in step.needs:
-            make = self.makers.get(type(signal), random_signal)
-            per_token = layout.n_content if inside and not isinstance(signal, VisionKeys) else n
-            signals[signal] = make(signal, generator, b, per_token)
+        # At the tower's side a signal has values for all tokens, [CLS] included, or for the patches alone.
+        per_token = lambda signal: layout.n_content if inside and not signal.covers_prefix else n  # noqa: E731
+        signals = step.signals(lambda signal: signal.sample(generator, b, per_token(signal)))
         ids = torch.stack(
             [torch.randperm(layout.n if inside else layout.n_content, generator=generator)[:n] for _ in range(b)]
         )
@@ -157,11 +142,107 @@ class Subject:
 
 def run(step: Step, view: View, state: State | None = None) -> Reduction | None:
     """What a step asks for: its map, or None if it only looked."""
-    action, _ = step.run(view, state or State())
+    action, _ = step.act(view, state or State())
     if isinstance(action, Keep):
         return None
     _expect(isinstance(action, Reduce), f"these checks know Reduce and Keep, not {type(action).__name__}")
     return action.reduction  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """What one step did to plain arrays.
+
+    Attributes:
+        kept: for each item, `[m]` the ids of what is left (a merged token: its representative).
+        rows: for each item, `[m, D]` the tokens that are left.
+        state: what the method remembers from now on.
+        reduction: the map, with a leading lane for each item; None where the step only looked.
+        notes: what it recorded.
+    """
+
+    kept: list[Tensor]
+    rows: list[Tensor]
+    state: State
+    reduction: Reduction | None
+    notes: dict[str, Any]
+
+
+def run_step(
+    method: Method | str,
+    info: ModelInfo = WITH_CLS,
+    tokens: Tensor | None = None,
+    signals: Tensor | Sequence[Tensor] | Mapping[Signal, Tensor] = (),
+    layout: Layout | None = None,
+    *,
+    step: int = 0,
+    ids: Tensor | None = None,
+    n_visual: int | None = None,
+    n_lm: int = 0,
+    state: State | None = None,
+    seed: int = 0,
+) -> StepResult:
+    """Run one step of a method on plain arrays, with no model and nothing of the engine's insides.
+
+    Args:
+        method: a method, or a plan string of one.
+        info: of the model that it is to believe in.
+        tokens: `[b, N, D]`.
+        signals: the values of what the step looks at: one tensor for all, a sequence in the order of the step's
+            `needs`, or by signal.
+        layout: of an item; default: a row of N tokens.
+        step: which of the method's steps, in the order in which it lists them.
+        ids: `[b, N]` which token of the layout each one is; default: all, in order.
+        n_visual, n_lm: content tokens of the item at entry, and on entering the LM; default: those of the layout.
+        state: what an earlier step returned.
+
+    Raises:
+        WinnowError: the method cannot run on such a model, or something is missing.
+    """
+    if isinstance(method, str):
+        plan = Plan.of(method)
+        if len(plan.methods) != 1:
+            raise WinnowError(f"run_step takes one method, got the plan {method!r} with {len(plan.methods)}.")
+        method = plan.methods[0]
+    if tokens is None or tokens.ndim != 3:
+        raise WinnowError("run_step takes tokens of shape [b, N, D].")
+    resolved, steps = method.bind(info)
+    if not 0 <= step < len(steps):
+        raise WinnowError(f"{method.slug} has steps 0 … {len(steps) - 1} on {info.model}; got step={step}.")
+    acts = steps[step]
+    view = View.of(tokens, layout=layout, n_visual=n_visual, n_lm=n_lm, seed=seed)
+    view = replace(
+        view,
+        ids=view.ids if ids is None else ids,
+        signals=acts.signals(_given(acts, signals)),
+        module=resolved.build(info),
+    )
+    action, after = acts.act(view, state or State())
+    if isinstance(action, Keep):
+        return StepResult(list(view.ids), list(tokens), after, None, view.notes)
+    if not isinstance(action, Reduce):
+        raise WinnowError(f"run_step knows Reduce and Keep; {method.slug} asks for {type(action).__name__}.")
+    made, lanes = action.reduction.apply(tokens), [action.reduction.lane(i) for i in range(view.b)]
+    kept = [own[lane.anchors] for own, lane in zip(view.ids, lanes, strict=True)]
+    rows = [own[: lane.m] for own, lane in zip(made, lanes, strict=True)]
+    return StepResult(kept, rows, after, action.reduction, view.notes)
+
+
+def _given(step: Step, signals: Any) -> Callable[[Signal], Tensor]:
+    """The value of each signal of a step, however they were given."""
+    if isinstance(signals, Tensor):
+        return lambda signal: signals
+    if isinstance(signals, Mapping):
+        names = {signal: name for name, signal in step.names if name in signals}
+        found = {
+            signal: signals[names.get(signal, signal)] for signal in step.needs if names.get(signal, signal) in signals
+        }
+    else:
+        found = dict(zip(step.needs, signals, strict=False))
+    missing = [str(signal) for signal in step.needs if signal not in found]
+    if missing:
+        raise WinnowError(f"the step at {step.at} looks at {', '.join(missing)}: give its values.")
+    return found.__getitem__
 
 
 def check_registration(subject: Subject) -> None:
@@ -195,7 +276,7 @@ def check_counts(subject: Subject) -> None:
                     if act.number == 0 and found is not None:
                         _expect(found.counts is None and found.m >= 1, f"{where}: counts {found.counts}, m {found.m}")
                         if keep is not None:
-                            want = min(view.n, Budget(keep).of(v))
+                            want = min(view.n, Budget(keep, rounding=subject.kind.rounding).of(v))
                             _expect(found.m == want, f"{where}: {found.m} rows, promised {want}")
 
 
@@ -348,10 +429,9 @@ def check_method(
     *,
     settings: Mapping[str, Any] | None = None,
     infos: Sequence[ModelInfo] = (WITH_CLS, WITHOUT_CLS),
-    makers: Mapping[type[Signal], Maker] | None = None,
 ) -> None:
     """Run every check on a method; the first that fails raises AssertionError. See `Subject` for the arguments."""
-    subject = Subject(kind, settings or {}, tuple(infos), makers or {})
+    subject = Subject(kind, settings or {}, tuple(infos))
     for check in CHECKS:
         check(subject)
 

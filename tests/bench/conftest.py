@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers.trainer_utils import set_seed
 
 from winnow.bench.runner import bench
@@ -14,6 +15,9 @@ from winnow.bench.store import Store
 from winnow.bench.tasks import world_task
 from winnow.reference.build import make_model, make_processor
 from winnow.reference.presets import PRESETS
+
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
 
 METHODS = ("fastervlm", "fastv")
 BUDGETS = ("16", "4")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.bench.baselines import uniform_ids
-from winnow.bench.schema import Answer, Overlay, Question, Timing
+from winnow.bench.schema import Answer, Cell, Overlay, Question, Timing
 from winnow.bench.store import Store
 from winnow.bench.tasks import Ask, world_task
 from winnow.core.layout import Layout
@@ -42,17 +42,17 @@ def accuracy(
     shown = asked[:: max(1, len(asked) // pictures)][:pictures] if pictures else ()
     with Store(path, create=True) as store:
         settings = MODEL | {"kind": "accuracy", "task": task.settings, "seed": seed} | settings
-        store.add_run(run, settings, MACHINE | {"command": "winnow bench --methods all"})
+        store.add_run(run, settings, MACHINE | {"command": "winnow bench --questions 260"})
         store.add_questions(Question(run, a.id, a.type, a.text, a.truth, a.image, a.evidence) for a in asked)
         full = {a.id: rng.random() < (0.55 if a.type in HARD else 0.88) for a in asked}
-        cell = store.add_cell(run, "baseline:full", "full", "baseline", "", None)
+        cell = store.add_cell(run, Cell("baseline:full", "full", "baseline", "", None))
         store.add_batch(cell, [_answer(cell, a, full[a.id], VISUAL, VISUAL, None, rng) for a in asked])
         rows = [(name, "method", METHODS[name]) for name in methods]
         rows += [(name, "baseline", loss) for name, loss in BASELINES.items()]
         for name, kind, loss in rows:
             for keep in budgets:
                 label = f"{name}-M" if name in SAMPLED else name
-                cell = store.add_cell(run, _plan(name, keep), label, kind, str(keep), keep)
+                cell = store.add_cell(run, Cell(_plan(name, keep), label, kind, str(keep), keep))
                 risk, answers = loss * (1 - keep / VISUAL) ** 3, []
                 for ask in asked:
                     lost = rng.random() < risk * (1.3 if ask.type in HARD else 0.7)
@@ -80,12 +80,12 @@ def speed(
     with Store(path, create=True) as store:
         about = MACHINE | {"correctness": "green", "busy": "", "command": "winnow speed"} | machine
         store.add_run(run, MODEL | {"kind": "speed"} | (settings or {}), about)
-        store.add_cell(run, "baseline:full", "full", "baseline", "", None)
+        store.add_cell(run, Cell("baseline:full", "full", "baseline", "", None))
         for keep in budgets:
             for name in methods:
-                store.add_cell(run, _plan(name, keep), name, "method", str(keep), keep)
+                store.add_cell(run, Cell(_plan(name, keep), name, "method", str(keep), keep))
             for name in ("native", "downsample"):
-                store.add_cell(run, _plan(name, keep), f"{name}-M", "baseline", str(keep), keep)
+                store.add_cell(run, Cell(_plan(name, keep), f"{name}-M", "baseline", str(keep), keep))
         plans = [("baseline:full", "full", VISUAL)]
         plans += [(_plan(name, keep), name, keep) for keep in budgets for name in (*methods, "native", "downsample")]
         store.add_timings(timing for plan in plans for timing in _timings(run, *plan, repeats, rng))

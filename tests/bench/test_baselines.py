@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from winnow.bench.baselines import Chosen, Downsample, Uniform, baseline_plan, choose, choosing, uniform_ids
-from winnow.bench.plans import jobs
 from winnow.bench.tasks import Ask
 from winnow.core.budget import Budget
-from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.errors import WinnowError
 from winnow.core.layout import Layout, grid_rows
 from winnow.core.view import View
 
@@ -110,47 +109,6 @@ def test_choices_belong_to_the_samples_of_their_layout_in_order():
     assert small.index.tolist() == [[0]]
     with pytest.raises(WinnowError, match="0 choices"):
         chosen.reduce(View.of(torch.zeros(1, 256, 1), layout=SQUARE))
-
-
-def test_e10_the_table_of_cells_has_the_full_model_and_every_baseline_at_every_budget():
-    found = jobs(("fastervlm",), ("64", "12.5%"), 256)
-    assert found[0].key == "baseline:full"
-    for label in ("random-M", "uniform-M", "downsample-M", "ceiling", "oracle", "fastervlm"):
-        assert [(j.budget, j.keep) for j in found if j.label == label] == [("64", 64), ("12.5%", 32)]
-    assert len({j.key for j in found}) == len(found)
-
-
-def test_budgets_become_plans():
-    plans = {(j.label, j.budget): str(j.plan) for j in jobs(("pyramiddrop", "fastv", "todre"), ("32", "64"), 256)}
-    assert plans["pyramiddrop", "32"] == "pyramiddrop:ratios=[50.0000%,25.0000%,12.5000%]"  # the published ones
-    assert plans["fastv", "64"] == "fastv:keep=64"
-    assert plans["todre", "32"] == "todre:keep=32"
-    own = jobs(("fastv:layer=1,keep=10%",), ("32", "64"), 256)
-    assert [j.label for j in own if j.kind == "method"] == ["fastv:keep=10%,layer=1"]
-
-
-@pytest.mark.parametrize(
-    ("methods", "budgets", "baselines", "told"),
-    [
-        ((), ("64",), (), "No method was named"),
-        (("fastervlm", "fastervlm"), ("64",), (), "twice"),
-        (("fastervlm",), ("64", "64"), ("best",), "Unknown baseline best"),
-        (("fastervlm",), ("0",), (), "keeps nothing"),
-        (("fasterVLM",), ("64",), (), "Did you mean fastervlm"),
-        (("full",), ("64",), (), "always measured"),
-    ],
-)
-def test_mistakes_in_the_table_of_cells_are_told(methods, budgets, baselines, told):
-    with pytest.raises(WinnowError, match=told):
-        jobs(methods, budgets, 256, baselines=baselines)
-
-
-def test_a_method_without_a_budget_must_be_given_as_a_plan(monkeypatch):
-    from winnow.bench import plans
-
-    monkeypatch.setattr(plans, "AT_BUDGET", {})
-    with pytest.raises(UnsupportedError, match=r"no setting `keep`.*pyramiddrop:ratios=…"):
-        jobs(("pyramiddrop",), ("64",), 256)
 
 
 def test_baselines_that_do_not_choose_are_plans_of_the_contract():

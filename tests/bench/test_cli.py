@@ -8,10 +8,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from winnow.bench.processes import listed
+from winnow.bench.processes import budgets_of, listed, methods_of
 from winnow.bench.store import Store
 from winnow.cli_bench import register
 from winnow.core.errors import WinnowError
+from winnow.core.registry import entries
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,10 @@ def call(checkpoint, tmp_path):
     return invoke
 
 
-COMMON = ("--methods", "fastervlm,fastv:layer=1,keep=10%", "--keep", "16,12.5%", "--questions", "6")
+COMMON = (
+    *("--method", "fastervlm", "--method", "fastv:layer=1,keep=10%"),
+    *("--keep", "16,12.5%", "--questions", "6"),
+)
 
 
 def test_bench_prints_a_line_for_each_cell_and_says_what_is_next(call, tmp_path):
@@ -80,7 +84,7 @@ def test_bench_asks_the_questions_of_a_data_file_and_names_bad_rows(call, tmp_pa
     lines = export(tmp_path / "scenes", 1, seed=2)
     with lines.open("a") as file:
         file.write("{}\n")
-    result = call("bench", "--methods", "fastervlm", "--keep", "16", "--data", str(lines), "--max-new-tokens", "2")
+    result = call("bench", "--method", "fastervlm", "--keep", "16", "--data", str(lines), "--max-new-tokens", "2")
     assert result.exit_code == 0, result.output
     assert "left out: line" in result.stderr
     assert "its image is None" in result.stderr
@@ -91,7 +95,7 @@ def test_speed_prints_times_and_on_a_busy_machine_no_speed_up(call, monkeypatch)
 
     monkeypatch.setattr(timing, "busy", lambda device="cpu": "the neighbours")
     options = (
-        "--methods",
+        "--method",
         "fastervlm",
         "--keep",
         "16",
@@ -112,19 +116,13 @@ def test_speed_prints_times_and_on_a_busy_machine_no_speed_up(call, monkeypatch)
     assert "×" not in result.stdout
 
 
-def test_lists_keep_the_settings_of_a_plan_together():
-    assert listed("a,b", "") == ("a", "b")
-    assert listed("fastervlm,fastv:layer=2,keep=10%,divprune", "") == (
-        "fastervlm",
-        "fastv:layer=2,keep=10%",
-        "divprune",
-    )
-    assert listed("pyramiddrop:ratios=[50%,25%],layers=[1,2],todre", "") == (
-        "pyramiddrop:ratios=[50%,25%],layers=[1,2]",
-        "todre",
-    )
-    with pytest.raises(WinnowError, match="Cannot read 'a,,b'"):
-        listed("a,,b", "--methods x,y")
+def test_lists_are_taken_apart_at_commas_and_all_methods_are_measured_by_default():
+    assert listed("64, 12.5%", "") == ("64", "12.5%")
+    with pytest.raises(WinnowError, match="Cannot read '64,,32'; write a list such as --keep 128,64,32"):
+        budgets_of("64,,32")
+    plans = ["fastv:layer=2,keep=10%", "todre"]
+    assert methods_of(plans) == tuple(plans)
+    assert methods_of(None) == tuple(e.slug for e in entries() if e.module.startswith("winnow.methods."))
 
 
 def test_the_commands_import_no_torch():

@@ -11,17 +11,8 @@ import pytest
 import torch
 
 from tests import zoo
-from winnow.bench.meters import (
-    cost,
-    counted_flops,
-    efficiency,
-    evidence_recall,
-    judge,
-    median,
-    paired,
-    rate,
-    read_by_layer,
-)
+from winnow.bench.intervals import efficiency, median, paired, rate
+from winnow.bench.meters import cost, counted_flops, evidence_recall, judge, read_by_layer
 from winnow.core.layout import Layout
 from winnow.engine.compress import compress
 from winnow.engine.flops import lm_flops
@@ -93,7 +84,7 @@ def test_what_each_layer_reads_of_an_item_adds_up_to_the_tokens_that_it_reads(pl
     with torch.no_grad(), compress(model, plan) as handle:
         model(**zoo.inputs(build, zoo.SINGLE))
         ledger, item = handle.last, handle.last.items[0]
-        read = read_by_layer(item, len(ledger.layer_tokens), handle.info.has_cls)
+        read = read_by_layer(item, len(ledger.layer_tokens))
     text = ledger.logical[0] - item.layout.n
     assert [len(ids) + text for ids in read] == [layer[0] for layer in ledger.layer_tokens]
     assert [i for i in read[-1].tolist() if i >= 0] == [

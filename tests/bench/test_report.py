@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from tests.bench import synthetic
-from winnow.bench.meters import paired, rate
+from winnow.bench.intervals import paired, rate, retained
 from winnow.bench.report import write_report
-from winnow.bench.report_data import Report, Row, reports
+from winnow.bench.report_data import Report, reports
 from winnow.bench.report_page import command
-from winnow.bench.report_stats import retained
 from winnow.bench.store import Store
+from winnow.bench.summary import Result
 from winnow.core.errors import WinnowError
 
 SMALL = {"questions": 39, "budgets": (64, 16), "methods": ("fastervlm", "visionzip", "fastv"), "pictures": 2}
@@ -80,7 +80,7 @@ def one(store: Path) -> Report:
     return found
 
 
-def row(report: Report, label: str, budget: str = "64") -> Row:
+def row(report: Report, label: str, budget: str = "64") -> Result:
     return next(r for r in report.rows if (r.cell.label, r.cell.budget) == (label, budget))
 
 
@@ -193,14 +193,12 @@ def test_figures_are_those_of_the_answers(store: Path) -> None:
         plain = {a.question: a for a in opened.answers(report.full.cell.id)}  # type: ignore[union-attr]
     right = [a.correct for a in answers]
     full = [plain[a.question].correct for a in answers]
-    assert found.about.accuracy == rate(sum(right), len(right))
-    assert found.about.change == paired(full, right)
-    assert found.about.agreement == pytest.approx(
-        sum(a.answer == plain[a.question].answer for a in answers) / len(answers)
-    )
+    assert found.accuracy == rate(sum(right), len(right))
+    assert found.change == paired(full, right)
+    assert found.agreement == pytest.approx(sum(a.answer == plain[a.question].answer for a in answers) / len(answers))
     assert found.kept == 64
-    assert found.about.layer_tokens == 64 + synthetic.TEXT
-    assert found.about.kv == pytest.approx((64 + 12) / (256 + 12))
+    assert found.layer_tokens == 64 + synthetic.TEXT
+    assert found.kv == pytest.approx((64 + 12) / (256 + 12))
     assert sum(asked for _, asked in found.by_type.values()) == len(answers)
     assert sum(good for good, _ in found.by_type.values()) == sum(right)
     assert report.full is not None
@@ -216,7 +214,7 @@ def test_the_files_beside_the_page_say_the_same(store: Path, written: Path) -> N
     for line, entry, own in zip(lines, rows, report.rows, strict=True):
         assert line["label"] == entry["label"] == own.cell.label
         if own.asked:
-            assert float(line["accuracy"]) == entry["accuracy"] == own.about.accuracy.value
+            assert float(line["accuracy"]) == entry["accuracy"] == own.accuracy.value
             assert float(line["layer_tokens"]) == entry["layer_tokens"]
     with Image.open(written.with_suffix(".png")) as chart:
         assert chart.size == (1760, 1000)
@@ -394,10 +392,21 @@ def test_plans_with_their_own_settings_and_a_store_without_evidence_or_full_mode
 
 def test_the_command_is_the_recorded_one_or_asks_for_the_same(tmp_path: Path) -> None:
     path = fresh(tmp_path)
-    assert command(one(path)) == "winnow bench --methods all"
+    assert command(one(path)) == "winnow bench --questions 260"
     change(path, "UPDATE runs SET environment = '{}'")
     said = command(one(path))
-    assert said == "winnow bench --methods fastervlm,fastv,visionzip --keep 64,16 --questions 39 --seed 0"
+    assert (
+        said == "winnow bench --method fastervlm --method fastv --method visionzip --keep 64,16 --questions 39 --seed 0"
+    )
+
+
+def test_a_run_that_says_nothing_of_its_model_and_machine_has_a_report(tmp_path: Path) -> None:
+    path = fresh(tmp_path, questions=13)
+    change(path, "UPDATE runs SET environment = '{}', settings = '{}'")
+    (out, *_) = write_report(path, tmp_path / "r.html", png=False, csv=False, json=False)
+    text = Page(out.read_text(encoding="utf-8")).text
+    assert "A model with fewer tokens" in text
+    assert "The command was not recorded" in text
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

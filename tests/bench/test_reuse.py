@@ -28,7 +28,7 @@ def test_one_encoding_serves_every_plan(build):
         plans = []
         for spec in PLANS:
             try:
-                handle._engine.compiled(Plan.of(spec))
+                handle.bind(Plan.of(spec))
                 plans.append(Plan.of(spec))
             except UnsupportedError:
                 continue

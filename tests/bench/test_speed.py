@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 
+from winnow.bench import clock
 from winnow.bench import speed as timing
 from winnow.bench.native import fed, padded, shortened
-from winnow.bench.schema import Timing
+from winnow.bench.schema import Cell, Timing
 from winnow.bench.speed import lines, speed
 from winnow.bench.store import Store
 from winnow.bench.summary import speed_table
@@ -69,7 +70,7 @@ def test_e7_rounds_are_interleaved_and_warmed_up(little, task, store, idle, monk
     plain = timing.Rounds._clean
 
     def noting(self, one):
-        order.append((self.size, one.label))
+        order.append((self.size, one.cell.label))
         return plain(self, one)
 
     monkeypatch.setattr(timing.Rounds, "_clean", noting)
@@ -83,8 +84,8 @@ def test_e7_rounds_are_interleaved_and_warmed_up(little, task, store, idle, monk
 
 
 def test_e7_a_busy_machine_is_refused_before_anything_is_timed(little, task, store, monkeypatch):
-    monkeypatch.setattr(timing.os, "getloadavg", lambda: (64.0, 1.0, 1.0))
-    monkeypatch.setattr(timing.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(clock.os, "getloadavg", lambda: (64.0, 1.0, 1.0))
+    monkeypatch.setattr(clock.os, "cpu_count", lambda: 4)
     with pytest.raises(WinnowError, match=r"busy machine: the load average is 64.0 on 4 cores"):
         run(little, task, store)
     assert store.runs() == []
@@ -98,8 +99,8 @@ def test_e7_a_busy_machine_is_refused_before_anything_is_timed(little, task, sto
     ("load", "cores", "refused"), [(0.9, 1, False), (1.1, 1, True), (3.9, 16, False), (4.1, 16, True)]
 )
 def test_e7_a_quarter_of_the_cores_may_be_busy(monkeypatch, load, cores, refused):
-    monkeypatch.setattr(timing.os, "getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.setattr(timing.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(clock.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(clock.os, "cpu_count", lambda: cores)
     assert bool(timing.busy()) == refused
 
 
@@ -126,17 +127,17 @@ def test_a_red_correctness_check_forbids_timing(little, task, store, idle, monke
 def test_e8_a_baseline_of_another_run_does_not_count(store):
     for key in ("mine", "other"):
         store.add_run(key, {"kind": "speed"}, {"busy": ""})
-    store.add_cell("other", "baseline:full", "full", "baseline", "", None)
-    store.add_cell("mine", "v1|x", "x", "method", "16", 16)
+    store.add_cell("other", Cell("baseline:full", "full", "baseline", "", None))
+    store.add_cell("mine", Cell("v1|x", "x", "method", "16", 16))
     store.add_timings([Timing("other", "baseline:full", "first", 1, 9.0, 0, 0)])
     store.add_timings([Timing("mine", "v1|x", phase, 1, 3.0, 0, 0) for phase in ("first", "total")])
     with pytest.raises(WinnowError, match="times of another run are no baseline"):
         lines(store, "mine")
-    store.add_cell("mine", "baseline:full", "full", "baseline", "", None)
+    store.add_cell("mine", Cell("baseline:full", "full", "baseline", "", None))
     store.add_timings([Timing("mine", "baseline:full", phase, 1, 9.0, 0, 0) for phase in ("first", "total")])
     with pytest.raises(WinnowError, match="no times of its own of the full model and of native-16"):
         lines(store, "mine")
-    store.add_cell("mine", "baseline:native:16", "native-M", "baseline", "16", 16)
+    store.add_cell("mine", Cell("baseline:native:16", "native-M", "baseline", "16", 16))
     store.add_timings([Timing("mine", "baseline:native:16", phase, 1, 1.0, 0, 0) for phase in ("first", "total")])
     found = {line.label: line for line in lines(store, "mine")}
     assert (found["x"].speedup.value, found["x"].efficiency.value) == (3.0, 0.75)

@@ -7,7 +7,7 @@ import sqlite3
 
 import pytest
 
-from winnow.bench.schema import Answer, Overlay, Question, Timing
+from winnow.bench.schema import Answer, Cell, Overlay, Question, Timing
 from winnow.bench.store import Store
 from winnow.core.errors import WinnowError
 
@@ -26,7 +26,7 @@ def store(tmp_path):
 
 
 def test_records_come_back_as_they_were_written(store):
-    cell = store.add_cell("k", "v1|x", "x", "method", "64", 64)
+    cell = store.add_cell("k", Cell("v1|x", "x", "method", "64", 64))
     question = Question("k", "q", "count", "how many?", "2", "world:test:1:224", ((0.0, 0.25, 0.5, 1.0),))
     overlays = [
         Overlay(cell, "q", (1, 5), {1: (1, 2), 5: (5,)}, (4, 4)),
@@ -39,15 +39,15 @@ def test_records_come_back_as_they_were_written(store):
     assert store.answers(cell) == [answer(cell, "q"), answer(cell, "r", evidence_recall=None, answer="é 中")]
     assert store.overlays(cell) == overlays
     assert store.timings("k") == [Timing("k", "v1|x", "first", 1, 1.25, 0, 3)]
-    assert store.add_cell("k", "v1|x", "x", "method", "64", 64) == cell
+    assert store.add_cell("k", Cell("v1|x", "x", "method", "64", 64)) == cell
     assert [run.settings for run in store.runs()] == [{"seed": 0}]
     with Store(store.path) as again:
         assert again.answers(cell) == store.answers(cell)
 
 
 def test_errors_are_not_answers_and_are_summed_up_on_the_cell(store):
-    full = store.add_cell("k", "baseline:full", "full", "baseline", "", None)
-    cell = store.add_cell("k", "v1|x", "x", "method", "64", 64)
+    full = store.add_cell("k", Cell("baseline:full", "full", "baseline", "", None))
+    cell = store.add_cell("k", Cell("v1|x", "x", "method", "64", 64))
     store.add_batch(full, [answer(full, q) for q in "abc"])
     store.add_batch(cell, [answer(cell, "a"), answer(cell, "b", answer="3"), answer(cell, "c", status="error:oom")])
     assert store.answered(cell) == {"a", "b"}
@@ -61,10 +61,10 @@ def test_errors_are_not_answers_and_are_summed_up_on_the_cell(store):
 
 def test_settling_touches_no_other_run(store):
     store.add_run("other", {}, {})
-    cells = [store.add_cell(run, "baseline:full", "full", "baseline", "", None) for run in ("k", "other")]
+    cells = [store.add_cell(run, Cell("baseline:full", "full", "baseline", "", None)) for run in ("k", "other")]
     for cell, said in zip(cells, "23", strict=True):
         store.add_batch(cell, [answer(cell, "q", answer=said)])
-    own = store.add_cell("k", "v1|x", "x", "method", "64", 64)
+    own = store.add_cell("k", Cell("v1|x", "x", "method", "64", 64))
     store.add_batch(own, [answer(own, "q")])
     store.settle("k", "baseline:full")
     assert store.answers(own)[0].agrees is True
@@ -76,7 +76,7 @@ def test_settling_touches_no_other_run(store):
 
 
 def test_a_batch_is_written_whole_or_not_at_all(store):
-    cell = store.add_cell("k", "v1|x", "x", "method", "64", 64)
+    cell = store.add_cell("k", Cell("v1|x", "x", "method", "64", 64))
     broken = Overlay(cell, "q", (1,), None, None)  # type: ignore[arg-type]
     store.add_batch(cell, [answer(cell, "q")])
     with pytest.raises(sqlite3.IntegrityError):
@@ -91,7 +91,7 @@ def test_the_export_has_one_order_and_leaves_out_what_no_second_run_repeats(tmp_
         with Store(tmp_path / f"{name}.sqlite", create=True) as store:
             store.add_run("k", {"x": 1, "a": 2} if name == "a" else {"a": 2, "x": 1}, {"load": name})
             for plan in order:
-                cell = store.add_cell("k", plan, plan, "method", "", None)
+                cell = store.add_cell("k", Cell(plan, plan, "method", "", None))
                 store.add_batch(cell, [answer(cell, q) for q in order])
             store.add_timings([Timing("k", "a", "first", 1, 1.0 if name == "a" else 2.0, 0, 0)])
             exports.append(store.export_json(tmp_path / "out.json").read_bytes())
@@ -124,7 +124,7 @@ def test_what_is_no_store_is_refused_and_left_as_it_is(tmp_path):
 
 
 def test_a_full_disk_is_told_and_what_was_finished_is_kept(store):
-    cell = store.add_cell("k", "v1|x", "x", "method", "64", 64)
+    cell = store.add_cell("k", Cell("v1|x", "x", "method", "64", 64))
     store.add_batch(cell, [answer(cell, "q")])
     store._db.execute(f"PRAGMA max_page_count = {store._db.execute('PRAGMA page_count').fetchone()[0]}")
     with pytest.raises(WinnowError, match="cannot be written: the disk is full"):

@@ -179,8 +179,8 @@ def test_at_least_fifty_questions_of_each_method_are_checked(batch):
     planned = jobs(EIGHT, ("128", "64", "32"), 256)
     sizes = [batch] * (400 // batch)
     checks = runner._checks(planned, sizes, runner.CHECKED)
-    for label in {job.label for job in planned}:
-        assert sum(sum(sizes[i] for i in checks[job.key]) for job in planned if job.label == label) >= 50
+    for label in {job.cell.label for job in planned}:
+        assert sum(sum(sizes[i] for i in checks[job.key]) for job in planned if job.cell.label == label) >= 50
 
 
 def test_checks_ask_each_checked_question_once_more(sweep, generated):

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from winnow.core.point import Point
-from winnow.core.signal import LMAttention, Signal, VisionAttention, VisionKeys
+from winnow.core.signal import Signal
+from winnow.signals.language import LMAttention
+from winnow.signals.vision import VisionAttention, VisionKeys
 
 from .flow import Cache, Flow, Lane, Trace
 from .toy import ToyVLM, causal

@@ -13,7 +13,7 @@ from winnow.core.budget import Budget
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
-from winnow.core.signal import LMAttention
+from winnow.signals.language import LMAttention
 from winnow.core.step import Keep, Reduce, State, Step
 from winnow.core.view import View
 
@@ -38,7 +38,7 @@ class PyramidDrop(Method):
 
     @staticmethod
     def enter(view: View, state: State) -> tuple[Keep, State]:
-        """Ratios refer to what enters the LM: after any step at the connector, which `view.entry` is not."""
+        """Ratios refer to what enters the LM: after any step at the connector, which `view.n_visual` is not."""
         return Keep(), replace(state, item=state.item | {"entered": torch.full((view.b,), view.n)})
 
     @staticmethod

@@ -15,7 +15,7 @@ from winnow.core.layout import CLS
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
-from winnow.core.signal import VisionAttention, VisionKeys
+from winnow.signals.vision import VisionAttention, VisionKeys
 from winnow.core.step import Action, Keep, Reduce, State, Step
 from winnow.core.view import View
 

@@ -14,7 +14,8 @@ from winnow.core.budget import Budget
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
-from winnow.core.signal import LMAttention, Signal
+from winnow.core.signal import Signal
+from winnow.signals.language import LMAttention
 from winnow.core.step import Action, Keep, Reduce, State, Step
 from winnow.core.view import View
 

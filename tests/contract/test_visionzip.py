@@ -15,7 +15,8 @@ from winnow.core.layout import CLS, CONTENT, PAD
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
-from winnow.core.signal import Signal, VisionAttention, VisionKeys
+from winnow.core.signal import Signal
+from winnow.signals.vision import VisionAttention, VisionKeys
 from winnow.core.step import Reduce, State, Step
 from winnow.core.view import View
 

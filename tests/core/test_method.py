@@ -14,7 +14,9 @@ from winnow.core.layout import Layout
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
-from winnow.core.signal import LMAttention, LMAttentionMass, Signal, VisionAttention, VisionKeys
+from winnow.core.signal import Signal
+from winnow.signals.language import LMAttention, LMAttentionMass
+from winnow.signals.vision import VisionAttention, VisionKeys
 from winnow.core.step import Reduce, State, Step
 from winnow.core.view import View
 
@@ -137,9 +139,9 @@ def test_view_answers_for_what_it_holds():
 
 
 def test_view_counts_budgets_from_entry():
-    assert View.of(torch.zeros(2, 6, 1)).entry == 6
-    assert View.of(torch.zeros(1, 7, 1), layout=Layout.grid(2, 3, cls=True)).entry == 6
-    assert View.of(torch.zeros(1, 6, 1), entry=24).entry == 24
+    assert View.of(torch.zeros(2, 6, 1)).n_visual == 6
+    assert View.of(torch.zeros(1, 7, 1), layout=Layout.grid(2, 3, cls=True)).n_visual == 6
+    assert View.of(torch.zeros(1, 6, 1), n_visual=24).n_visual == 24
 
 
 def test_random_numbers_are_the_views_own():

@@ -90,7 +90,7 @@ def check_against_hand(
         assert (logits[row] - trace.logits).abs().max() <= tolerance, f"row {row}"
         assert tuple(layer[row] for layer in ledger.layer_tokens) == trace.lengths
         items = [item for item in ledger.items if item.row == row]
-        assert [item.entry for item in items] == [len(content) for content in entry.content]
+        assert [item.n_visual for item in items] == [len(content) for content in entry.content]
         for item, kept in zip(items, trace.kept(worked.entry), strict=True):
             assert sorted(set(item.kept.tolist())) == kept.tolist()
 

@@ -110,7 +110,7 @@ class Watched(Method):
     slug: ClassVar[str] = "watched"
 
     def steps(self, info: ModelInfo) -> tuple[Step, ...]:
-        return tuple(dataclasses.replace(step, run=self._watch(step)) for step in self.inner.steps(info))
+        return tuple(dataclasses.replace(step, run=self._watch(step)) for step in self.inner.bind(info)[1])
 
     def _watch(self, step: Step) -> Callable[[View, State], tuple[Action, State]]:
         def run(view: View, state: State) -> tuple[Action, State]:

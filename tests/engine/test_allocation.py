@@ -78,7 +78,7 @@ def test_nothing_is_larger_than_in_the_plain_run(slug, build):
     with winnow.compress(model, PLANS[slug]) as handle:
         forward(model, inputs)
         seen = allocations(model, inputs)
-        entry = handle.last.items[0].entry
+        entry = handle.last.items[0].n_visual
     allowed = plain.largest
     if method_class(slug).pairwise:
         allowed = max(allowed, entry * entry * 4)

@@ -15,7 +15,8 @@ from probes import Look, Pick, forward, generate, new_tokens, step_logits
 import winnow
 from winnow.core.budget import Budget
 from winnow.core.plan import Plan
-from winnow.core.signal import LMAttention, VisionAttention
+from winnow.signals.language import LMAttention
+from winnow.signals.vision import VisionAttention
 
 CROWD = ("3 A 6", "11", "3 B 9", "2 B 4 C 5", "3 A 6", "1 A 1 A 2", "7 C 1", "2 A")
 
@@ -161,7 +162,7 @@ def test_views_hold_items_of_equal_size_without_padding(build):
     assert sum(view.b for view in look.views) == 9
     for view in look.views:
         assert view.tokens.shape == (view.b, view.layout.n_content, 64)
-        assert view.entry == view.layout.n_content
+        assert view.n_visual == view.layout.n_content
         assert torch.equal(view.ids, torch.arange(view.n).expand(view.b, -1))
 
 

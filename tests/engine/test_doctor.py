@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from winnow.engine import doctor_checks
 from winnow.engine.doctor import diagnose, run_checks
 from winnow.engine.doctor_checks import CHECKS
-from winnow.models import supported
+from winnow.models import supported_versions
 
 ROWS = ("3 A 6", "3 B 9")
 
@@ -204,8 +204,8 @@ def test_what_stays_behind_is_found(monkeypatch):
 def test_an_untested_version_is_accepted_for_the_class_that_passed(monkeypatch):
     import winnow
 
-    monkeypatch.setattr(supported.transformers, "__version__", "5.99.0")
-    monkeypatch.setattr(supported, "_accepted", set())
+    monkeypatch.setattr(supported_versions.transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(supported_versions, "_accepted", set())
     model = zoo.model("llava_clip")
     with pytest.raises(winnow.UnsupportedError, match="diagnose"):
         winnow.compress(model, doctor_checks.Evenly())
@@ -220,8 +220,8 @@ def test_an_untested_version_is_accepted_for_the_class_that_passed(monkeypatch):
 def test_an_untested_version_that_fails_is_not_accepted(monkeypatch):
     import winnow
 
-    monkeypatch.setattr(supported.transformers, "__version__", "5.99.0")
-    monkeypatch.setattr(supported, "_accepted", set())
+    monkeypatch.setattr(supported_versions.transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(supported_versions, "_accepted", set())
     model = renamed(zoo.model("llava_clip"))
     checks = run_checks(model, zoo.samples("llava_clip", ROWS))
     assert not checks[-1].ok

@@ -72,7 +72,7 @@ def test_two_steps_at_one_point_are_their_composition(build):
     for item in ledger.items:
         assert [point for point, _, _ in item.reductions] == ["projected", "projected"]
         composed = item.provenance()
-        assert (composed.n, composed.m) == (item.entry, 4)
+        assert (composed.n, composed.m) == (item.n_visual, 4)
         assert torch.equal(composed.anchors, item.kept)
 
 
@@ -119,10 +119,10 @@ def test_a_merge_and_then_a_selection_compose(build):
         ledger = handle.last
     for item in ledger.items:
         composed = item.provenance()
-        assert (composed.n, composed.m) == (item.entry, 3)
+        assert (composed.n, composed.m) == (item.n_visual, 3)
         assert torch.equal(composed.anchors, item.kept)
         for row, anchor in enumerate(item.kept.tolist()):
-            pair = [anchor, anchor + 1] if anchor + 1 < item.entry else [anchor]
+            pair = [anchor, anchor + 1] if anchor + 1 < item.n_visual else [anchor]
             assert composed.sources(row).tolist() == pair
 
 

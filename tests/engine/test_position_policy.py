@@ -109,7 +109,7 @@ def test_a_merged_token_has_the_position_of_its_anchor(build):
     with winnow.compress(model, Halve()) as handle:
         forward(model, zoo.collate(parts))
         for item in handle.last.items:
-            assert item.kept.tolist() == list(range(0, item.entry, 2))
+            assert item.kept.tolist() == list(range(0, item.n_visual, 2))
 
 
 @pytest.mark.parametrize("build", ONE_DIMENSIONAL)

@@ -66,19 +66,6 @@ def test_a_prepared_mask_is_refused():
         forward(model, {**inputs, "attention_mask": prepared})
 
 
-@pytest.mark.parametrize("build", zoo.BUILDS)
-def test_a_prompt_as_embeddings_is_refused(build):
-    """Without ids there is no telling where the pictures are. Text that is continued has none, and passes."""
-    model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
-    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
-    bare = {k: v for k, v in inputs.items() if k != "input_ids"}
-    with winnow.compress(model, Pick(keep=3)):
-        with pytest.raises(winnow.WinnowError, match="input_ids"):
-            forward(model, {**bare, "inputs_embeds": embeds})
-        with pytest.raises(winnow.WinnowError, match="input_ids"):
-            generate(model, {**bare, "inputs_embeds": embeds})
-
-
 def test_sliding_windows_are_refused_at_compress():
     text = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
     with pytest.raises(winnow.UnsupportedError, match="sliding"):

@@ -13,7 +13,8 @@ from probes import Look, Pick, forward, generate
 
 import winnow
 from winnow.core.plan import Plan
-from winnow.core.signal import LMAttention, LMAttentionMass, VisionAttention, VisionKeys
+from winnow.signals.language import LMAttention, LMAttentionMass
+from winnow.signals.vision import VisionAttention, VisionKeys
 
 ROWS = ("3 A 6", "11", "2 B 4 C 5")
 
@@ -215,7 +216,7 @@ def test_spans_that_make_no_sense_are_refused(spans):
 
 
 def test_a_signal_of_a_layer_that_has_not_run_is_refused_at_compress():
-    for signal in (LMAttention(3), LMAttentionMass(2)):
+    for signal in (LMAttention(3), LMAttentionMass(3)):
         with pytest.raises(winnow.WinnowError, match="has not run"):
             winnow.compress(zoo.model("llava_clip"), Look(needs=(signal,), at="layers[2]"))
 

@@ -43,9 +43,9 @@ def test_concurrent_requests_under_different_plans_equal_serial_ones(build):
 
         def run(inputs, plan):
             if plan is None:
-                return generate(model, inputs), handle.last_here
+                return generate(model, inputs), handle.last
             with handle.using(plan):
-                return generate(model, inputs), handle.last_here
+                return generate(model, inputs), handle.last
 
         serial = [run(*job) for job in jobs]
         works = [lambda job=job: [run(*job) for _ in range(ROUNDS)] for job in jobs]
@@ -61,11 +61,11 @@ def test_concurrent_requests_under_different_plans_equal_serial_ones(build):
 def test_using_holds_in_its_own_thread_only(build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
     with winnow.compress(model, Pick(keep=4)) as handle, handle.using(Pick(keep=2)):
-        here, there = at_once(lambda: None, lambda: (forward(model, inputs), handle.last_here)[1])
+        here, there = at_once(lambda: None, lambda: (forward(model, inputs), handle.last)[1])
         forward(model, inputs)
         assert here is None
         assert len(there.items[0].kept) == 4
-        assert len(handle.last_here.items[0].kept) == 2
+        assert len(handle.last.items[0].kept) == 2
 
 
 @pytest.mark.parametrize("build", zoo.BUILDS)
@@ -79,7 +79,7 @@ def test_using_holds_in_its_own_task_only(build):
                 await asyncio.sleep(0)
                 forward(model, inputs)
                 await asyncio.sleep(0)
-                assert len(handle.last_here.items[0].kept) == keep
+                assert len(handle.last.items[0].kept) == keep
         return keep
 
     async def together(handle):

@@ -36,15 +36,17 @@ def test_trap_01_gapped_positions_without_mask_and_cache_are_no_packed_sequence(
 
 
 @pytest.mark.parametrize("build", zoo.BUILDS)
-def test_trap_01_no_layer_is_given_gapped_positions_without_mask(build, monkeypatch):
-    """Watched at the door of every layer, for every way of calling; and the packed-sequence search never finds two."""
+def test_trap_01_the_lm_is_given_no_gapped_positions_without_mask_and_cache(build, monkeypatch):
+    """For every way of calling: the LM gets no gapped positions that it would read as packed samples."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
     found: list[tuple[int, bool, bool]] = []
 
     def watch(module, args, kwargs):
         positions = kwargs.get("position_ids")
         gapped = positions is not None and bool((positions.diff(dim=-1) != 1).any())
-        found.append((args[0].shape[1], gapped, kwargs.get("attention_mask") is None))
+        bare = kwargs.get("attention_mask") is None and kwargs.get("past_key_values", kwargs.get("cache")) is None
+        # Without a cache given, the LM makes one unless it was told not to.
+        found.append((kwargs["inputs_embeds"].shape[1], gapped, bare and kwargs.get("use_cache") is False))
 
     search = masking_utils.find_packed_sequence_indices
     packed: list[bool] = []
@@ -56,8 +58,7 @@ def test_trap_01_no_layer_is_given_gapped_positions_without_mask(build, monkeypa
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", searched)
     with winnow.compress(model, "divprune:keep=5 + pyramiddrop"):
-        for layer in model.model.language_model.layers:
-            layer.register_forward_pre_hook(watch, with_kwargs=True)
+        model.model.language_model.register_forward_pre_hook(watch, with_kwargs=True)
         for options in ({"use_cache": True}, {"use_cache": False}):
             generate(model, inputs, **options)
             forward(model, {k: v for k, v in inputs.items() if k != "attention_mask"}, **options)

@@ -19,13 +19,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
 
 import winnow
-from winnow.engine.versions import (
-    CACHE_NAMES,
-    cache_keyword,
-    cache_of,
-    checkpoints_activations,
-    hidden_state_layers,
-)
+from winnow.engine.versions import CACHE_NAMES, cache_keyword, cache_of, checkpoints_activations
 
 POINTS = ("projected", "layers[2]")
 
@@ -119,35 +113,6 @@ def test_checkpointing_is_seen_under_both_names_and_warns_of_none(recwarn):
     assert checkpoints_activations(model)
     assert not checkpoints_activations(torch.nn.Linear(1, 1))
     assert not recwarn.list
-
-
-@pytest.mark.parametrize("asked", [True, [1], [0, 2]])
-@pytest.mark.parametrize("build", ["llava_next", "qwen2_5_vl"])  # LLaVA 5.24 gives the list to its tower, and fails
-def test_recorded_hidden_states_are_those_of_the_layer(build, asked):
-    """Each state has the rows of one layer: its own where the layers are given different numbers of rows."""
-    model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
-    entering, leaving = {}, {}
-    for i, layer in enumerate(model.base_model.language_model.layers):
-        layer.register_forward_pre_hook(
-            lambda m, a, k, i=i: entering.update({i: (a or [k["hidden_states"]])[0]}), with_kwargs=True
-        )
-        layer.register_forward_hook(
-            lambda m, a, out, i=i: leaving.update({i: out[0] if isinstance(out, tuple) else out})
-        )
-    states = forward(model, inputs, output_hidden_states=asked).hidden_states
-    layers = hidden_state_layers(len(states), zoo.DEPTH)
-    found = [i for i, state in enumerate(states) if state is not None]
-    assert found == (list(range(zoo.DEPTH + 1)) if asked is True else asked)
-    for i in found[: zoo.DEPTH]:  # the last of a full record is normalised
-        ours = entering[0] if (i, len(states)) == (0, zoo.DEPTH + 1) else leaving[layers[i]]
-        assert torch.equal(states[i], ours)
-
-
-def test_another_number_of_hidden_states_is_refused():
-    assert hidden_state_layers(5, 4) == (0, 0, 1, 2, 3)
-    assert hidden_state_layers(4, 4) == (0, 1, 2, 3)
-    with pytest.raises(winnow.UnsupportedError, match="3 hidden states for 4 layers"):
-        hidden_state_layers(3, 4)
 
 
 @pytest.mark.parametrize("at", POINTS)

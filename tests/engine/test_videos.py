@@ -11,7 +11,7 @@ from cases import SUBSETS, check_against_hand, identities, picking, same
 from probes import Look, Pick, forward, generate
 
 import winnow
-from winnow.core.signal import VisionAttention
+from winnow.signals.vision import VisionAttention
 
 BUILD = "qwen2_5_vl"
 VIDEOS = ("3 V 6", "9", "2 V 4")

@@ -32,7 +32,9 @@ from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
-from winnow.core.signal import LMAttention, Signal, VisionAttention, VisionKeys
+from winnow.core.signal import Signal
+from winnow.signals.language import LMAttention
+from winnow.signals.vision import VisionAttention, VisionKeys
 from winnow.core.step import Action, Keep, Reduce, State, Step
 from winnow.core.view import View
 from winnow.engine.compress import compress
@@ -173,8 +175,8 @@ class Sample:
                 ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
             )
             right += [judge(text, r.ask.truth)[0] for text, r in zip(said, own, strict=True)]
-            items = sorted(self.handle.last_here.items, key=lambda item: item.row)
-            kept += [mask_of(item.kept[None], item.entry) for item in items]
+            items = sorted(self.handle.last.items, key=lambda item: item.row)
+            kept += [mask_of(item.kept[None], item.n_visual) for item in items]
         self._answers[given.key] = np.array(right, dtype=float), torch.cat(kept)
         return self._answers[given.key]
 

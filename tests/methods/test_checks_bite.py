@@ -14,9 +14,10 @@ from winnow.core.budget import Budget
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
-from winnow.core.signal import Signal, VisionAttention
+from winnow.core.signal import Signal
+from winnow.signals.vision import VisionAttention
 from winnow.core.step import Step
-from winnow.parts.select import top_k
+from winnow.core.select import top_k
 
 ROW = VisionAttention("feature", query="all")
 

@@ -27,7 +27,7 @@ from tests.methods.directional import (
 from tests.methods.stubs import first_k
 from winnow.core.budget import Budget
 from winnow.core.reduction import Reduction
-from winnow.core.signal import VisionAttention
+from winnow.signals.vision import VisionAttention
 from winnow.methods.divprune import DivPrune
 from winnow.methods.fastervlm import FasterVLM
 from winnow.methods.fastv import FastV

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from winnow.core.errors import UnsupportedError, WinnowError
-from winnow.core.signal import VisionAttention
+from winnow.signals.vision import VisionAttention
 from winnow.core.view import View
 from winnow.methods.fastervlm import FasterVLM
 from winnow.testing import WITH_CLS, WITHOUT_CLS, Picture

@@ -7,7 +7,7 @@ import torch
 
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
-from winnow.core.signal import LMAttention
+from winnow.signals.language import LMAttention
 from winnow.core.step import State
 from winnow.core.view import View
 from winnow.methods.fastv import FastV
@@ -77,7 +77,7 @@ def test_tiles_are_one_pool():
 
 
 def test_share_is_of_the_tokens_at_entry_not_of_what_is_left():
-    view = View.of(tokens(0, 20), scores(0, 20), entry=30)
+    view = View.of(tokens(0, 20), scores(0, 20), n_visual=30)
     assert FastV(keep="50%").reduce(view).m == 15
 
 

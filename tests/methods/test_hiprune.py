@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
-from winnow.core.signal import VisionAttention
+from winnow.signals.vision import VisionAttention
 from winnow.core.view import View
 from winnow.methods.hiprune import HiPrune
 from winnow.testing import Picture

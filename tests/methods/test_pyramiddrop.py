@@ -10,7 +10,7 @@ from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
 from winnow.core.plan import Plan
-from winnow.core.signal import LMAttention
+from winnow.signals.language import LMAttention
 from winnow.core.step import State
 from winnow.core.view import View
 from winnow.methods.pyramiddrop import PyramidDrop
@@ -84,7 +84,7 @@ def test_ratios_count_from_what_entered_the_lm_also_between_its_cuts():
     """After a connector method left 20 of 30 tokens, half is 10, and a quarter is 5 whatever is left by then."""
     half, quarter, _ = PyramidDrop().checked_steps(LLAMA)
     for step, n, expected in ((half, 20, 10), (quarter, 10, 5), (half, 9, 9)):
-        view = View.of(tokens(0, n), {step.needs[0]: scores(0, n)}, entry=30, entered=20)
+        view = View.of(tokens(0, n), {step.needs[0]: scores(0, n)}, n_visual=30, n_lm=20)
         assert step.run(view, State())[0].reduction.m == expected
 
 

@@ -8,7 +8,7 @@ import torch
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
-from winnow.core.signal import LMAttentionMass
+from winnow.signals.language import LMAttentionMass
 from winnow.core.step import Keep, Reduce, State
 from winnow.core.view import View
 from winnow.methods.todre import CLS_ROW, ToDRE

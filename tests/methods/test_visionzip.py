@@ -22,7 +22,7 @@ from .stubs import scores, tokens
 def _view(layout, seed=0, b=1, x=None, entry=None):
     x = tokens(seed, layout.n, 12, b) if x is None else x
     signals = {CLS_ROW: scores(seed, layout.n_content, b), KEYS: tokens(seed + 1, layout.n, 8, b)}
-    return View.of(x, signals, layout=layout, entry=entry)
+    return View.of(x, signals, layout=layout, n_visual=entry)
 
 
 def _naive(x, row, keys, dominant, contextual, merge="sum"):

@@ -9,7 +9,7 @@ import winnow
 from tests import zoo
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
-from winnow.core.signal import VisionAttention
+from winnow.signals.vision import VisionAttention
 from winnow.core.view import View
 from winnow.methods.fastervlm import FasterVLM
 from winnow.methods.vtc_cls import VtcCls

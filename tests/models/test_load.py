@@ -148,3 +148,35 @@ def test_a_checkpoint_without_a_processor_is_refused(checkpoint):
         if path.name not in ("config.json", "model.safetensors"):
             path.unlink()
     assert "processor" in refused(checkpoint)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "half", torch.float64, "auto", None])
+def test_every_dtype_in_which_a_model_runs_is_taken(original, dtype):
+    assert load(original, device="cpu", dtype=dtype)[0].dtype in (torch.float16, torch.float32, torch.float64)
+
+
+STRANGE = [
+    name
+    for name in sorted(dir(torch))
+    if isinstance(getattr(torch, name), torch.dtype)
+    and getattr(torch, name) not in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+]
+
+
+@pytest.mark.parametrize("dtype", [*STRANGE, *(getattr(torch, name) for name in STRANGE), "", "Tensor", 0, [], 3.5])
+def test_every_other_dtype_is_refused_with_those_that_are_allowed(original, dtype):
+    said = refused(original, dtype=dtype)
+    assert all(name in said for name in ("float32", "bfloat16", "float16", "float64"))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "nonsense"])
+def test_a_checkpoint_whose_own_dtype_no_model_runs_in_needs_another(checkpoint, dtype):
+    edit(checkpoint, dtype=dtype)
+    said = refused(checkpoint, device="cpu")
+    assert dtype in said
+    assert "--dtype" in said
+
+
+@pytest.mark.parametrize("device", ["meta", "xla", "", 5.5, []])
+def test_a_device_that_cannot_compute_is_refused(original, device):
+    assert "cpu" in refused(original, device=device)

@@ -22,7 +22,17 @@ from winnow.core.plan import SCHEMA
 from winnow.models.inputs import prompt
 
 CODE = ("core", "engine", "methods", "models", "parts", "signals", "bench")
-APART = ("report", "speed", "rounds", "native", "summary", "processes")  # parts of the bench that change no answer
+APART = (
+    "report",
+    "charts",
+    "intervals",
+    "clock",
+    "speed",
+    "rounds",
+    "native",
+    "summary",
+    "processes",
+)  # parts of the bench that change no answer
 
 
 def model_settings(model: Any, processor: Any, name: str) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""Meters: what is read off answers and ledgers, and the statistics of it. Intervals are at 95 %."""
+"""Meters: what is read off answers and ledgers."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,7 @@ from winnow.core.layout import Layout
 from winnow.core.ledger import ItemLedger, Ledger
 from winnow.core.point import Point
 from winnow.engine.flops import kv_bytes_per_token, lm_flops
-from winnow.overlay import provenance
 
-Z = 1.959963984540054
 REFUSAL = re.compile(r"^(i('m| am)? (sorry|cannot|can't|can not|unable|not able)|unanswerable|as an ai)\b")
 
 
@@ -45,113 +42,6 @@ def judge(answer: str, truth: str, *, cut: bool = False) -> tuple[bool, str]:
     return False, "refusal" if REFUSAL.match(said) else "ok"
 
 
-@dataclass(frozen=True)
-class Rate:
-    """A share of n items, with its Wilson interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def rate(hits: int, n: int) -> Rate:
-    if n == 0:
-        return Rate(math.nan, 0.0, 1.0, 0)
-    low, high = _wilson(hits / n, n)
-    return Rate(hits / n, low, high, n)
-
-
-def _wilson(p: float, n: int) -> tuple[float, float]:
-    middle = p + Z * Z / (2 * n)
-    half = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    scale = 1 + Z * Z / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
-
-
-@dataclass(frozen=True)
-class Paired:
-    """The difference of two accuracies on the same questions (second less first).
-
-    Attributes:
-        gained, lost: questions that only the second, or only the first, has right.
-    """
-
-    value: float
-    low: float
-    high: float
-    gained: int
-    lost: int
-    n: int
-
-    def __str__(self) -> str:
-        if not self.gained and not self.lost:
-            return f"no difference ({self.n} items, [{self.low:+.1%}, {self.high:+.1%}])"
-        return f"{self.value:+.1%} [{self.low:+.1%}, {self.high:+.1%}]"
-
-
-def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
-    """Difference of paired proportions with Newcombe's square-and-add interval (Stat. Med. 17, 2635: method 10).
-
-    It needs no resampling, and does not collapse to nothing with few items or without any difference.
-    """
-    n = len(first)
-    if n != len(second):
-        raise ValueError(f"{n} and {len(second)} answers are no pairs")
-    if n == 0:
-        return Paired(math.nan, -1.0, 1.0, 0, 0, 0)
-    both = sum(a and b for a, b in zip(first, second, strict=True))
-    lost, gained = sum(first) - both, sum(second) - both
-    neither = n - both - lost - gained
-    p2, p1 = sum(second) / n, sum(first) / n
-    (l2, u2), (l1, u1) = _wilson(p2, n), _wilson(p1, n)
-    margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
-    cross = float(both * neither - lost * gained)
-    if cross > 0:
-        cross = max(0.0, cross - n / 2)  # the method's continuity correction
-    phi = cross / math.sqrt(margins) if margins else 0.0
-    down = math.sqrt(max(0.0, (p2 - l2) ** 2 - 2 * phi * (p2 - l2) * (u1 - p1) + (u1 - p1) ** 2))
-    up = math.sqrt(max(0.0, (u2 - p2) ** 2 - 2 * phi * (u2 - p2) * (p1 - l1) + (p1 - l1) ** 2))
-    return Paired(p2 - p1, max(-1.0, p2 - p1 - down), min(1.0, p2 - p1 + up), gained, lost, n)
-
-
-@dataclass(frozen=True)
-class Median:
-    """A median with its bootstrap interval and its quartiles."""
-
-    value: float
-    low: float
-    high: float
-    q1: float
-    q3: float
-
-    @property
-    def spread(self) -> float:
-        """Interquartile range as a share of the median."""
-        return (self.q3 - self.q1) / self.value if self.value else math.inf
-
-
-def median(values: Sequence[float] | np.ndarray, draws: int = 2000) -> Median:
-    """The median of timed repeats; the interval is resampled with a fixed seed."""
-    x = np.asarray(values, dtype=float)
-    medians = np.median(np.random.default_rng(0).choice(x, (draws, len(x))), axis=1)
-    low, high = np.quantile(medians, (0.025, 0.975))
-    q1, q3 = np.quantile(x, (0.25, 0.75))
-    return Median(float(np.median(x)), float(low), float(high), float(q1), float(q3))
-
-
-def efficiency(full: Sequence[float], method: Sequence[float], native: Sequence[float]) -> Median:
-    """(t_full − t_method) / (t_full − t_native): 1 means that the method itself costs nothing.
-
-    Repeats are paired: those of one round ran next to each other.
-    """
-    f, m, n = (np.asarray(x, dtype=float) for x in (full, method, native))
-    return median((f - m) / (f - n))
-
-
 def evidence_recall(read: Sequence[np.ndarray], layout: Layout, evidence: Boxes) -> float | None:
     """Share of the evidence's tokens that a layer of the LM reads, mean over layers; None where there is no evidence.
 
@@ -167,42 +57,19 @@ def evidence_recall(read: Sequence[np.ndarray], layout: Layout, evidence: Boxes)
     return float(np.mean([matters[ids[ids >= 0]].sum() for ids in read]) / matters.sum())
 
 
-def read_by_layer(item: ItemLedger, depth: int, has_cls: bool) -> list[np.ndarray]:
-    """For each LM layer, the content ids that it reads of an item (a merged token: its anchor; [CLS]: −1).
+def read_by_layer(item: ItemLedger, depth: int) -> list[np.ndarray]:
+    """For each LM layer, the content ids that it reads of an item (a merged token: its representative; [CLS]: −1).
 
     Args:
         depth: LM layers.
-        has_cls: whether the tower has a [CLS] token.
     """
-    ids, tower = np.arange(item.entry), None
+    ids, total = np.arange(item.n_visual), None
     found: list[np.ndarray] = []
     for point, _, reduction in item.reductions:
-        at = Point.of(point)
-        found += [ids] * ((at.index or 0) - len(found))
-        anchors = reduction.anchors.cpu().numpy()
-        if at.name == "features":  # steps there count in the tower's own tokens
-            tower = anchors if tower is None else tower[anchors]
-            ids = content_of_tower(item.layout, item.reductions[0][2].n, has_cls)[tower]
-        else:
-            ids = ids[anchors]
+        found += [ids] * ((Point.of(point).index or 0) - len(found))
+        total = reduction.cpu() if total is None else reduction.cpu() @ total
+        ids = np.where(total.sourced, total.anchors, -1)
     return found + [ids] * (depth - len(found))
-
-
-def content_of_tower(layout: Layout, tokens: int, has_cls: bool) -> np.ndarray:
-    """For each of the tower's tokens of an item, its content id in the LM's sequence; −1 for one that has none."""
-    cell = tower_cells(layout, tokens, has_cls)
-    found = np.full(tokens, -1)
-    found[cell] = np.arange(len(cell))
-    return found
-
-
-def tower_cells(layout: Layout, tokens: int, has_cls: bool) -> np.ndarray:
-    """For each content token, its index among the tower's `tokens` tokens of the item: a [CLS] leads each tile."""
-    cell = layout.cell[layout.content]
-    if not has_cls:
-        return cell
-    patches = tokens // (int(layout.tile.max()) + 1) - 1
-    return cell // patches * (patches + 1) + 1 + cell % patches
 
 
 @dataclass(frozen=True)
@@ -237,13 +104,14 @@ def cost(ledger: Ledger, row: int, config: Any, itemsize: int) -> Cost:
     )
 
 
-def merged_into(item: ItemLedger, has_cls: bool) -> tuple[tuple[int, ...], dict[int, tuple[int, ...]] | None]:
+def merged_into(item: ItemLedger) -> tuple[tuple[int, ...], dict[int, tuple[int, ...]] | None]:
     """Content ids that are left of an item, and for each those that feed it; None where every one is a copy."""
-    total = provenance(item, has_cls)
-    anchors = tuple(total.anchors.tolist())
+    total = item.provenance()
+    sourced = total.sourced
+    anchors = tuple(total.anchors[sourced].tolist())
     if total.is_selection:
         return anchors, None
-    used = total.to_matrix() != 0
+    used = total.to_matrix()[sourced] != 0
     found = {anchor: tuple(row.nonzero()[:, 0].tolist()) for anchor, row in zip(anchors, used, strict=True)}
     return anchors, None if all(sources == (anchor,) for anchor, sources in found.items()) else found
 
@@ -273,9 +141,3 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
     """Of two products, queries with keys and weights with values; shapes are `[B, H, N, D]`."""
     b, h, n, d = query
     return 2 * b * h * n * key[-2] * d + 2 * b * h * n * key[-2] * value[-1]
-
-
-def shares(values: Iterable[float | None]) -> float | None:
-    """The mean of what is known."""
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None

@@ -6,13 +6,13 @@ the x-axis of every comparison is the mean of that over layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from winnow.bench.baselines import BASELINES, LABELS, PER_QUESTION, baseline_plan
+from winnow.bench.schema import Cell
 from winnow.core.budget import Budget
-from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.errors import WinnowError
 from winnow.core.plan import FULL, Plan
 from winnow.core.registry import method_class
 
@@ -21,34 +21,24 @@ Keep = int | float | str
 
 @dataclass(frozen=True)
 class Job:
-    """A cell to be measured.
+    """A cell to be measured, and how.
 
     Attributes:
-        key: the plan's key, or `baseline:<name>:<budget>`.
-        keep: content tokens that the budget means, where that is known.
         baseline: its name, for baselines that choose per question.
+        fed: embeddings of the picture that the untouched model is given (native-M); None: the whole picture.
     """
 
-    key: str
-    label: str
-    kind: str
-    budget: str
-    keep: int | None
+    cell: Cell
     plan: Plan
     baseline: str = ""
+    fed: int | None = None
+
+    @property
+    def key(self) -> str:
+        return self.cell.plan
 
 
-FULL_JOB = Job("baseline:full", "full", "baseline", "", None, Plan(()))
-
-
-def _pyramid(m: int, content: int) -> dict[str, Any]:
-    """Equal steps down to M: at 12.5 % these are the published 50 %, 25 %, 12.5 %."""
-    share = m / content
-    return {"ratios": tuple(f"{100 * share ** (cut / 3):.4f}%" for cut in (1, 2, 3))}
-
-
-# Methods without a `keep` of their own: settings for M of the item's content tokens.
-AT_BUDGET: dict[str, Callable[[int, int], dict[str, Any]]] = {"pyramiddrop": _pyramid}
+FULL_JOB = Job(Cell("baseline:full", "full", "baseline", "", None), Plan(()))
 
 
 def jobs(
@@ -77,13 +67,11 @@ def jobs(
     found = [FULL_JOB]
     for name in names:
         for budget in ordered:
-            plan = baseline_plan(name, counts[budget])
-            found.append(
-                Job(f"baseline:{name}:{budget}", LABELS.get(name, name), "baseline", budget, counts[budget], plan,
-                    name if name in PER_QUESTION else "")
-            )  # fmt: skip
+            m = counts[budget]
+            cell = Cell(f"baseline:{name}:{budget}", LABELS.get(name, name), "baseline", budget, m)
+            found.append(Job(cell, baseline_plan(name, m), name if name in PER_QUESTION else ""))
     for method in methods:
-        found += _of_method(method.strip(), ordered, counts, content, positions)
+        found += _of_method(method.strip(), ordered, content, positions)
     keys = [job.key for job in found]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
@@ -91,30 +79,21 @@ def jobs(
     return found
 
 
-def _of_method(
-    method: str, budgets: Sequence[str], counts: dict[str, int], content: int, positions: str | None
-) -> list[Job]:
+def _of_method(method: str, budgets: Sequence[str], content: int, positions: str | None) -> list[Job]:
     if any(mark in method for mark in ":+|") or method == FULL:
         plan = Plan.of(method, positions=positions)
         if not plan.methods:
             raise WinnowError("The full model is always measured; do not name it among the methods.")
-        return [Job(plan.key, str(plan), "method", "", None, plan)]
-    return [_at(method, budget, counts[budget], content, positions) for budget in budgets]
+        return [Job(Cell(plan.key, str(plan), "method", "", None), plan)]
+    return [_at(method, budget, content, positions) for budget in budgets]
 
 
-def _at(slug: str, budget: str, m: int, content: int, positions: str | None) -> Job:
-    made = method_class(slug)
-    if "keep" in made.settings():
-        settings: dict[str, Any] = {"keep": _number(budget)}
-    elif slug in AT_BUDGET:
-        settings = AT_BUDGET[slug](m, content)
-    else:
-        raise UnsupportedError(
-            f"{slug} has no setting `keep`, so --keep says nothing to it; give it as a plan, with its own settings: "
-            f"{slug}:{','.join(f'{name}=…' for name in made.settings())}"
-        )
-    plan = Plan.of(made.configured(**settings), positions=positions)
-    return Job(plan.key, slug, "method", budget, m, plan)
+def _at(slug: str, budget: str, content: int, positions: str | None) -> Job:
+    wanted = Budget(_number(budget))
+    method = method_class(slug).configured().at_budget(wanted, content)
+    plan = Plan.of(method, positions=positions)
+    keep = wanted.rounded(method.rounding).of(content)  # a share, by the method's own rule
+    return Job(Cell(plan.key, slug, "method", budget, keep), plan)
 
 
 def _number(text: Keep) -> Keep:

@@ -18,6 +18,7 @@ from winnow.bench.store import Store
 from winnow.bench.tasks import Task, data_task, world_task
 from winnow.children import end_with_parent
 from winnow.core.errors import WinnowError
+from winnow.core.registry import entries
 from winnow.models.load import load, quiet
 
 
@@ -139,30 +140,23 @@ def _quiet(sweep: Sweep) -> None:
         sys.exit(2)
 
 
+def methods_of(named: Sequence[str] | None) -> tuple[str, ...]:
+    """The methods to measure: those that were named, else all that winnow has."""
+    return (
+        tuple(named)
+        if named
+        else tuple(entry.slug for entry in entries() if entry.module.startswith("winnow.methods."))
+    )
+
+
 def budgets_of(text: str) -> tuple[str, ...]:
     """`128,64,10%` as budgets."""
     return listed(text, "--keep 128,64,32")
 
 
 def listed(text: str, example: str) -> tuple[str, ...]:
-    """A list with commas outside brackets; the settings of a plan string stay together."""
-    found, depth, start = [], 0, 0
-    for i, char in enumerate(text + ","):
-        depth += (char in "[") - (char in "]")
-        if char == "," and not depth:
-            found.append(text[start:i].strip())
-            start = i + 1
+    """A list of names or numbers with commas between them."""
+    found = tuple(part.strip() for part in text.split(","))
     if not all(found):
         raise WinnowError(f"Cannot read {text!r}; write a list such as {example}.")
-    return _with_settings(found)
-
-
-def _with_settings(parts: Sequence[str]) -> tuple[str, ...]:
-    """`fastv:layer=2,keep=10%` was cut at its comma: a part that is a setting belongs to the plan before it."""
-    found: list[str] = []
-    for part in parts:
-        if found and "=" in part and ":" not in part.partition("=")[0] and "=" in found[-1]:
-            found[-1] += f",{part}"
-        else:
-            found.append(part)
-    return tuple(found)
+    return found

@@ -12,12 +12,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from winnow.bench.report_curves import WIDE, by_tokens, curves, main_shapes
-from winnow.bench.report_data import Report, Row, reports
-from winnow.bench.report_draw import picture
+from winnow.bench.charts import png as as_png
+from winnow.bench.charts import require
+from winnow.bench.report_curves import by_tokens, curves, main_chart
+from winnow.bench.report_data import Report, reports
 from winnow.bench.report_page import page
 from winnow.bench.report_words import TOKENS, notes
 from winnow.bench.store import Store
+from winnow.bench.summary import Result
 from winnow.core.errors import WinnowError
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what makes a spreadsheet take a cell for a formula
@@ -45,11 +47,12 @@ def write_report(
         The files that were written, the page first.
 
     Raises:
-        WinnowError: there is no such store, or it has no answers.
+        WinnowError: there is no such store, it has no answers, or what draws the page is not installed.
     """
     target = Path(out_html)
     if target.is_dir() or target.suffix.lower() not in (".html", ".htm"):
         raise WinnowError(f"The report goes into an .html file; got {target}.")
+    require()
     with Store(store_path) as store:
         found = reports(store)
         if not found:
@@ -77,10 +80,8 @@ def _write(path: Path, content: bytes) -> Path:
 def _charts(found: Sequence[Report], target: Path) -> Iterator[Path]:
     for number, report in enumerate(found, 1):
         if curves(report, by_tokens):
-            buffer = io.BytesIO()
-            picture(main_shapes(report, by_tokens, TOKENS), WIDE).save(buffer, "PNG", optimize=True)
             name = target.stem if len(found) == 1 else f"{target.stem}-{number}"
-            yield _write(target.with_name(f"{name}.png"), buffer.getvalue())
+            yield _write(target.with_name(f"{name}.png"), as_png(main_chart(report, by_tokens, TOKENS)))
 
 
 def table(shown: Sequence[Report]) -> str:
@@ -118,9 +119,9 @@ def answered(report: Report, names: Sequence[str]) -> list[dict[str, Any]]:
     return [{name: row[name] for name in names} for row in found]
 
 
-def _figures(report: Report, row: Row) -> dict[str, Any]:
+def _figures(report: Report, row: Result) -> dict[str, Any]:
     """The figures of a cell, shares as numbers from 0 to 1; None where they are unknown or may not be used."""
-    cell, about, time = row.cell, row.about, report.median(row)
+    cell, time = row.cell, report.median(row)
     found: dict[str, Any] = {
         "run": report.run.key,
         "kind": cell.kind,
@@ -131,17 +132,17 @@ def _figures(report: Report, row: Row) -> dict[str, Any]:
         "questions": row.asked,
     }
     measured: dict[str, Any] = {}
-    for name, interval in (("accuracy", about.accuracy), ("change", about.change), ("retained", row.retained)):
+    for name, interval in (("accuracy", row.accuracy), ("change", row.change), ("retained", row.retained)):
         for end, key in (("value", name), ("low", f"{name}_low"), ("high", f"{name}_high")):
             value = getattr(interval, end, None)
             measured[key] = None if value is None or math.isnan(value) else value
     measured |= {
-        "same_answer": about.agreement,
-        "evidence_recall": about.recall,
+        "same_answer": row.agreement,
+        "evidence_recall": row.recall,
         "tokens_kept": row.kept,
-        "layer_tokens": about.layer_tokens,
-        "flops_share": about.flops,
-        "kv_share": about.kv,
+        "layer_tokens": row.layer_tokens,
+        "flops_share": row.flops,
+        "kv_share": row.kv,
         "kv_bytes": row.kv_bytes,
     }
     if not row.usable:

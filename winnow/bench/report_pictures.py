@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
-from winnow.bench.report_data import Report, Row
-from winnow.bench.report_markup import Markup, el, join
+from winnow.bench.report_data import Report
 from winnow.bench.schema import Answer, Overlay, Question
 from winnow.bench.store import Store
+from winnow.bench.summary import Result
 from winnow.bench.tasks import Ask, open_world
 from winnow.core.layout import Layout
 from winnow.core.reduction import Reduction
@@ -73,7 +74,7 @@ def chosen_budget(report: Report) -> str:
     return ordered[(len(ordered) - 1) // 2] if ordered else ""
 
 
-def shots(store: Store, row: Row, report: Report) -> list[Shot]:
+def shots(store: Store, row: Result, report: Report) -> list[Shot]:
     """Up to six overlays of a cell, of different pictures as far as there are; the same questions for every cell."""
     answers = {a.question: a for a in store.answers(row.cell.id)}
     known = [o for o in store.overlays(row.cell.id) if o.question in report.questions]
@@ -87,32 +88,29 @@ def shots(store: Store, row: Row, report: Report) -> list[Shot]:
     return [Shot(report.questions[o.question], answers.get(o.question), o) for o in chosen]
 
 
-def gallery(store: Store, report: Report, album: Album) -> list[tuple[str, Markup]]:
-    """For each method: its name, and a row of figures."""
+def gallery(store: Store, report: Report, album: Album) -> list[tuple[str, list[dict[str, Any]]]]:
+    """For each method: its name, and what the page shows of each of its pictures."""
     budget = chosen_budget(report)
     found = []
     for row in report.methods:
         taken = shots(store, row, report) if row.usable and row.cell.budget in (budget, "") else []
         if taken:
-            found.append((row.name, el("div", *(figure(shot, album) for shot in taken), class_="shots")))
+            found.append((row.name, [_shown(shot, album) for shot in taken]))
     return found
 
 
-def figure(shot: Shot, album: Album) -> Markup:
-    """The picture with what was kept, the links of what was merged, and what was asked and answered."""
-    question, answer = shot.question, shot.answer
-    drawn = draw(shot, album.picture(question))
-    alt = f"{question.text} {len(shot.kept.kept)} of {shot.kept.grid[0] * shot.kept.grid[1]} tokens are kept"
-    said = [el("span", question.text, class_="asked")]
-    if answer is not None:
-        mark = el("span", "✓" if answer.correct else "✗", class_="right" if answer.correct else "wrong")
-        said.append(el("span", mark, " ", answer.answer or "(nothing)", class_="said"))
-        if not answer.correct:
-            said.append(el("span", "right: ", question.truth, class_="note"))
-        if answer.evidence_recall is not None:
-            said.append(el("span", f"evidence read {100 * answer.evidence_recall:.0f}\u202f%", class_="note"))
-    image = el("img", src=data_url(drawn), alt=alt, width=drawn.width, height=drawn.height)
-    return el("figure", el("div", image, links(shot.kept), class_="shot"), el("figcaption", *said))
+def _shown(shot: Shot, album: Album) -> dict[str, Any]:
+    drawn, (h, w) = draw(shot, album.picture(shot.question)), shot.kept.grid
+    return {
+        "url": data_url(drawn),
+        "width": drawn.width,
+        "height": drawn.height,
+        "alt": f"{shot.question.text} {len(shot.kept.kept)} of {h * w} tokens are kept",
+        "question": shot.question,
+        "answer": shot.answer,
+        "clusters": clusters(shot.kept),
+        "grid": (h, w),
+    }
 
 
 def draw(shot: Shot, picture: Image.Image) -> Image.Image:
@@ -141,20 +139,16 @@ def reduction(kept: Overlay) -> Reduction:
     return Reduction.edges(edges[:, 0], edges[:, 1], n=n, m=len(slot), anchor=anchor, ordered=False)
 
 
-def links(kept: Overlay) -> Markup | None:
-    """Lines from each merged token to the one that stands for its cluster, a colour for each cluster."""
-    if not kept.merged:
-        return None
-    h, w = kept.grid
-    drawn = []
-    clusters = [(to, [s for s in sources if s != to]) for to, sources in sorted(kept.merged.items())]
-    for number, (to, sources) in enumerate((to, sources) for to, sources in clusters if sources):
-        x, y = to % w + 0.5, to // w + 0.5
-        spokes = " ".join(f"M{s % w + 0.5} {s // w + 0.5}L{x} {y}" for s in sources)
-        ends = join(el("circle", cx=s % w + 0.5, cy=s // w + 0.5, r=0.09) for s in sources)
-        path, heart = el("path", d=spokes), el("circle", cx=x, cy=y, r=0.26)
-        drawn.append(el("g", path, ends, heart, class_=f"m{number % 6}"))
-    return el("svg", *drawn, class_="links", viewBox=f"0 0 {w} {h}", preserveAspectRatio="none", aria_hidden="true")
+def clusters(kept: Overlay) -> list[tuple[tuple[float, float], list[tuple[float, float]]]]:
+    """For each token that others were merged into: its place, and theirs (x, y: the middle of the patch)."""
+    w = kept.grid[1]
+
+    def place(token: int) -> tuple[float, float]:
+        return token % w + 0.5, token // w + 0.5
+
+    merged = sorted((kept.merged or {}).items())
+    found = [(place(to), [place(s) for s in sources if s != to]) for to, sources in merged]
+    return [(to, sources) for to, sources in found if sources]
 
 
 def data_url(picture: Image.Image, kind: str = "WEBP") -> str:

@@ -54,6 +54,12 @@ DEFINITIONS = {
 }
 
 
+def baselines(report: Report) -> list[tuple[str, str]]:
+    """The baselines of a run, each with what it is."""
+    labels = {row.cell.label for row in report.rows if row.cell.kind == "baseline"}
+    return [(name, text) for name, text in BASELINES.items() if labels & {name, name.removesuffix("-M")}]
+
+
 def notes(report: Report) -> list[str]:
     """What must be known before anything is concluded from this run; true of its numbers, not of all runs."""
     rows = [row for row in report.rows if row.usable]
@@ -66,10 +72,10 @@ def notes(report: Report) -> list[str]:
     broken = [row.name for row in report.rows if row.cell.status == "mismatch"]
     if broken:
         found.append(f"Left out, since the sweep's answers were not those of model.generate: {', '.join(broken)}.")
-    failed = sum(n for row in report.rows for status, n in row.about.odd.items() if status.startswith("error:"))
+    failed = sum(n for row in report.rows for status, n in row.odd.items() if status.startswith("error:"))
     if failed:
         found.append(f"{failed} answers ended in an error; they are in no figure.")
-    odd = sum(n for row in report.rows for status, n in row.about.odd.items() if not status.startswith("error:"))
+    odd = sum(n for row in report.rows for status, n in row.odd.items() if not status.startswith("error:"))
     if odd:
         found.append(f"{odd} answers were empty, cut off, or a refusal; they count as wrong.")
     if report.gate:

@@ -6,7 +6,6 @@ listening to everything that any plan wants to hear. Timings never do this, and 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from winnow.core.point import Point
 from winnow.core.signal import Signal
 from winnow.core.step import Keep, State, Step
 from winnow.core.view import View
-from winnow.engine.compiled import Compiled
+from winnow.engine.encoding import record_of
 from winnow.engine.handle import Handle
 
 
@@ -48,8 +47,7 @@ def listening(handle: Handle, plans: list[Plan]) -> Plan:
     """A plan that hears what all of these need from the tower."""
     signals: set[Signal] = set()
     for plan in plans:
-        for wanted in handle._engine.compiled(plan).vision.values():
-            signals.update(wanted)
+        signals.update(handle.bind(plan).tower_signals)
     return Plan((Listen(tuple(sorted(signals, key=repr))),))
 
 
@@ -62,14 +60,14 @@ class Encoded:
     """
 
     def __init__(self, handle: Handle, ears: Plan, inputs: dict[str, Tensor]) -> None:
-        self.engine = handle._engine
+        self.bound = handle.bound
         self.handle, self.inputs = handle, inputs
         self._own: dict[str, Any] = {}
         self._heard = self._encode(ears)
 
     def _encode(self, plan: Plan) -> Any:
-        base = self.engine.base
-        for name, modality, _ in self.engine.family.encoders:
+        base = self.bound.base
+        for name, modality, _ in self.bound.family.encoders:
             if modality == "image":
                 call = getattr(base, name)
         names = [n for n in inspect.signature(call).parameters if n in self.inputs]
@@ -79,16 +77,14 @@ class Encoded:
     @property
     def layouts(self) -> tuple[Layout, ...]:
         """The layout of each picture in the LM's sequence."""
-        return self._heard._winnow.layouts
+        return record_of(self._heard).layouts  # type: ignore[union-attr]
 
     def under(self, plan: Plan) -> Any:
         """Encoder outputs for `mm_encoder_outputs={"image": …}` inside `using(plan)`."""
-        compiled: Compiled = self.engine.compiled(plan)
-        if compiled.features:
+        bound = self.handle.bind(plan)
+        if bound.features:
             return self._encode(plan)
-        made = copy.copy(self._heard)
-        made._winnow = dataclasses.replace(self._heard._winnow, plan=compiled)
-        return made
+        return dataclasses.replace(self._heard, winnow=dataclasses.replace(record_of(self._heard), plan=bound))  # type: ignore[type-var]
 
 
 def check_one_picture_each(layouts: tuple[Layout, ...], rows: int) -> None:

@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import gc
 import random
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from winnow.bench.clock import clocked
 from winnow.bench.native import Inputs, fed, lengths_of, padded, shortened
+from winnow.bench.plans import Job
 from winnow.bench.schema import Timing
 from winnow.bench.sweep import out_of_memory
-from winnow.core.plan import Plan
 from winnow.engine.compress import compress
 
 PHASES = ("encoder", "projector", "select", "prefill")
 PHASE_ROUNDS = 5
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A plan with the tokens that its baseline is fed; `fed` alone is the native model."""
-
-    key: str
-    label: str
-    kind: str
-    budget: str
-    keep: int | None
-    plan: Plan | None
-    fed: int | None = None
 
 
 class Rounds:
@@ -54,7 +40,7 @@ class Rounds:
         self.step = step
         self.inputs = padded(rows, model.config.get_text_config().pad_token_id or 0)
 
-    def measure(self, timed: Sequence[Timed], warm_up: int, repeats: int) -> list[Timing]:
+    def measure(self, timed: Sequence[Job], warm_up: int, repeats: int) -> list[Timing]:
         order, rng = list(timed), random.Random(0)
         found: list[Timing] = []
         for turn in range(-warm_up, repeats + PHASE_ROUNDS):
@@ -71,7 +57,7 @@ class Rounds:
                 self.step()
         return [t for t in found if t.plan not in self.failed]
 
-    def _guarded(self, one: Timed, measure: Callable[[Timed], dict[str, float]]) -> dict[str, float]:
+    def _guarded(self, one: Job, measure: Callable[[Job], dict[str, float]]) -> dict[str, float]:
         try:
             return measure(one)
         except Exception as error:
@@ -81,42 +67,34 @@ class Rounds:
         gc.collect()
         return {}
 
-    def _clean(self, one: Timed) -> dict[str, float]:
+    def _clean(self, one: Job) -> dict[str, float]:
         """Host time from the pixels to the first and to the last token, nothing else attached."""
-        if one.plan is None:
+        if not one.plan.methods:
             return self._both(one)
         with compress(self.model, one.plan, processor=self.processor):
             return self._both(one)
 
-    def _both(self, one: Timed) -> dict[str, float]:
+    def _both(self, one: Job) -> dict[str, float]:
         first, total = self._time(one, 1), self._time(one, self.new_tokens)
         return {"first": first, "total": total, "token": (total - first) / (self.new_tokens - 1)}
 
-    def _time(self, one: Timed, tokens: int) -> float:
+    def _time(self, one: Job, tokens: int) -> float:
         given: Callable[[], Inputs] = lambda: self.inputs  # noqa: E731
-        if one.fed is not None:
+        if (m := one.fed) is not None:
             pad = self.model.config.get_text_config().pad_token_id or 0
-            ids = padded([shortened(self.model, row, one.fed) for row in self.rows], pad)
-            given = lambda: fed(self.model, self.inputs, ids, self.rows, one.fed)  # type: ignore[arg-type] # noqa: E731
-        self._wait()
-        start = time.perf_counter()
+            ids = padded([shortened(self.model, row, m) for row in self.rows], pad)
+            given = lambda: fed(self.model, self.inputs, ids, self.rows, m)  # noqa: E731
         with torch.inference_mode():
-            self._generate(given(), tokens)
-        self._wait()
-        return (time.perf_counter() - start) * 1000
+            return clocked(lambda: self._generate(given(), tokens), self.model.device)[1]
 
     def _generate(self, inputs: Inputs, tokens: int) -> None:
         self.model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, num_beams=1)
 
-    def _wait(self) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-
-    def _phases(self, one: Timed) -> dict[str, float]:
+    def _phases(self, one: Job) -> dict[str, float]:
         """The engine's own clock, which waits for the device at each phase."""
         if one.fed is not None:
             return {}
-        with compress(self.model, one.plan or Plan(()), processor=self.processor) as handle, torch.inference_mode():
+        with compress(self.model, one.plan, processor=self.processor) as handle, torch.inference_mode():
             handle.timing = True
             self._generate(dict(self.inputs), self.new_tokens)
             times = handle.last.times  # type: ignore[union-attr]

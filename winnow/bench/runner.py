@@ -79,7 +79,7 @@ def bench(
         store.add_run(run, settings, environment())
         good = {ask.id for own in asked.batches for ask in own}
         store.add_questions(_question(run, ask) for ask in task.questions if ask.id in good)
-        cells = {j.key: store.add_cell(run, j.key, j.label, j.kind, j.budget, j.keep) for j in planned}
+        cells = {j.key: store.add_cell(run, j.cell) for j in planned}
         planned = _supported(handle, planned, cells, store)
         sweeper = Sweeper(
             handle, processor, listening(handle, [j.plan for j in planned]), max_new_tokens, seed, _drawn(task)
@@ -112,7 +112,7 @@ def _supported(handle: Handle, planned: list[Job], cells: dict[str, int], store:
     found = []
     for job in planned:
         try:
-            handle._engine.compiled(job.plan)
+            handle.bind(job.plan)
             found.append(job)
         except WinnowError as error:
             store.mark(cells[job.key], "error:unsupported", str(error))
@@ -156,8 +156,8 @@ def _write(store: Store, cell: int, outcome: Outcome, lacking: set[str]) -> None
 def _checks(planned: list[Job], sizes: list[int], wanted: int) -> dict[str, set[int]]:
     """For each cell, the numbers of the batches that are checked: enough for `wanted` questions of each method."""
     found = {}
-    for label in {job.label for job in planned}:
-        own = [job for job in planned if job.label == label]
+    for label in {job.cell.label for job in planned}:
+        own = [job for job in planned if job.cell.label == label]
         each = -(-wanted // len(own))
         for place, job in enumerate(own):
             chosen: set[int] = set()

@@ -54,17 +54,18 @@ class Cell:
         keep: content tokens that the budget means for this model, where that is one number.
         status: `ok`; `mismatch`: the sweep's answers are not those of `model.generate`, so they must not be used;
             `error:<code>`: no question could be asked. `note` says more.
+        id, run: where it is in a store.
     """
 
-    id: int
-    run: str
     plan: str
     label: str
     kind: str
     budget: str
     keep: int | None
-    status: str
-    note: str
+    status: str = "ok"
+    note: str = ""
+    id: int = 0
+    run: str = ""
 
 
 @dataclass(frozen=True)

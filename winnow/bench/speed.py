@@ -12,20 +12,18 @@ Rounds are interleaved: in each, every plan runs once, in an order drawn anew. A
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
+from winnow.bench.clock import busy
 from winnow.bench.environment import code_settings, environment, model_settings, run_key
-from winnow.bench.meters import Median, efficiency, median
+from winnow.bench.intervals import Median, efficiency, median
 from winnow.bench.plans import FULL_JOB, Job, Keep, jobs
 from winnow.bench.requests import joined, request
 from winnow.bench.reuse import Encoded, listening
-from winnow.bench.rounds import PHASE_ROUNDS, PHASES, Rounds, Timed, equal, unequal
+from winnow.bench.rounds import PHASE_ROUNDS, PHASES, Rounds, equal, unequal
 from winnow.bench.runner import bar
 from winnow.bench.schema import Timing
 from winnow.bench.store import Store
@@ -38,22 +36,7 @@ from winnow.engine.doctor import diagnose
 BATCHES = (1, 8, 32)
 RAGGED = 8  # questions of unequal lengths in one padded batch
 REPEATS, WARM_UP, NEW_TOKENS = 20, 5, 8
-BUSY_SHARE = 0.25  # of the cores, that others may use
 SPREAD = 0.10  # interquartile range of the full model, as a share of its median
-
-
-def busy(device: str = "cpu") -> str:
-    """Why this machine cannot time anything now; empty when it can."""
-    cores = os.cpu_count() or 1
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load > max(1.0, BUSY_SHARE * cores):
-        return f"the load average is {load:.1f} on {cores} cores"
-    if device == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        others = total - free - torch.cuda.memory_reserved()
-        if others > 2**31:
-            return f"other processes hold {others / 2**30:.1f} GiB of the GPU"
-    return ""
 
 
 def speed(
@@ -126,7 +109,7 @@ def speed(
         machine["busy"] = reason or f"the times of the full model scatter by {spread:.0%}"
     store.add_run(run, settings, machine)
     for one in timed:
-        cell = store.add_cell(run, one.key, one.label, one.kind, one.budget, one.keep)
+        cell = store.add_cell(run, one.cell)
         if one.key in failed:
             state = "ok" if any(t.plan == one.key for t in timings) else "error:oom"
             store.mark(cell, state, f"out of memory with batches of {', '.join(failed[one.key])}")
@@ -134,23 +117,20 @@ def speed(
     return run
 
 
-def _timed(model: Any, processor: Any, task: Task, methods: Sequence[str], budgets: Sequence[Keep]) -> list[Timed]:
+def _timed(model: Any, processor: Any, task: Task, methods: Sequence[str], budgets: Sequence[Keep]) -> list[Job]:
     """The full model, native-M and downsample-M at all budgets, and the methods that this model can run."""
     with compress(model, Plan(()), processor=processor) as handle:
         alone = request(model, processor, task, task.questions[0])
         content = Encoded(handle, listening(handle, []), joined([alone])).layouts[0].n_content
         planned = jobs(methods, budgets, content, baselines=())
         for job in planned:
-            handle._engine.compiled(job.plan)  # a method that cannot run here is a mistake of the caller's
-    found = [_of_job(FULL_JOB)]
-    budget_keeps = {job.budget: job.keep for job in planned if job.label == "downsample-M"}
-    for budget, keep in budget_keeps.items():
-        found.append(Timed(f"baseline:native:{budget}", "native-M", "baseline", budget, keep, None, keep))
-    return found + [_of_job(job) for job in planned if job.label == "downsample-M" or job.kind == "method"]
-
-
-def _of_job(job: Job) -> Timed:
-    return Timed(job.key, job.label, job.kind, job.budget, job.keep, job.plan if job.plan.methods else None)
+            handle.bind(job.plan)  # a method that cannot run here is a mistake of the caller's
+    pooled = [job for job in planned if job.cell.label == "downsample-M"]
+    native = [
+        Job(replace(job.cell, plan=f"baseline:native:{job.cell.budget}", label="native-M"), Plan(()), fed=job.cell.keep)
+        for job in pooled
+    ]
+    return [FULL_JOB, *native, *pooled, *(job for job in planned if job.cell.kind == "method")]
 
 
 def _spread(timings: Sequence[Timing], size: int) -> float:

@@ -105,14 +105,12 @@ class Store:
         self._insert("runs", "OR IGNORE", [{"key": key, "settings": _dump(settings),
                                             "environment": _dump(environment), "created": now}])  # fmt: skip
 
-    def add_cell(self, run: str, plan: str, label: str, kind: str, budget: str, keep: int | None) -> int:
-        """The id of a cell, which is made where it does not exist."""
-        self._insert(
-            "cells",
-            "OR IGNORE",
-            [{"run": run, "plan": plan, "label": label, "kind": kind, "budget": budget, "keep": keep}],
-        )
-        return self._db.execute("SELECT id FROM cells WHERE run = ? AND plan = ?", (run, plan)).fetchone()[0]
+    def add_cell(self, run: str, cell: Cell) -> int:
+        """The id of a cell of a run, which is made where it does not exist."""
+        names = ("plan", "label", "kind", "budget", "keep")
+        self._insert("cells", "OR IGNORE", [{"run": run} | {name: getattr(cell, name) for name in names}])
+        found = self._db.execute("SELECT id FROM cells WHERE run = ? AND plan = ?", (run, cell.plan))
+        return found.fetchone()[0]
 
     def mark(self, cell: int, status: str, note: str = "") -> None:
         """Set the status of a whole cell."""

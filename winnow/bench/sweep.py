@@ -108,7 +108,7 @@ class Sweeper:
         ids = self.handle.model.generate(
             **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1, use_cache=True
         )
-        ledger = self.handle.last_here
+        ledger = self.handle.last
         if ledger is None:
             raise UnsupportedError("the model read no picture in this request, so there is nothing to measure.")
         return ids.cpu(), ledger
@@ -128,7 +128,9 @@ class Sweeper:
         if not job.baseline:
             return None
         return [
-            choose(job.baseline, r.ask, layout, min(job.keep or 1, layout.n_content), r.evidence, r.objects, self.seed)
+            choose(
+                job.baseline, r.ask, layout, min(job.cell.keep or 1, layout.n_content), r.evidence, r.objects, self.seed
+            )
             for r, layout in zip(requests, layouts, strict=True)
         ]
 
@@ -140,7 +142,7 @@ class Sweeper:
         model = self.handle.model
         spent = cost(ledger, row, model.config.get_text_config(), model.dtype.itemsize)
         item = _item(ledger, row)
-        read = read_by_layer(item, len(ledger.layer_tokens), self.handle.info.has_cls)
+        read = read_by_layer(item, len(ledger.layer_tokens))
         recall = evidence_recall(read, item.layout, r.evidence)
         return Answer(
             cell, r.ask.id, r.ask.type, r.ask.truth, text, correct, None, recall, spent.kept, spent.layer_tokens,
@@ -153,7 +155,7 @@ class Sweeper:
         if len(np.unique(place[:, :2], axis=0)) != 1:
             return None  # several grids over one picture are not drawn as one
         grid = int(place[:, 2].max()) + 1, int(place[:, 3].max()) + 1
-        kept, merged = merged_into(item, self.handle.info.has_cls)
+        kept, merged = merged_into(item)
         return Overlay(cell, r.ask.id, kept, merged, grid)
 
 

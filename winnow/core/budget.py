@@ -1,13 +1,15 @@
-"""Budgets: how many content tokens an item may keep. The one place where fractions become counts."""
-
-from __future__ import annotations
+"""Budgets: how many content tokens an item may keep. The one place where shares become counts."""
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Literal, get_args
 
 from winnow.core.errors import WinnowError
+
+Rounding = Literal["half-up", "half-even", "floor", "ceil"]
 
 _ALLOWED = (
     "allowed: an int ≥ 1 (tokens), a float in (0, 1) (share of the item's content tokens), "
@@ -23,65 +25,88 @@ class Budget:
         value: an `int` is tokens; a `float` in (0, 1) is a share of the item's content tokens at entry; a string is
             a count ("64") or a percentage ("25%", "100%"). `1.0` is refused because it reads as both.
         allow_empty: permits 0, which removes the item; as a string, a question mark behind the value ("1%?").
+        rounding: of a share; a method binds its own rule to its settings. A share is taken as the decimal that was
+            typed: 0.29 of 100 tokens are 29, whatever the nearest binary number is.
     """
 
     value: int | float | str = 0.25
     allow_empty: bool = False
+    rounding: Rounding = "half-up"
 
     def __post_init__(self) -> None:
+        if self.rounding not in get_args(Rounding):
+            raise WinnowError(f"rounding={self.rounding!r}; allowed: {', '.join(get_args(Rounding))}.")
         if isinstance(self.value, str) and self.value.strip().endswith("?"):
             object.__setattr__(self, "value", self.value.strip()[:-1])
             object.__setattr__(self, "allow_empty", True)
-        kind, number = self._parsed()
+        number = self._number()
         if isinstance(self.value, str):  # "64" is 64, ".5" is 0.5: equal budgets are equal however they are written
             text = self.value.strip()
-            plain: int | float | str = text if text.endswith("%") else int(text) if kind == "tokens" else float(text)
+            plain: int | float | str = text if text.endswith("%") else number if self.is_count else float(text)  # type: ignore[assignment]
             object.__setattr__(self, "value", plain)
         if number == 0 and not self.allow_empty:
             raise WinnowError(f"keep={self.value!r} keeps nothing; {_ALLOWED}; or Budget(0, allow_empty=True).")
-        if kind == "tokens" and number < 0:
+        if self.is_count and number < 0:
             raise WinnowError(f"keep={self.value!r} is negative; {_ALLOWED}.")
-        if kind == "share" and not 0 <= number <= 1:
+        if not self.is_count and not 0 <= number <= 1:
             raise WinnowError(f"keep={self.value!r} is outside (0, 1); {_ALLOWED}.")
 
-    def _parsed(self) -> tuple[str, float]:
+    @property
+    def is_count(self) -> bool:
+        """Whether the budget is a number of tokens; otherwise it is a share."""
+        return isinstance(self._number(), int)
+
+    def _number(self) -> int | Fraction:
+        """A count as an int, a share as an exact fraction."""
         value = self.value
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise WinnowError(f"keep={value!r} is a {type(value).__name__}; {_ALLOWED}.")
         if isinstance(value, int):
-            return "tokens", value
+            return value
         if isinstance(value, float):
             if not math.isfinite(value) or not 0 <= value < 1:
                 hint = " Say 1 for one token or '100%' for all." if value == 1 else ""
                 raise WinnowError(f"keep={value!r} is not a share in (0, 1); {_ALLOWED}.{hint}")
-            return "share", value
+            return Fraction(repr(float(value)))
         text = value.strip()
         if re.fullmatch(r"\d+", text):
-            return "tokens", int(text)
+            return int(text)
         if re.fullmatch(r"\d+(\.\d+)?%", text):
-            return "share", float(text[:-1]) / 100
+            return Fraction(text[:-1]) / 100
         if re.fullmatch(r"0?\.\d+", text):
-            return "share", float(text)
+            return Fraction(text)
         raise WinnowError(f"keep={value!r} cannot be read; {_ALLOWED}.")
 
-    def of(self, at: object, *, rounding: str = "nearest") -> int:
+    def rounded(self, rounding: Rounding) -> "Budget":
+        """The same budget under another rule of rounding."""
+        return self if rounding == self.rounding else replace(self, rounding=rounding)
+
+    def of(self, at: object) -> int:
         """The count for an item: `at` is its number of content tokens at entry, or a view.
 
-        A share is rounded to the nearest integer, halves up (`rounding="floor"` for papers that cut); the result is
-        at least 1, unless empty is allowed, and at most the number of content tokens.
+        At least 1, unless empty is allowed, and at most the number of content tokens.
         """
-        n = at if isinstance(at, int) else at.entry  # type: ignore[attr-defined]
-        kind, number = self._parsed()
+        n = at if isinstance(at, int) else at.n_visual  # type: ignore[attr-defined]
+        number = self._number()
         least = min(n, 0 if self.allow_empty else 1)
-        if kind == "tokens":
-            return min(n, max(least, int(number)))
-        exact = number * n
-        # 1e-9: a share such as 0.29 of 100 must not lose a token to its binary representation.
-        count = math.floor(exact + 1e-9) if rounding == "floor" else math.floor(exact + 0.5 + 1e-9)
+        count = number if isinstance(number, int) else round_share(number * n, self.rounding)
         return min(n, max(least, count))
 
     def __str__(self) -> str:
         return f"{self.value}?" if self.allow_empty else str(self.value)
+
+
+def round_share(exact: Fraction, rounding: Rounding) -> int:
+    """A fraction of tokens as a whole number of them."""
+    match rounding:
+        case "half-up":
+            return math.floor(exact + Fraction(1, 2))
+        case "half-even":
+            return round(exact)
+        case "floor":
+            return math.floor(exact)
+        case _:
+            return math.ceil(exact)
 
 
 def split_evenly(total: int, sizes: Sequence[int]) -> tuple[int, ...]:

@@ -7,3 +7,7 @@ class WinnowError(ValueError):
 
 class UnsupportedError(WinnowError):
     """This model, method or version cannot do what was asked; the message says what can."""
+
+
+class WinnowWarning(UserWarning):
+    """Something works, and may not be what was meant; the message says what to do."""

@@ -1,10 +1,9 @@
 """Ledger: what really happened to one request."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from winnow.core.layout import Layout
@@ -19,15 +18,16 @@ class ItemLedger:
         row: its sample in the batch.
         modality: image or video.
         layout: of its tokens as they stand in the LM's sequence.
-        entry: content tokens at entry.
-        reductions: (point, slug, map) in the order in which they were applied.
+        n_visual: content tokens as the encoder gave them.
+        reductions: (point, slug, map) in the order in which they were applied; the first map takes the item's content
+            tokens, each later one the rows of the one before.
         ids: `[M]` content ids of what is left (a merged token: its anchor), on the device that made them.
     """
 
     row: int
     modality: str
     layout: Layout
-    entry: int
+    n_visual: int
     reductions: list[tuple[str, str, Reduction]] = field(default_factory=list)
     ids: Tensor | None = None
 
@@ -37,13 +37,49 @@ class ItemLedger:
         return self.ids.cpu()  # type: ignore[union-attr]
 
     def provenance(self) -> Reduction:
-        """The composed map from what the first reduction saw to what is left, on the CPU."""
+        """The composed map from the item's content tokens to what is left, on the CPU.
+
+        An output that stands for no part of the picture ([CLS] alone) has no source.
+        """
         total: Reduction | None = None
         for _, _, reduction in self.reductions:
             total = reduction if total is None else reduction @ total
         if total is None:
-            return Reduction.select(self.kept, self.entry)
-        return total
+            return Reduction.select(self.kept, self.n_visual)
+        return total.cpu()
+
+    def to_content(self, content: Tensor, layout: Layout) -> None:
+        """Turn maps from the tower's tokens into maps from the content tokens of the LM's sequence.
+
+        Args:
+            content: `[n]` the content id of each token of the tower; −1 for those that are not there.
+            layout: of the item in the LM's sequence.
+        """
+        self.layout = layout
+        if not self.reductions:
+            return
+        point, slug, first = self.reductions[0]
+        at = content[first.anchors].clamp_min(0)
+        if first.matrix is not None:
+            there = content >= 0
+            columns = first.matrix.new_zeros(first.m, layout.n_content)
+            columns = columns.index_add(1, content[there], first.matrix[:, there])
+            moved = Reduction.mix(columns, anchor=at, ordered=first.ordered)
+        else:
+            target = first.target
+            if target is None:
+                target = torch.arange(first.m, device=at.device)
+            sources = content[first.index]
+            moved = Reduction.edges(
+                sources.clamp_min(0),
+                torch.where(sources < 0, -1, target),
+                first.weight,
+                n=layout.n_content,
+                m=first.m,
+                anchor=at,
+                ordered=first.ordered,
+            )
+        self.reductions[0] = (point, slug, moved)
 
 
 @dataclass
@@ -52,6 +88,7 @@ class Ledger:
 
     Attributes:
         plan: key of the plan.
+        resolved: the plan with the settings that this model made definite.
         positions: position policy.
         logical: real prompt tokens of each sample, as given.
         layer_tokens: by LM layer, the real tokens of each sample that it read in prefill.
@@ -63,6 +100,7 @@ class Ledger:
 
     plan: str
     positions: str
+    resolved: str = ""
     logical: tuple[int, ...] = ()
     items: tuple[ItemLedger, ...] = ()
     layer_tokens: tuple[tuple[int, ...], ...] = ()
@@ -79,13 +117,20 @@ class Ledger:
         return int(self.notes.get("nan_scores", 0))
 
     @property
+    def read_in_full(self) -> str | None:
+        """Why nothing could be compressed (no picture, or none that the engine could see); None if items were there."""
+        return self.notes.get("read_in_full")
+
+    @property
     def average_tokens(self) -> float:
         """Layer-averaged tokens of a sample: the x-axis of an honest comparison."""
         rows = [sum(layer) / len(layer) for layer in self.layer_tokens]
         return sum(rows) / len(rows) if rows else 0.0
 
     def __str__(self) -> str:
-        kept = ", ".join(f"{len(i.ids)}/{i.entry}" for i in self.items if i.ids is not None) or "no items"
+        kept = ", ".join(f"{len(i.ids)}/{i.n_visual}" for i in self.items if i.ids is not None) or (
+            f"none ({self.read_in_full})" if self.read_in_full else "none"
+        )
         share = f"{self.flops / self.flops_full:.0%}" if self.flops_full else "–"
         return (
             f"Ledger({self.plan}; content tokens {kept}; LM prefill FLOPs {share} of full; KV {self.kv_bytes:,} bytes)"

@@ -1,75 +1,132 @@
 """Method: settings, and the steps that follow from them."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self
 
-from winnow.core.budget import Budget
+from torch import Tensor
+
+from winnow.core.budget import Budget, Rounding
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
+from winnow.core.select import top_k
+from winnow.core.settings import checked, types_of
 from winnow.core.signal import Signal
 from winnow.core.step import Reduce, State, Step
+from winnow.core.tiles import top_k_per_tile
 from winnow.core.view import View
 
 
 class Method:
     """A frozen dataclass of settings, registered under a slug.
 
-    A stateless one-step method defines `reduce(view)` and, if it does not act at `projected`, `at`. Its needs are its
-    signals: the fields that hold a Signal, or a tuple of them. Anything else defines `steps(info)`.
+    A method that ranks tokens defines `score(view)`; one that reduces in one step defines `reduce(view)`; anything else
+    defines `steps(info)`. What it looks at are its signals: the fields that hold one, or a tuple of them. Settings are
+    checked from their types.
 
     Class attributes:
+        at: the point of a one-step method.
+        per_tile: whether a method that ranks splits the budget equally over an item's tiles.
+        separators: whether newlines and tile breaks stay.
+        rounding: how a share of tokens becomes a count.
         identity: the settings at which the method changes nothing, or None if there are none.
+        released: the settings, and the `positions` policy, under which it equals the authors' released code; None if
+            no such code is known.
         pairwise: whether it builds one V × V fp32 table for each item.
         streaming: whether it remembers something in `State.request`; its views then never join samples.
     """
 
     slug: ClassVar[str] = ""
     at: ClassVar[str] = "projected"
-    identity: ClassVar[dict[str, Any] | None] = None
+    per_tile: ClassVar[bool] = False
+    separators: ClassVar[Literal["keep", "drop"]] = "keep"
+    rounding: ClassVar[Rounding] = "half-up"
+    identity: ClassVar[dict[str, Any] | None] = {"keep": "100%"}
+    released: ClassVar[dict[str, Any] | None] = None
     pairwise: ClassVar[bool] = False
     streaming: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if field.type in ("Budget", Budget) and not isinstance(value, Budget):
-                object.__setattr__(
-                    self, field.name, Budget(value)
-                )  # the one place where a plain number becomes a budget
+        owner = self.slug or type(self).__name__
+        for name, hint in types_of(type(self)).items():
+            value = checked(owner, name, hint, getattr(self, name))
+            object.__setattr__(self, name, _rounded(value, self.rounding))
 
-    def steps(self, info: ModelInfo) -> tuple[Step, ...]:
-        """What the method does on a model of this kind. Raises UnsupportedError or WinnowError if it cannot."""
-        return (Step(Point.of(self.at), self._run, self.signals()),)
+    def score(self, view: View) -> Tensor:
+        """`[b, N]` how much each token matters, for a method that keeps the best."""
+        raise NotImplementedError(f"{type(self).__name__} defines none of score(view), reduce(view), steps(info)")
 
     def reduce(self, view: View) -> Reduction:
-        """The map of a one-step method."""
-        raise NotImplementedError(f"{type(self).__name__} defines neither reduce(view) nor steps(info)")
+        """The map of a one-step method: by default, the tokens with the highest scores."""
+        best = top_k_per_tile if self.per_tile else top_k
+        return best(self.score(view), self.keep.of(view), view)  # type: ignore[attr-defined]
+
+    def steps(self, info: ModelInfo) -> tuple[Step, ...]:
+        """What the method does on a model of this kind, whose settings `resolve` has made definite.
+
+        Raises:
+            UnsupportedError, WinnowError: it cannot run there, and why.
+        """
+        return (Step(Point.of(self.at), self._one_step, self.signals()),)
+
+    def _one_step(self, view: View, state: State) -> Reduce:
+        return Reduce(self.reduce(view), self.separators)
+
+    def resolve(self, info: ModelInfo) -> Self:
+        """The method with settings that depend on the model made definite; by default, its signals."""
+        changes: dict[str, Any] = {}
+        for name in types_of(type(self)):
+            value = getattr(self, name)
+            if isinstance(value, Signal):
+                changes[name] = value.resolve(info)
+            elif isinstance(value, tuple) and any(isinstance(v, Signal) for v in value):
+                changes[name] = tuple(v.resolve(info) if isinstance(v, Signal) else v for v in value)
+        return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
+
+    def signals(self) -> tuple[Signal, ...]:
+        """The signals among the settings: what a one-step method looks at."""
+        found: list[Signal] = []
+        for name in types_of(type(self)):
+            value = getattr(self, name)
+            found += [s for s in (value if isinstance(value, tuple) else (value,)) if isinstance(s, Signal)]
+        return tuple(found)
 
     def build(self, info: ModelInfo) -> Any:
         """Parameters of a learned method as an nn.Module; None for the others."""
         return None
 
-    def calibrate(self, run: Callable[..., Any]) -> Method:
+    def calibrate(self, run: Callable[..., Any]) -> "Method":
         """A method whose settings were fitted with `run`, which the engine supplies; itself by default."""
         return self
 
-    def signals(self) -> tuple[Signal, ...]:
-        """The signals among the settings."""
-        found: list[Signal] = []
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            found += [s for s in (value if isinstance(value, tuple) else (value,)) if isinstance(s, Signal)]
-        return tuple(found)
+    def at_budget(self, budget: Budget | int | float | str, content: int) -> "Method":
+        """The same method at another budget.
 
-    def checked_steps(self, info: ModelInfo) -> tuple[Step, ...]:
-        """The steps, after checking that this model has the points and the signals that they ask for."""
-        steps = self.steps(info)
+        Args:
+            budget: content tokens that are left after its last step, or their share.
+            content: content tokens of a typical item, for methods with a schedule.
+
+        Raises:
+            UnsupportedError: the method has no budget to set.
+        """
+        if "keep" not in self.settings():
+            names = ",".join(f"{name}=…" for name in self.settings())
+            raise UnsupportedError(
+                f"{self.slug} has no setting `keep`, so a budget says nothing to it; give it as a plan with its own "
+                f"settings: {self.slug}:{names}"
+            )
+        return dataclasses.replace(self, keep=Budget(budget) if not isinstance(budget, Budget) else budget)  # type: ignore[type-var, call-arg]
+
+    def bind(self, info: ModelInfo) -> tuple["Method", tuple[Step, ...]]:
+        """The resolved method and its steps, after checking that this model has the points and signals they ask for."""
+        try:
+            resolved = self.resolve(info)
+            steps = tuple(step.resolved(info, self.signals()) for step in resolved.steps(info))
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{self.slug} cannot run on {info.model}: {error}") from None
         for step in steps:
             if step.at.kind not in info.points:
                 raise UnsupportedError(
@@ -78,23 +135,19 @@ class Method:
                 )
             if step.at.name == "layers":
                 info.lm_layer(step.at.index)  # type: ignore[arg-type]
-            for signal in step.needs:
-                try:
-                    signal.require(info)
-                except UnsupportedError as error:
-                    raise UnsupportedError(f"{self.slug} cannot run on {info.model}: {error}") from None
-        return steps
+        return resolved, steps
 
-    def _run(self, view: View, state: State) -> tuple[Reduce, State]:
-        return Reduce(self.reduce(view)), state
+    def checked_steps(self, info: ModelInfo) -> tuple[Step, ...]:
+        """The steps of `bind`."""
+        return self.bind(info)[1]
 
     @classmethod
     def settings(cls) -> dict[str, dataclasses.Field]:
-        """The settings that a plan may name: the dataclass fields that do not hold signals."""
+        """The settings that a plan may name: the dataclass fields, less those marked `metadata={"setting": False}`."""
         return {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("setting", True)}  # type: ignore[arg-type]
 
     @classmethod
-    def configured(cls, **values: Any) -> Method:
+    def configured(cls, **values: Any) -> "Method":
         """An instance from plain values, as a plan string or a request gives them."""
         known = cls.settings()
         for name in values:
@@ -103,3 +156,18 @@ class Method:
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise WinnowError(f"{cls.slug} has no setting {name!r}; it has {', '.join(known) or 'none'}.{hint}")
         return cls(**values)
+
+    @classmethod
+    def as_released(cls, **values: Any) -> "Method":
+        """The method with the settings of the authors' released code, and those given on top."""
+        if cls.released is None:
+            raise WinnowError(f"{cls.slug} declares no released settings: no code of its authors is known.")
+        return cls.configured(**({k: v for k, v in cls.released.items() if k != "positions"} | values))
+
+
+def _rounded(value: Any, rounding: Rounding) -> Any:
+    if isinstance(value, Budget):
+        return value.rounded(rounding)
+    if isinstance(value, tuple):
+        return tuple(_rounded(v, rounding) for v in value)
+    return value

@@ -1,7 +1,5 @@
 """Packing: where the tokens of each sample lie. Logical positions outside, physical slots inside."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +30,7 @@ class Packing:
     right: bool = False
 
     @staticmethod
-    def of(mask: Bool[Tensor, "b s"], sizes: tuple[int, ...], right: bool = False) -> Packing:
+    def of(mask: Bool[Tensor, "b s"], sizes: tuple[int, ...], right: bool = False) -> "Packing":
         """The packing of a chunk as the caller gave it."""
         logical = mask.shape[1]
         source = torch.arange(logical, device=mask.device).expand(mask.shape)
@@ -46,7 +44,7 @@ class Packing:
     def padded(self) -> bool:
         return any(size != self.width for size in self.sizes)
 
-    def keep(self, kept: Bool[Tensor, "b p"], sizes: tuple[int, ...]) -> tuple[Packing, Int[Tensor, "b q"]]:
+    def keep(self, kept: Bool[Tensor, "b p"], sizes: tuple[int, ...]) -> tuple["Packing", Int[Tensor, "b q"]]:
         """Drop slots. Returns the new packing and, for each new slot, the old one that it holds (padding: any).
 
         `kept` must be False for padding; `sizes` are its row sums, which the caller knows without asking the device.
@@ -65,6 +63,16 @@ class Packing:
         """For each slot of this packing, its slot in the packing that `keep` made with `slots` (dropped ones: 0)."""
         new = torch.arange(slots.shape[1], device=slots.device).expand_as(slots)
         return torch.zeros_like(self.source).scatter(1, slots, new)
+
+    def last_slots(self) -> Int[Tensor, " b"]:
+        """The slot of the last token of each row."""
+        slots = torch.arange(self.width, device=self.mask.device)
+        return (slots * self.mask).amax(1)
+
+    def row(self, b: int) -> "Packing":
+        """The packing of one row."""
+        at = slice(b, b + 1)
+        return Packing(self.source[at], self.mask[at], self.real[at], self.sizes[at], self.logical, self.right)
 
     def to_logical(self) -> Int[Tensor, "b s"]:
         """For each logical position of the chunk, the last slot at or before it: how outputs get their length back.

@@ -1,7 +1,5 @@
 """Plan: methods with their settings, in order, and the position policy. Its string is the key of every result."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import re
@@ -13,13 +11,16 @@ from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.method import Method
 from winnow.core.registry import method_class
+from winnow.core.signal import Signal
 from winnow.core.step import Step
 
-SCHEMA = 1
+SCHEMA = 2
 FULL = "full"
+RELEASED = "released"
 POSITIONS = ("keep", "compact")
 _GRAMMAR = (
-    'write "slug:key=value,… + slug:… | positions=keep", for example "fastervlm:keep=64 + fastv:layer=2,keep=50%"'
+    'write "slug:key=value,… + slug:… | positions=keep", for example "divprune:keep=64 + fastv:layer=2,keep=50%"; '
+    'the word released stands for the settings of the authors\' code, as in "hiprune:released,keep=64"'
 )
 
 
@@ -48,7 +49,7 @@ class Plan:
             raise WinnowError(f"seed={self.seed!r}; allowed: an int ≥ 0.")
 
     @staticmethod
-    def of(spec: str | Plan | Method, *, positions: str | None = None) -> Plan:
+    def of(spec: "str | Plan | Method", *, positions: str | None = None) -> "Plan":
         """A plan from a string, a Method or a Plan; `positions` overrides what it says."""
         if isinstance(spec, str):
             plan = Plan.parse(spec)
@@ -61,7 +62,7 @@ class Plan:
         return plan if positions is None else dataclasses.replace(plan, positions=positions)
 
     @staticmethod
-    def parse(text: str) -> Plan:
+    def parse(text: str) -> "Plan":
         """Read a plan string. A leading `v1|` names the schema version and is checked."""
         body = text.strip()
         if version := re.match(r"v(\d+)\|", body):
@@ -77,18 +78,36 @@ class Plan:
             raise WinnowError(
                 f"Unknown plan option {', '.join(sorted(unknown))} in {text!r}; options: positions, seed."
             )
-        methods = []
+        methods, policies = [], []
         for part in [] if chain.strip() == FULL else _split(chain, "+"):
             slug, _, args = part.strip().partition(":")
             if not re.fullmatch(r"[\w-]+", slug.strip()):
                 raise WinnowError(f"Cannot read {part.strip()!r} in the plan {text!r}; {_GRAMMAR}.")
-            methods.append(method_class(slug.strip()).configured(**_settings(args, text)))
+            cls = method_class(slug.strip())
+            values = _settings(args, text, words=(RELEASED,))
+            released = values.pop(RELEASED, False)
+            methods.append(cls.as_released(**values) if released else cls.configured(**values))
+            if released:
+                policies.append((cls.released or {}).get("positions", "keep"))
+        if "positions" not in settings and policies:
+            if len(set(policies)) > 1 or len(policies) < len(methods):
+                raise WinnowError(
+                    f"The methods of {text!r} as released do not share a position policy; write | positions=keep or "
+                    "| positions=compact."
+                )
+            settings["positions"] = policies[0]
         return Plan(tuple(methods), **settings)
 
+    def bind(self, info: ModelInfo) -> tuple["Plan", tuple[tuple[int, Step], ...]]:
+        """The plan with resolved methods, and (number of the method, step) along the data, checked for the model."""
+        bound = [method.bind(info) for method in self.methods]
+        steps = [(i, step) for i, (_, own) in enumerate(bound) for step in own]
+        resolved = dataclasses.replace(self, methods=tuple(method for method, _ in bound))
+        return resolved, tuple(sorted(steps, key=lambda pair: pair[1].at.rank))
+
     def steps(self, info: ModelInfo) -> tuple[tuple[int, Step], ...]:
-        """(number of the method, step) along the data, checked against the model."""
-        found = [(i, s) for i, method in enumerate(self.methods) for s in method.checked_steps(info)]
-        return tuple(sorted(found, key=lambda pair: pair[1].at.rank))
+        """The steps of `bind`."""
+        return self.bind(info)[1]
 
     def __str__(self) -> str:
         """The shortest string that reads back as this plan: settings at their defaults are left out."""
@@ -120,6 +139,9 @@ class Plan:
 def _show(value: Any) -> str:
     if isinstance(value, Budget):
         return str(value)
+    if isinstance(value, Signal):
+        shown = ",".join(f"{f.name}={_show(getattr(value, f.name))}" for f in dataclasses.fields(value))
+        return f"{type(value).__name__}({shown})"
     if isinstance(value, tuple):
         return "[" + ",".join(_show(v) for v in value) + "]"
     if isinstance(value, bool) or value is None:
@@ -131,7 +153,7 @@ def _split(text: str, mark: str) -> list[str]:
     """Split at a mark outside brackets."""
     parts, depth, start = [], 0, 0
     for i, char in enumerate(text):
-        depth += (char == "[") - (char == "]")
+        depth += (char in "[(") - (char in "])")
         if char == mark and depth == 0:
             parts.append(text[start:i])
             start = i + 1
@@ -139,12 +161,13 @@ def _split(text: str, mark: str) -> list[str]:
     return parts
 
 
-def _settings(text: str, whole: str) -> dict[str, Any]:
+def _settings(text: str, whole: str, words: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`key=value` pairs, and words that stand alone, which are True."""
     values: dict[str, Any] = {}
     for pair in _split(text, ","):
         if not pair.strip():
             continue
-        name, eq, value = pair.partition("=")
+        name, eq, value = (pair, "=", "true") if pair.strip() in words else pair.partition("=")
         if not eq or not name.strip().isidentifier() or not value.strip():
             raise WinnowError(f"Cannot read {pair.strip()!r} in the plan {whole!r}; {_GRAMMAR}.")
         if name.strip() in values:
@@ -162,8 +185,28 @@ def _value(text: str, whole: str) -> Any:
         if not text.endswith("]"):
             raise WinnowError(f"Unclosed bracket in {text!r} in the plan {whole!r}.")
         return tuple(_value(v.strip(), whole) for v in _split(text[1:-1], ",") if v.strip())
+    if call := re.fullmatch(r"([A-Za-z_]\w*)\((.*)\)", text):
+        return _signal(call[1], _settings(call[2], whole), whole)
     try:
         number = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
     return number if isinstance(number, int | float) else text
+
+
+def _signal(name: str, values: dict[str, Any], whole: str) -> Signal:
+    kinds = {kind for kind in _below(Signal) if kind.__name__ == name}
+    if len(kinds) != 1:
+        known = ", ".join(sorted({kind.__name__ for kind in _below(Signal)}))
+        raise WinnowError(f"The plan {whole!r} names the signal {name}; known, and known once, are: {known}.")
+    kind = kinds.pop()
+    fields = {f.name for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(values) - fields):
+        raise WinnowError(f"{name} has no setting {unknown[0]!r}; it has {', '.join(sorted(fields)) or 'none'}.")
+    return kind(**values)
+
+
+def _below(kind: type) -> set[type]:
+    """All subclasses, at any depth."""
+    own = set(kind.__subclasses__())
+    return own.union(*(_below(sub) for sub in own))

@@ -4,11 +4,9 @@ Pruning selects rows, merging and pooling assign rows to clusters, resampling mi
 overlay, evidence recall, FLOPs, bytes, unmerging and composition, for every method at once.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -44,7 +42,9 @@ class Reduction:
     ordered: bool = True
 
     @staticmethod
-    def select(chosen: Tensor, n: int | None = None, *, counts: Sequence[int] | None = None, ordered=True) -> Reduction:
+    def select(
+        chosen: Tensor, n: int | None = None, *, counts: Sequence[int] | None = None, ordered=True
+    ) -> "Reduction":
         """Keep some tokens and drop the others.
 
         Args:
@@ -78,7 +78,7 @@ class Reduction:
         m: int,
         anchor: Int[Tensor, "*lanes m"] | None = None,
         ordered: bool = True,
-    ) -> Reduction:
+    ) -> "Reduction":
         """Each source goes to one cluster in [0, m), or is dropped (−1), with a weight (default: 1)."""
         n = cluster.shape[-1]
         index = torch.arange(n, device=cluster.device).expand_as(cluster)
@@ -94,12 +94,12 @@ class Reduction:
         m: int,
         anchor: Int[Tensor, "*lanes m"] | None = None,
         ordered: bool = True,
-    ) -> Reduction:
+    ) -> "Reduction":
         """The general sparse map: a source may feed several outputs (VisionZip's targets feed one, PruMerge's many)."""
         return Reduction(n, m, index, target, weight, anchor=anchor, ordered=ordered)
 
     @staticmethod
-    def mix(matrix: Float[Tensor, "*lanes m n"], *, anchor: Tensor | None = None, ordered: bool = True) -> Reduction:
+    def mix(matrix: Float[Tensor, "*lanes m n"], *, anchor: Tensor | None = None, ordered: bool = True) -> "Reduction":
         """Many-to-many: output = matrix @ tokens. Leading lanes may be items or heads."""
         return Reduction(matrix.shape[-1], matrix.shape[-2], matrix=matrix, anchor=anchor, ordered=ordered)
 
@@ -120,6 +120,11 @@ class Reduction:
     @property
     def device(self) -> torch.device:
         return self._storage.device
+
+    def cpu(self) -> "Reduction":
+        """The map with its tensors on the CPU."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Reduction(**{k: v.cpu() if isinstance(v, Tensor) else v for k, v in moved.items()})
 
     def apply(self, x: Float[Tensor, "*lanes n d"]) -> Float[Tensor, "*lanes m d"]:
         """The output rows. A selection copies bits; sums run in the dtype of `x`."""
@@ -166,7 +171,7 @@ class Reduction:
         sizes = torch.tensor(self.counts, device=self.device).reshape(*self.lanes, 1)
         return slots < sizes
 
-    def __matmul__(self, first: Reduction) -> Reduction:
+    def __matmul__(self, first: "Reduction") -> "Reduction":
         """`second @ first`: first, then second."""
         if self.n != first.m:
             raise WinnowError(f"Cannot compose: the first map gives {first.m} tokens, the second takes {self.n}.")
@@ -204,6 +209,11 @@ class Reduction:
         return (self.to_matrix() != 0).any(-2)
 
     @property
+    def sourced(self) -> Bool[Tensor, "*lanes m"]:
+        """Whether an output has any source; the row of a [CLS] token, in content tokens, has none."""
+        return self.valid if self.is_selection else (self.to_matrix() != 0).any(-1)
+
+    @property
     def mass(self) -> Float[Tensor, "*lanes m"]:
         """Sum of the weights of each output: 1 for a copy or a mean, the cluster size for a sum."""
         return self.to_matrix().sum(-1)
@@ -223,7 +233,7 @@ class Reduction:
         rows = y.gather(-2, owner[..., None].expand(*owner.shape, y.shape[-1]))
         return torch.where(self.kept[..., None], rows, torch.zeros((), dtype=y.dtype, device=y.device))
 
-    def lane(self, i: int) -> Reduction:
+    def lane(self, i: int) -> "Reduction":
         """The map of one item of the first axis, without that axis; ragged padding is cut."""
         inner = math.prod(self.lanes[1:])
         own = None if self.counts is None else self.counts[i * inner : (i + 1) * inner]

@@ -1,26 +1,30 @@
-"""The registry of methods. Listing it reads source files, not modules: `winnow methods` imports no torch."""
+"""The registry of methods. Listing it reads source files, not modules: `winnow methods` imports no torch.
 
-from __future__ import annotations
+What is known of a published system stands once: its family, stages and kind in `data/systems.json`, its source in the
+first lines of the method's file, its summary in the docstring of the class.
+"""
 
 import ast
 import difflib
 import functools
 import importlib
 import importlib.metadata
+import json
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 from winnow.core.errors import WinnowError
-
-if TYPE_CHECKING:
-    from winnow.core.method import Method
 
 M = TypeVar("M", bound=type)
 METHODS_DIR = Path(__file__).resolve().parent.parent / "methods"
 STAGES = ("input", "encoder", "connector", "decoder", "cache", "decoding")
 KINDS = ("training-free", "learned")
+_ARXIV = re.compile(r"arXiv[: ](\d{4}\.\d{4,5})")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Entry:
         kind: training-free or learned.
         arxiv: identifier of the source.
         summary: first line of the class docstring.
+        name: of the class.
     """
 
     slug: str
@@ -44,21 +49,22 @@ class Entry:
     kind: str = "training-free"
     arxiv: str = ""
     summary: str = ""
+    name: str = ""
 
 
 _extra: dict[str, Entry] = {}
-_classes: dict[str, type[Method]] = {}
+_classes: dict[str, Any] = {}
 
 
+@dataclass_transform(frozen_default=True)
 def register(
-    slug: str,
-    *,
-    family: str = "user",
-    stages: tuple[str, ...] = ("connector",),
-    kind: str = "training-free",
-    arxiv: str = "",
+    slug: str, *, stages: tuple[str, ...] = ("connector",), kind: str = "training-free", arxiv: str = ""
 ) -> Callable[[M], M]:
-    """Register a Method class under a slug. Arguments must be literals: the listing reads them without importing."""
+    """Register a Method class under a slug, and make it a frozen dataclass if it is none yet.
+
+    Args:
+        stages, kind, arxiv: of a method that is not in winnow's table of systems.
+    """
     if kind not in KINDS or not set(stages) <= set(STAGES) or not stages:
         raise WinnowError(
             f"register({slug!r}): kind is one of {KINDS} and stages are from {STAGES}; got {kind!r}, {stages!r}."
@@ -70,27 +76,46 @@ def register(
             raise WinnowError(f"The slug {slug!r} is taken by {known.__module__}.{known.__qualname__}; choose another.")
         if listed is not None and listed.module != cls.__module__:  # also while nobody has imported it yet
             raise WinnowError(f"The slug {slug!r} is taken by {listed.module}; choose another.")
+        if "__dataclass_fields__" not in cls.__dict__:
+            cls = dataclass(frozen=True)(cls)
         cls.slug = slug  # type: ignore[attr-defined]
         _classes[slug] = cls
-        summary = (cls.__doc__ or "").strip().split("\n")[0]
         if listed is None:
-            _extra[slug] = Entry(slug, cls.__module__, family, tuple(stages), kind, arxiv, summary)
+            summary = (cls.__doc__ or "").strip().split("\n")[0]
+            source = arxiv or _source(getattr(sys.modules.get(cls.__module__), "__doc__", None))
+            _extra[slug] = Entry(slug, cls.__module__, "user", tuple(stages), kind, source, summary, cls.__name__)
         return cls
 
     return add
 
 
+def _source(docstring: str | None) -> str:
+    found = _ARXIV.search(docstring or "")
+    return found[1] if found else ""
+
+
+@functools.cache
+def _systems() -> dict[str, dict[str, Any]]:
+    rows = json.loads((files("winnow") / "data" / "systems.json").read_text(encoding="utf-8"))["systems"]
+    return {row["slug"]: row for row in rows}
+
+
 def _read(path: Path) -> list[Entry]:
     entries = []
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
         if not isinstance(node, ast.ClassDef):
             continue
         for call in node.decorator_list:
             if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "register":
                 slug = ast.literal_eval(call.args[0])
                 facts = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+                row = _systems().get(slug, {})
+                facts |= {name: row[name] for name in ("family", "kind") if name in row}
+                facts |= {"stages": tuple(row["stages"])} if "stages" in row else {}
+                facts["arxiv"] = _source(ast.get_docstring(tree)) or facts.get("arxiv", "")
                 summary = (ast.get_docstring(node) or "").split("\n")[0]
-                entries.append(Entry(slug, f"winnow.methods.{path.stem}", summary=summary, **facts))
+                entries.append(Entry(slug, f"winnow.methods.{path.stem}", summary=summary, name=node.name, **facts))
     return entries
 
 
@@ -113,7 +138,7 @@ def entries() -> tuple[Entry, ...]:
     return tuple(sorted((_builtin() | _extra).values(), key=lambda e: e.slug))
 
 
-def method_class(slug: str) -> type[Method]:
+def method_class(slug: str) -> Any:
     """The class of a slug; unknown slugs raise with the nearest names."""
     if slug in _builtin():
         importlib.import_module(_builtin()[slug].module)

@@ -1,23 +1,113 @@
-"""Signals: what a method looks at, as values that a step lists and reads back from its view.
+"""Signals: what a method looks at. A signal owns its site, its reading, and how it follows reductions.
 
-The engine decides how a signal is obtained without losing fused attention: one row of one block, column sums in
-tiles, a tap where the layer has run, a probe where it has not.
+A new signal is one class. It says where it listens (`site`) and what it makes of what passes there (`read`); the engine
+brings both together without losing fused attention, and hands the method `view[signal]` in the tokens of the moment.
 """
 
-from __future__ import annotations
+import functools
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
-from dataclasses import dataclass
+import torch
+from torch import Tensor
 
-from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
+from winnow.core.reduction import Reduction
+
+Stack = Literal["pixels", "vision", "projector", "lm"]
+Shows = Literal["attention", "hidden"]
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """Where a signal listens.
+
+    Attributes:
+        stack: `pixels` (what the encoder is given), `vision` (a block of the tower), `projector`, or `lm` (a layer).
+        index: block or layer, from 0; 0 for the others.
+        shows: `attention`, the queries, keys and values of the block, or `hidden`, what goes in and comes out of it.
+    """
+
+    stack: Stack
+    index: int = 0
+    shows: Shows = "attention"
 
 
 @dataclass(frozen=True)
 class Signal:
-    """Base of all signals. Equal settings are the same signal, so two methods share one computation."""
+    """Base of all signals. Equal settings are the same signal, so two methods share one computation.
 
-    def require(self, info: ModelInfo) -> None:
-        """Raise UnsupportedError if a model of this kind cannot give the signal."""
+    Class attributes:
+        per: `token` (values for each token of the item) or `item` (one value for each item).
+        covers_prefix: whether, at the tower's side, there are values for [CLS] too.
+        reads_text: whether it depends on the text, so that it must be known where the question is.
+    """
+
+    per: ClassVar[Literal["token", "item"]] = "token"
+    covers_prefix: ClassVar[bool] = False
+    reads_text: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name, hint in signal_types(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                allowed = ", ".join(map(repr, get_args(hint)))
+                raise WinnowError(f"{type(self).__name__}: {name} is one of {allowed}; got {value!r}.")
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether the signal depends on where the question begins and ends."""
+        return False
+
+    @property
+    def last_row_only(self) -> bool:
+        """Whether the signal of an LM layer needs the queries of the last token only, which makes a probe cheap."""
+        return False
+
+    def _with(self, **changes: Any) -> Self:
+        return replace(self, **changes)
+
+    def resolve(self, info: ModelInfo) -> Self:
+        """The signal with its settings made definite for this model.
+
+        Raises:
+            UnsupportedError: a model of this kind cannot give the signal.
+        """
+        return self
+
+    def site(self, info: ModelInfo) -> Site:
+        """Where a resolved signal listens."""
+        raise NotImplementedError(f"{type(self).__name__} does not say where it listens: define site(info)")
+
+    def read(self, seen: Any) -> Tensor:
+        """The signal from what passed at its site; see `winnow.signals` for what each stack shows.
+
+        Returns:
+            At `vision`, `projector` and `pixels`: `[calls, N, …]`, a row for each token that the site showed. At `lm`:
+            `[B, P, …]`, a row for each slot, or `[B, …]` where the signal is `per` item.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what it reads: define read(seen)")
+
+    def carry(self, values: Tensor, reduction: Reduction) -> Tensor:
+        """The values `[N, …]` of one item after a reduction: an output has those of its representative."""
+        return values[reduction.anchors] if self.per == "token" else values
+
+    def sample(self, generator: torch.Generator, b: int, n: int) -> Tensor:
+        """Random values for tests without a model: `[b, n, …]`, or `[b, …]` where the signal is `per` item.
+
+        By default positive values that sum to one over the tokens, as attention does; one number for each item.
+        """
+        if self.per == "item":
+            return torch.rand(b, generator=generator) * 0.2
+        return torch.randn(b, n, generator=generator).mul(2).softmax(-1)
+
+
+@functools.cache
+def signal_types(kind: type) -> dict[str, Any]:
+    """The types of a signal's settings."""
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in fields(kind)}
 
 
 def block_index(layer: int | str, depth: int, what: str) -> int:
@@ -25,95 +115,3 @@ def block_index(layer: int | str, depth: int, what: str) -> int:
     if not isinstance(layer, int) or isinstance(layer, bool) or not -depth <= layer < depth:
         raise WinnowError(f"{what} has blocks 0 … {depth - 1} (or −{depth} … −1); got layer={layer!r}.")
     return layer % depth
-
-
-@dataclass(frozen=True)
-class VisionSignal(Signal):
-    """A signal of one block of the vision tower.
-
-    Args:
-        layer: the block; `"feature"` is the one whose output feeds the projector. Negative counts from the end.
-    """
-
-    layer: int | str = "feature"
-
-    def require(self, info: ModelInfo) -> None:
-        self.block(info)
-
-    def block(self, info: ModelInfo) -> int:
-        """The number of the block, from 0."""
-        layer = info.feature_layer if self.layer == "feature" else self.layer
-        return block_index(layer, info.vision_depth, f"the vision tower of {info.model}")
-
-
-@dataclass(frozen=True)
-class VisionAttention(VisionSignal):
-    """Attention that the content tokens receive in one block of the vision tower, `[b, N]`, fp32.
-
-    Args:
-        layer: the block; `"feature"` is the one whose output feeds the projector. Negative counts from the end.
-        query: `"cls"` reads the row of [CLS]; `"all"` is the mean over all queries of the tile ([CLS] included).
-        heads: `"mean"` or `"sum"` over heads.
-
-    Where several patches make one token (2 × 2 merging), a token has the mean over its patches.
-    """
-
-    query: str = "cls"
-    heads: str = "mean"
-
-    def require(self, info: ModelInfo) -> None:
-        if self.query not in ("cls", "all"):
-            raise WinnowError(f"VisionAttention: query is 'cls' or 'all', got {self.query!r}.")
-        if self.heads not in ("mean", "sum"):
-            raise WinnowError(f"VisionAttention: heads is 'mean' or 'sum', got {self.heads!r}.")
-        if self.query == "cls" and not info.has_cls:
-            raise UnsupportedError(
-                f"the vision tower of {info.model} has no [CLS] token, so there is no [CLS] attention to read; "
-                "use query='all' where the method offers it, or a method that needs no [CLS]: "
-                "hiprune, divprune, todre, fastv, pyramiddrop."
-            )
-        super().require(info)
-
-
-@dataclass(frozen=True)
-class VisionKeys(VisionSignal):
-    """Keys of one block of the vision tower, averaged over heads: `[b, N, head_dim]` (with [CLS] at `features`)."""
-
-
-@dataclass(frozen=True)
-class LMAttention(Signal):
-    """Attention from text rows to the item's tokens in one LM layer, mean over heads and rows: `[b, N]`, fp32.
-
-    Args:
-        layer: the LM layer whose attention is read. Before it has run, the engine probes it; afterwards it taps.
-        rows: `"last"` is the last prompt token; `"question"` the mean over the tokens of the question.
-    """
-
-    layer: int
-    rows: str = "last"
-
-    def require(self, info: ModelInfo) -> None:
-        if self.rows not in ("last", "question"):
-            raise WinnowError(f"LMAttention: rows is 'last' or 'question', got {self.rows!r}.")
-        block_index(self.layer, info.depth, f"the language model of {info.model}")
-
-
-@dataclass(frozen=True)
-class LMAttentionMass(Signal):
-    """Share of the attention of some rows that falls on some keys, in one LM layer, mean over heads and rows: `[b]`.
-
-    Args:
-        layer: the LM layer.
-        rows: `"question"` or `"items"` (all visual tokens of the sample).
-        keys: `"items"` or `"question"`.
-    """
-
-    layer: int
-    rows: str = "question"
-    keys: str = "items"
-
-    def require(self, info: ModelInfo) -> None:
-        for name in (self.rows, self.keys):
-            if name not in ("question", "items"):
-                raise WinnowError(f"LMAttentionMass: rows and keys are 'question' or 'items', got {name!r}.")
-        block_index(self.layer, info.depth, f"the language model of {info.model}")

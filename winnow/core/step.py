@@ -1,13 +1,13 @@
 """Steps and actions: what a method does at a point."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from winnow.core.errors import WinnowError
+from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
@@ -110,10 +110,47 @@ class Repose(Action):
     positions: Tensor
 
 
+Answer = Action | Reduction | tuple[Action | Reduction, State]
+
+
 @dataclass(frozen=True)
 class Step:
-    """One act of a method: at a point, with the signals it needs, a pure function of view and state."""
+    """One act of a method: at a point, with the signals it needs, a pure function of view and state.
+
+    `run` returns an Action, or a bare Reduction, which stands for `Reduce(reduction)`; with a State beside it where the
+    method remembers something. It reads its signals as it listed them, although they were resolved for a model since.
+    """
 
     at: Point
-    run: Callable[[View, State], tuple[Action, State]]
+    run: Callable[[View, State], Answer]
     needs: tuple[Signal, ...] = ()
+    names: tuple[tuple[Signal, Signal], ...] = ()
+
+    def resolved(self, info: ModelInfo, also: Iterable[Signal] = ()) -> "Step":
+        """The step with its signals made definite for a model; it still reads them by the names that it listed.
+
+        Args:
+            also: other names by which it may read them.
+        """
+        names = [(name, name.resolve(info)) for name in self.needs]
+        needs = tuple(signal for _, signal in names)
+        names += [(name, signal.resolve(info)) for name, signal in self.names]
+        for name in also:
+            try:
+                signal = name.resolve(info)
+            except WinnowError:  # a name that a method does not use on this model
+                continue
+            names += [(name, signal)] if signal in needs else []
+        return replace(self, needs=needs, names=tuple(names))
+
+    def signals(self, value: Callable[[Signal], Tensor]) -> dict[Signal, Tensor]:
+        """What a view must hold for this step: the values, under all names that the step reads them by."""
+        found = {signal: value(signal) for signal in self.needs}
+        return found | {name: found[signal] for name, signal in self.names}
+
+    def act(self, view: View, state: State) -> tuple[Action, State]:
+        """Run the step: its action, and what the method remembers from now on."""
+        answer = self.run(view, state)
+        if isinstance(answer, tuple):
+            answer, state = answer
+        return (Reduce(answer) if isinstance(answer, Reduction) else answer), state

@@ -1,7 +1,5 @@
 """View: what a step sees. Dense tensors of equal length; the engine groups items so that nothing is padded."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +21,8 @@ class View:
         tokens: `[b, N, D]` content tokens at this point ([CLS] included at `features`).
         layout: the item's layout at this point (the tower's at `features`, else as it entered the LM).
         ids: `[b, N]` absolute ids: which content token of `layout` each one is (a merged token: its anchor).
-        entry: content tokens at entry, the denominator of budgets.
-        entered: content tokens that entered `layers[0]`, behind the connector's steps; `entry` before that.
+        n_visual: content tokens of the item as the encoder gave it, the denominator of budgets.
+        n_lm: content tokens with which it entered the LM, behind the connector's steps; `n_visual` before that.
         signals: what the step listed in `needs`; read it with `view[signal]`.
         seed: seeds this view's own random numbers; the global generator is never used.
         module: what the method's `build` made, on the right device and in the right dtype; None if it made nothing.
@@ -33,17 +31,17 @@ class View:
     tokens: Float[Tensor, "b n d"]
     layout: Layout
     ids: Int[Tensor, "b n"]
-    entry: int
+    n_visual: int
     signals: Mapping[Signal, Tensor] = field(default_factory=dict)
     only: Tensor | None = None
     seed: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
     module: Any = None
-    entered: int = -1
+    n_lm: int = 0
 
     def __post_init__(self) -> None:
-        if self.entered < 0:
-            object.__setattr__(self, "entered", self.entry)
+        if not self.n_lm:
+            object.__setattr__(self, "n_lm", self.n_visual)
 
     @staticmethod
     def of(
@@ -51,10 +49,10 @@ class View:
         signal: Tensor | Mapping[Signal, Tensor] | None = None,
         *,
         layout: Layout | None = None,
-        entry: int | None = None,
-        entered: int = -1,
+        n_visual: int | None = None,
+        n_lm: int = 0,
         seed: int = 0,
-    ) -> View:
+    ) -> "View":
         """A view on plain tensors, with no model at hand; a single tensor answers for whatever signal is asked."""
         if tokens.ndim != 3:
             raise WinnowError(f"View.of takes tokens of shape [b, N, D]; got {tuple(tokens.shape)}.")
@@ -63,8 +61,8 @@ class View:
         ids = torch.arange(n, device=tokens.device).expand(b, n)
         named = signal if isinstance(signal, Mapping) else {}
         only = signal if isinstance(signal, Tensor) else None
-        entry = layout.n_content if entry is None else entry
-        return View(tokens, layout, ids, entry, named, only, seed, entered=entered)
+        n_visual = layout.n_content if n_visual is None else n_visual
+        return View(tokens, layout, ids, n_visual, named, only, seed, n_lm=n_lm)
 
     def __getitem__(self, signal: Signal) -> Tensor:
         if signal in self.signals:
@@ -82,7 +80,7 @@ class View:
     def n(self) -> int:
         return self.tokens.shape[1]
 
-    def rand(self, *shape: int) -> Float[Tensor, ...]:
+    def rand(self, *shape: int) -> Float[Tensor, "b *shape"]:
         """Uniform numbers in [0, 1), `[b, *shape]`: the same for every item, so that a batch equals its items."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.rand(*shape, generator=generator).to(self.tokens.device).expand(self.b, *shape)

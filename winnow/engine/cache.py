@@ -4,15 +4,18 @@ Outside, a cache tells its logical length, so that `generate`, multi-turn use an
 Inside, each layer holds only what survived, and masks are made from those physical lengths.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    StaticLayer,
+)
 
 from winnow.core.errors import UnsupportedError, WinnowError
 
@@ -29,7 +32,7 @@ class Past:
     mask: Tensor | None
     offset: Tensor
 
-    def rows(self, index: Tensor) -> Past:
+    def rows(self, index: Tensor) -> "Past":
         mask = None if self.mask is None else self.mask[index.to(self.mask.device)]
         return Past(mask, self.offset[index.to(self.offset.device)])
 
@@ -39,7 +42,8 @@ class CacheState:
     """Request state, on the cache object.
 
     Attributes:
-        engine: whose reductions these are; a cache must not go on without it.
+        attachment: of the plan that reduced it; a cache must not go on without it.
+        inside: the language model is running: it is told what each layer really holds.
         logical: tokens seen so far, as the caller counts them.
         prompt: where the last reduced item ends; what lies before cannot be cropped.
         layers: by LM layer; a layer without entry holds everything.
@@ -47,15 +51,16 @@ class CacheState:
         real: `[B]` real tokens seen so far; needed with 3-D positions.
     """
 
-    engine: Any
+    attachment: Any
     logical: int = 0
     prompt: int = 0
     layers: dict[int, Past] = field(default_factory=dict)
     rope_deltas: Tensor | None = None
     real: Tensor | None = None
+    inside: bool = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CacheState:
-        made = CacheState(self.engine, self.logical, self.prompt, rope_deltas=self.rope_deltas, real=self.real)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CacheState":
+        made = CacheState(self.attachment, self.logical, self.prompt, rope_deltas=self.rope_deltas, real=self.real)
         made.layers = dict(self.layers)  # entries are never changed in place
         return made
 
@@ -74,13 +79,15 @@ class LogicalLength:
     _winnow: CacheState
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._winnow.logical
+        return super().get_seq_length(layer_idx) if self._winnow.inside else self._winnow.logical  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        if self._winnow.inside:
+            return super().get_mask_sizes(query_length, layer_idx)  # type: ignore[misc]
         return self._winnow.logical + query_length, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        if not self._winnow.engine.attached:
+        if not self._winnow.attachment.attached:
             raise WinnowError(
                 "this cache holds a compressed prompt, but the model is no longer compressed; "
                 "compress it again with the same plan before you continue, or start with a new cache."
@@ -110,8 +117,8 @@ class LogicalLength:
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self._winnow.logical = self._winnow.prompt = 0
-        self._winnow.layers = {}
+        fresh = CacheState(self._winnow.attachment)
+        self._winnow.__dict__.update(fresh.__dict__)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -138,18 +145,18 @@ def state_of(cache: Any) -> CacheState | None:
     return getattr(cache, "_winnow", None)
 
 
-def tag(cache: Cache, engine: Any, logical: int) -> CacheState:
+def tag(cache: Cache, attachment: Any, logical: int) -> CacheState:
     """Give a cache its logical face; `logical` is what it held before this forward."""
     known = state_of(cache)
     if known is not None:
         return known
     cache.__class__ = _logical_class(type(cache))  # type: ignore[arg-type]
-    state = CacheState(engine, logical)
+    state = CacheState(attachment, logical)
     cache._winnow = state  # type: ignore[attr-defined]
     return state
 
 
-def check_layers(cache: Cache) -> None:
+def check_cache(cache: Cache) -> None:
     """Refuse storages that cannot hold a different number of tokens in each layer."""
     for layer in cache.layers:
         if isinstance(layer, StaticLayer):
@@ -157,10 +164,15 @@ def check_layers(cache: Cache) -> None:
                 "a static cache has one fixed length for all layers and cannot hold a compressed prompt; "
                 "use the default dynamic cache (drop cache_implementation='static')."
             )
-        if isinstance(layer, DynamicSlidingWindowLayer | QuantizedLayer) or not isinstance(layer, DynamicLayer):
+        if type(layer) is not DynamicLayer:
             raise UnsupportedError(
                 f"a cache with {type(layer).__name__} cannot hold a compressed prompt; use the default dynamic cache."
             )
+    # Caches of some assisted decoders shift their queries behind what they hold.
+    if not isinstance(cache, DynamicCache) or type(cache).get_query_offset is not Cache.get_query_offset:
+        raise UnsupportedError(
+            f"a {type(cache).__name__} cannot hold a compressed prompt; use the default dynamic cache."
+        )
 
 
 class Physical:

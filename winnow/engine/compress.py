@@ -1,20 +1,18 @@
 """compress: the one line."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from winnow.core.errors import WinnowError
 from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.registry import method_class
-from winnow.engine.attach import Engine
+from winnow.engine.engine import Engine
 from winnow.engine.forward import check_training
 from winnow.engine.handle import Handle
 from winnow.engine.spans import template_suffix
 from winnow.models.families import family_of, unwrap
 
-DEFAULT = "fastervlm"
+DEFAULT = "hiprune"
 
 
 def compress(
@@ -30,9 +28,11 @@ def compress(
     Args:
         model: a ForConditionalGeneration model of a supported family, PEFT-wrapped or not.
         plan: `"slug:key=value,… + slug:… | positions=keep"`, a Method or a Plan.
-        keep: content tokens to keep of each item (64) or their share (0.25), with the default method: FasterVLM, which
-            needs nothing but one attention row of the vision tower, runs on every supported family and has one setting.
-        processor: its chat template tells where the question ends.
+        keep: content tokens to keep of each item (64) or their share (0.25), with the default method: HiPrune. It
+            runs on every supported family, reads no question, costs about 1 % of a prefill, and is best at 25 and
+            12.5 % on the shipped model and its twin (`make measured` holds it to that rule).
+        processor: its chat template tells where the question ends. Without it, what the template adds behind the
+            question counts as part of it, and plans that read the question warn.
         positions: `keep` or `compact`; overrides the plan's.
 
     Raises:
@@ -46,6 +46,7 @@ def compress(
     if plan is None:
         plan = method_class(DEFAULT).configured(**({} if keep is None else {"keep": keep}))
     check_training(inner)
-    engine = Engine(inner, family, Plan.of(plan, positions=positions), template_suffix(processor))
+    suffix = None if processor is None else template_suffix(processor)
+    engine = Engine(inner, family, Plan.of(plan, positions=positions), suffix)
     engine.attach()
     return Handle(engine)

@@ -13,7 +13,7 @@ from winnow.core.errors import WinnowError
 from winnow.engine.doctor_checks import CHECKS, Run, Subject
 from winnow.models.families import family_of, unwrap
 from winnow.models.inputs import model_inputs
-from winnow.models.supported import NEWEST, accept, is_untested, trying
+from winnow.models.supported_versions import NEWEST, accept, is_untested, trying
 
 # Of different lengths, about pictures of different shapes: a batch of both is padded.
 REQUESTS = (

@@ -13,12 +13,14 @@ from winnow.core.info import ModelInfo
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
-from winnow.core.signal import LMAttention, Signal, VisionAttention
+from winnow.core.signal import Signal
 from winnow.core.step import Action, Keep, Reduce, State, Step
 from winnow.core.view import View
 from winnow.engine.compress import compress
 from winnow.engine.versions import cache_keyword, cache_of
 from winnow.models.families import family_of, unwrap
+from winnow.signals.language import LMAttention
+from winnow.signals.vision import VisionAttention
 
 STEPS = 4
 # Largest difference of logits, relative to the largest logit, between two orders of the same sums.

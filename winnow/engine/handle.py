@@ -1,16 +1,23 @@
 """Handle: what `compress` returns."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from winnow.core.errors import WinnowError
 from winnow.core.ledger import Ledger
 from winnow.core.method import Method
 from winnow.core.plan import FULL, Plan
-from winnow.engine.attach import Engine
+from winnow.engine.bound_model import BoundModel
+from winnow.engine.bound_plan import BoundPlan
+from winnow.engine.engine import Engine, overrides
+from winnow.engine.request import Override
 from winnow.engine.spans import checked_spans
 
 
@@ -26,7 +33,7 @@ class Handle:
     @property
     def model(self) -> Any:
         """The model itself; call it as ever."""
-        return self._engine.model
+        return self._engine.bound.model
 
     @property
     def plan(self) -> Plan:
@@ -34,9 +41,14 @@ class Handle:
         return self._engine.active().plan
 
     @property
+    def bound(self) -> BoundModel:
+        """The model and its seams."""
+        return self._engine.bound
+
+    @property
     def info(self) -> Any:
         """What winnow knows of the model."""
-        return self._engine.info
+        return self._engine.bound.info
 
     @property
     def attached(self) -> bool:
@@ -44,27 +56,35 @@ class Handle:
 
     @property
     def last(self) -> Ledger | None:
-        """The ledger of the most recent request, whichever thread ran it."""
-        return self._engine.last
+        """The ledger of the latest request.
 
-    @property
-    def last_here(self) -> Ledger | None:
-        """The ledger of the most recent request of this thread or task."""
-        return self._engine.last_here.get()
+        Of this thread or asyncio task, if it has made one; else of whichever made the latest. The main thread also sees
+        what a thread did that has ended (a streamer's `Thread(target=model.generate)`). A request without pictures has
+        a ledger too, whose `read_in_full` says why.
+        """
+        return self._engine.ledgers.last
 
     @property
     def timing(self) -> bool:
         """Whether ledgers carry times; each phase is then synchronised with the device, which costs time itself."""
-        return self._engine.clock.on
+        return self._engine.timing
 
     @timing.setter
     def timing(self, on: bool) -> None:
-        self._engine.clock.on = bool(on)
+        self._engine.timing = bool(on)
+
+    def bind(self, plan: str | Plan | Method) -> BoundPlan:
+        """A plan, checked for this model: its steps, and what it listens to.
+
+        Raises:
+            UnsupportedError, WinnowError: as `compress` would.
+        """
+        return self._engine.bind(Plan.of(plan))
 
     @contextmanager
     def using(
         self, plan: str | Plan | Method | None = FULL, *, spans: Sequence[tuple[int, int]] | None = None
-    ) -> Iterator[Handle]:
+    ) -> Iterator["Handle"]:
         """Another plan in this context only: this thread, this task. A thread that is started inside does not see it.
 
         Args:
@@ -75,19 +95,68 @@ class Handle:
         engine = self._engine
         if not engine.attached:
             raise WinnowError("this handle is detached; call winnow.compress again.")
-        compiled = engine.compiled(Plan.of(FULL if plan is None else plan))
-        tokens = engine.override.set(compiled), engine.spans.set(checked_spans(spans))
+        override = Override(engine.bind(Plan.of(FULL if plan is None else plan)), checked_spans(spans))
+        token = overrides.set({**overrides.get(), id(engine.attachment): override})
         try:
             yield self
         finally:
-            engine.override.reset(tokens[0])
-            engine.spans.reset(tokens[1])
+            overrides.reset(token)
+
+    def train(self, on: bool = True) -> "Handle":
+        """Let gradients flow through the steps of learned methods, and set what they built to training mode."""
+        self._engine.set_training(on)
+        return self
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What the methods of the plan built, for an optimiser. The model's own parameters are not among them."""
+        for module in self._engine.parameters().values():
+            yield from module.parameters()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors of what the methods of the plan built."""
+        parts = self._engine.parameters().items()
+        return {f"{name}.{key}": value for name, part in parts for key, value in part.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put tensors of `state_dict` back. All of them must be there, in the right shape."""
+        own = self.state_dict()
+        wrong = sorted(set(own) ^ set(state)) or [k for k, v in own.items() if v.shape != state[k].shape]
+        if wrong:
+            raise WinnowError(f"these tensors do not fit the plan {self._engine.default.plan}: {', '.join(wrong[:5])}.")
+        for name, part in self._engine.parameters().items():
+            part.load_state_dict({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")})
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the plan and what its methods built: `plan.json`, and `modules.safetensors` where there is any."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "plan.json").write_text(json.dumps({"plan": self._engine.default.plan.key}), encoding="utf-8")
+        if state := self.state_dict():
+            save_file({k: v.contiguous().cpu() for k, v in state.items()}, target / "modules.safetensors")
+        return target
+
+    def load(self, folder: str | Path) -> "Handle":
+        """Load what `save` wrote for the same plan."""
+        target = Path(folder)
+        try:
+            plan = json.loads((target / "plan.json").read_text(encoding="utf-8"))["plan"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise WinnowError(f"{target} holds no plan.json of winnow; give a folder that handle.save wrote.") from None
+        if plan != self._engine.default.plan.key:
+            raise WinnowError(f"{target} holds {plan}; this model is compressed by {self._engine.default.plan.key}.")
+        if self.state_dict():
+            try:
+                state = load_file(target / "modules.safetensors")
+            except (OSError, SafetensorError):
+                raise WinnowError(f"{target} has no readable modules.safetensors beside its plan.") from None
+            self.load_state_dict(state)
+        return self
 
     def detach(self) -> None:
         """Leave the model as it was. Raises while another thread is inside the model; a second call does nothing."""
         self._engine.detach()
 
-    def __enter__(self) -> Handle:
+    def __enter__(self) -> "Handle":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -3,27 +3,30 @@
 They come from the caller, else from the chat template, else the question is the text after the last item.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from winnow.core.errors import WinnowError
+from winnow.models.inputs import templated
 
-MARK = "winnow"
+MARK = "winnowquestion"
 
 
 def template_suffix(processor: Any) -> tuple[int, ...]:
-    """Token ids that the chat template puts after the user's text (the start of the answer); empty if unknown."""
+    """Token ids that the chat template puts after the user's text (the start of the answer).
+
+    Empty if unknown: there is no template, or it fails, or its text lacks the question or the picture.
+    """
     if processor is None or not getattr(processor, "chat_template", None):
         return ()
+    text = templated(processor, MARK)
+    if text is None or text.count(MARK) != 1:
+        return ()
+    suffix = text.partition(MARK)[2]
     tokenizer = getattr(processor, "tokenizer", processor)
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": MARK}]}
-    text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-    _, found, suffix = text.rpartition(MARK)
-    return tuple(tokenizer(suffix, add_special_tokens=False)["input_ids"]) if found and suffix else ()
+    return tuple(tokenizer(suffix, add_special_tokens=False)["input_ids"]) if suffix else ()
 
 
 def checked_spans(spans: Any) -> tuple[tuple[int, int], ...] | None:

@@ -54,22 +54,3 @@ def checkpoints_activations(model: Any) -> bool:
         if hasattr(type(model), name):
             return bool(getattr(model, name))
     return False
-
-
-def hidden_state_layers(count: int, depth: int) -> tuple[int, ...]:
-    """For each of `count` recorded hidden states of an LM of `depth` layers, the layer whose tokens it has.
-
-    A full record begins with what enters layer 0. Before 5.23 a selection (`output_hidden_states=[1]`) did not: its
-    entry i was what leaves layer i. In both, states that were not asked for are None.
-
-    Raises:
-        UnsupportedError: another number of states.
-    """
-    if count == depth + 1:
-        return (0, *range(depth))
-    if count == depth:
-        return tuple(range(depth))
-    raise UnsupportedError(
-        f"the LM recorded {count} hidden states for {depth} layers, where {depth} or {depth + 1} are understood. "
-        "Leave output_hidden_states out, or install a version of transformers that winnow supports."
-    )

@@ -139,23 +139,13 @@ def main() -> None:
     parser.add_argument("--note", default="", help="a sentence about the training")
     parser.add_argument("--per-type", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="the seed it was trained with")
-    parser.add_argument("--run", type=Path, action="append", default=[], help="a run to compare, may be repeated")
+    parser.add_argument(
+        "--run", dest="runs", type=Path, action="append", default=[], help="to compare; may be repeated"
+    )
     parser.add_argument("--dense", type=Path, help="a run without the [CLS] objective")
     parser.add_argument("--stores", type=Path, nargs=2, help="`winnow bench` on this model, and on the twin")
-    given = parser.parse_args()
     quiet()
-    make(
-        given.folder,
-        preset=given.preset,
-        log=given.log,
-        page=given.page,
-        per_type=given.per_type,
-        seed=given.seed,
-        note=given.note,
-        runs=given.run,
-        dense=given.dense,
-        stores=given.stores,
-    )
+    make(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

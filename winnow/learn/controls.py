@@ -62,7 +62,7 @@ def kept_by_cls(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
             scenes, questions = sample.scenes[at : at + BATCH], sample.questions[at : at + BATCH]
             texts = [prompt(asked[0].text) for asked in questions]
             model(**processor(images=[s.image for s in scenes], text=texts, padding=True, return_tensors="pt"))
-            ledger = handle.last_here
+            ledger = handle.last
             out += [item.kept for item in sorted(ledger.items, key=lambda item: item.row)] if ledger else []
     return torch.stack(out)
 

@@ -1,4 +1,4 @@
-"""Tables of the card's page."""
+"""The Markdown table, of the card and of all generated pages."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from typing import Any
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table; floats get three decimals."""
-    lines = ["| " + " | ".join(head) + " |"]
-    lines.append("|" + "---|" * lines[0].count(" | ") + "---|")
-    for row in rows:
-        lines.append("| " + " | ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row) + " |")
-    return "\n".join(lines)
+    """A Markdown table; floats get three decimals, and no text breaks out of its cell."""
+    lines = [[str(name) for name in head]]
+    lines.append(["---"] * len(lines[0]))
+    lines += [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+    return "\n".join(
+        f"|{'|'.join(line)}|" if n == 1 else f"| {' | '.join(map(_escaped, line))} |" for n, line in enumerate(lines)
+    )
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def percents(shares: Iterable[str]) -> list[str]:

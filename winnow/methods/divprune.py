@@ -1,32 +1,21 @@
-"""DivPrune: keep the tokens whose smallest pairwise distance is largest, whatever they show and whatever is asked.
+"""DivPrune (arXiv 2503.02175): keep the tokens whose smallest pairwise distance is largest, whatever they show.
 
-Source: arXiv 2503.02175. Looks at: the projected tokens only. Cost: O(V² · D) for the start, then O(k · V); above
-8,192 tokens without a V × V table, O(k · V · D).
+Looks at: the projected tokens only. Cost: O(V² · D) for the start, then O(k · V); above 8,192 tokens without a V × V
+table, O(k · V · D).
 
 Departs from the paper: nothing.
 Departs from the released code: a running minimum instead of a new one over all that is selected; distances in fp32, so
 that rounding cannot select a token twice; newlines are not in the pool, they are the layout's.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any, ClassVar
-
 import torch
 
-from winnow.core.budget import Budget
-from winnow.core.method import Method
-from winnow.core.reduction import Reduction
-from winnow.core.registry import register
-from winnow.core.view import View
+from winnow.contract import Budget, Method, Reduction, View, count_broken, register
 from winnow.parts.cosine import neighbours, unit
 from winnow.parts.greedy import greedy
-from winnow.parts.select import count_broken
 
 
-@register("divprune", family="A", stages=("connector",), kind="training-free", arxiv="2503.02175")
-@dataclass(frozen=True)
+@register("divprune")
 class DivPrune(Method):
     """Keep mutually distant tokens (greedy max–min of cosine distance).
 
@@ -36,8 +25,7 @@ class DivPrune(Method):
 
     keep: Budget = Budget("9.8%")
 
-    identity: ClassVar[dict[str, Any] | None] = {"keep": "100%"}
-    pairwise: ClassVar[bool] = True
+    pairwise = True
 
     def reduce(self, view: View) -> Reduction:
         x, broken = unit(view.tokens)

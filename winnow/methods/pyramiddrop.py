@@ -1,6 +1,6 @@
-"""PyramidDrop: cut the image tokens in steps as the LM gets deeper, by what the last prompt token attends to.
+"""PyramidDrop (arXiv 2410.17247): cut the image tokens in steps as the LM gets deeper, by the last prompt token's look.
 
-Source: arXiv 2410.17247. Looks at: one attention row of the layer that follows each cut. Cost: O(H · S · D) for each.
+Looks at: one attention row of the layer that follows each cut. Cost: O(H · S · D) for each.
 
 Departs from the paper: nothing for prefill. Its cuts after 8, 16 and 24 of 32 layers are at 1/4, 1/2 and 3/4 of any
 depth; counts are shares of the item's content tokens that entered the LM, rounded down.
@@ -8,28 +8,25 @@ Departs from the released code: any padding side; positions are kept unless the 
 what the code does.
 """
 
-from __future__ import annotations
+from fractions import Fraction
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
-
-from winnow.core.budget import Budget
-from winnow.core.errors import WinnowError
-from winnow.core.info import ModelInfo
-from winnow.core.method import Method
-from winnow.core.point import Point
-from winnow.core.reduction import Reduction
-from winnow.core.registry import register
-from winnow.core.signal import LMAttention
-from winnow.core.step import Reduce, State, Step
-from winnow.core.view import View
-from winnow.parts.select import top_k
-from winnow.parts.settings import whole
+from winnow.contract import (
+    Budget,
+    Layer,
+    LMAttention,
+    Method,
+    ModelInfo,
+    Point,
+    Reduction,
+    Step,
+    View,
+    WinnowError,
+    register,
+    top_k,
+)  # fmt: skip
 
 
-@register("pyramiddrop", family="A", stages=("decoder",), kind="training-free", arxiv="2410.17247")
-@dataclass(frozen=True)
+@register("pyramiddrop")
 class PyramidDrop(Method):
     """Keep ever fewer image tokens at three depths of the LM, by the last prompt token's attention.
 
@@ -39,40 +36,44 @@ class PyramidDrop(Method):
     """
 
     ratios: tuple[Budget, ...] = (Budget(0.5), Budget(0.25), Budget(0.125))
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Layer, ...] | None = None
 
-    identity: ClassVar[dict[str, Any] | None] = {"ratios": ("100%", "100%", "100%")}
+    rounding = "floor"
+    identity = {"ratios": ("100%", "100%", "100%")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.ratios, tuple) or not self.ratios:
+        if self.layers is not None and (
+            len(self.layers) != len(self.ratios) or list(self.layers) != sorted(set(self.layers))
+        ):
             raise WinnowError(
-                f"pyramiddrop: ratios={self.ratios!r}; allowed: a list of budgets, such as [50%,25%,12.5%]."
+                f"pyramiddrop: layers={self.layers!r}; allowed: ascending layers, one for each of {len(self.ratios)} "
+                "ratios."
             )
-        object.__setattr__(self, "ratios", tuple(r if isinstance(r, Budget) else Budget(r) for r in self.ratios))
-        if self.layers is None:
-            return
-        if not isinstance(self.layers, tuple) or len(self.layers) != len(self.ratios):
-            raise WinnowError(
-                f"pyramiddrop: layers={self.layers!r}; allowed: one layer for each of {len(self.ratios)} ratios."
-            )
-        for layer in self.layers:
-            whole(self, "layers", layer)
-        if list(self.layers) != sorted(set(self.layers)):
-            raise WinnowError(f"pyramiddrop: layers={self.layers!r}; allowed: ascending layers, each once.")
 
-    def steps(self, info: ModelInfo) -> tuple[Step, ...]:
+    def at_budget(self, budget: Budget | int | float | str, content: int) -> "PyramidDrop":
+        """Equal steps down to the budget: at 12.5 % these are the published 50 %, 25 %, 12.5 %."""
+        least = budget if isinstance(budget, Budget) else Budget(budget)
+        share, cuts = Fraction(least.of(content), content), len(self.ratios)
+        steps = [float(share) ** ((cut + 1) / cuts) for cut in range(cuts - 1)]
+        return PyramidDrop((*(Budget(max(least.of(content), round(s * content))) for s in steps), least), self.layers)
+
+    def resolve(self, info: ModelInfo) -> "PyramidDrop":
         cuts = len(self.ratios)
         layers = self.layers or tuple(info.at_depth((i + 1) / (cuts + 1)) for i in range(cuts))
         budgets = dict(zip(layers, self.ratios, strict=True))  # on a very shallow LM cuts coincide: the deepest holds
+        return PyramidDrop(tuple(budgets.values()), tuple(info.lm_layer(layer) for layer in budgets))
+
+    def steps(self, info: ModelInfo) -> tuple[Step, ...]:
         return tuple(
-            Step(Point("layers", info.lm_layer(layer)), partial(self._step, layer, budget), (LMAttention(layer),))
-            for layer, budget in budgets.items()
+            Step(
+                Point("layers", row.layer),
+                lambda view, state, row=row, budget=budget: self.cut(view, row, budget),
+                (row,),
+            )
+            for row, budget in zip(map(LMAttention, self.layers or ()), self.ratios, strict=True)
         )
 
-    def cut(self, view: View, layer: int, budget: Budget) -> Reduction:
-        """The map of the cut before `layer`."""
-        return top_k(view[LMAttention(layer, rows="last")], budget.of(view.entered, rounding="floor"), view)
-
-    def _step(self, layer: int, budget: Budget, view: View, state: State) -> tuple[Reduce, State]:
-        return Reduce(self.cut(view, layer, budget)), state
+    def cut(self, view: View, row: LMAttention, budget: Budget) -> Reduction:
+        """The map of the cut before the layer whose attention row is given."""
+        return top_k(view[row], budget.of(view.n_lm), view)

@@ -1,6 +1,6 @@
-"""VisionZip: keep the dominant tokens of the vision encoder, and merge the others into a few contextual ones.
+"""VisionZip (arXiv 2412.04467): keep the dominant tokens of the vision encoder, and merge the others into contextual ones.
 
-Source: arXiv 2412.04467. Looks at: the [CLS] row and the keys of the feature block. Cost: O(V · C · D_head).
+Looks at: the [CLS] row and the keys of the feature block. Cost: O(V · C · D_head).
 
 A tile gives D dominant tokens ([CLS] itself and the D − 1 patches that it attends to) and C contextual ones: evenly
 spaced leftovers, to each of which the mean of those leftovers is added whose keys are most similar to its own. The sum
@@ -11,36 +11,36 @@ Departs from the paper: nothing. Departs from the released code: the budget is t
 tiles and never above its content tokens; `dominant` and `contextual` as ints are counts of one tile, as published.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from winnow.core.budget import Budget, split_evenly
-from winnow.core.errors import WinnowError
-from winnow.core.layout import CLS, Layout
-from winnow.core.method import Method
-from winnow.core.reduction import Reduction
-from winnow.core.registry import register
-from winnow.core.signal import VisionAttention, VisionKeys
-from winnow.core.step import Reduce, State
-from winnow.core.view import View
+from winnow.contract import (
+    CLS,
+    Between,
+    Budget,
+    Layout,
+    Method,
+    Reduction,
+    View,
+    VisionAttention,
+    VisionKeys,
+    WinnowError,
+    comparable,
+    count_broken,
+    ranked,
+    register,
+    split_evenly,
+)  # fmt: skip
 from winnow.parts.cosine import product, unit
-from winnow.parts.select import comparable, count_broken, ranked
-from winnow.parts.settings import one_of, share, whole
-
-CLS_ROW, KEYS = VisionAttention(), VisionKeys()
 
 
-@register("visionzip", family="A", stages=("connector",), kind="training-free", arxiv="2412.04467")
-@dataclass(frozen=True)
+@register("visionzip")
 class VisionZip(Method):
     """Keep the tokens that [CLS] attends to, and merge the rest into contextual tokens.
 
@@ -52,34 +52,31 @@ class VisionZip(Method):
     """
 
     keep: Budget = Budget(64)
-    contextual: int | float = 10 / 64
-    dominant: int | None = None
-    merge: str = "sum"
+    contextual: Annotated[float, Between(0)] = 10 / 64
+    dominant: Annotated[int, Between(1)] | None = None
+    merge: Literal["sum", "mean"] = "sum"
+    row: VisionAttention = VisionAttention()
+    keys: VisionKeys = VisionKeys()
 
     at = "features"
+    separators = "drop"
+    identity = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, "merge", ("sum", "mean"))
-        if self.dominant is None:
-            share(self, "contextual", most=0.99, also=", or together with dominant an int")
-        else:
-            whole(self, "dominant", self.dominant, least=1)
-            whole(self, "contextual", self.contextual)
+        if (self.contextual >= 1) if self.dominant is None else not isinstance(self.contextual, int):
+            raise WinnowError(
+                f"visionzip: contextual={self.contextual!r}; allowed: a number from 0 to 0.99, or together with "
+                "dominant an int."
+            )
 
-    def signals(self) -> tuple[VisionAttention, VisionKeys]:
-        return CLS_ROW, KEYS
-
-    def _run(self, view: View, state: State) -> tuple[Reduce, State]:
-        return Reduce(self.reduce(view), separators="drop"), state
-
-    def counts(self, patches: tuple[int, ...], entry: int) -> tuple[tuple[int, int], ...]:
+    def counts(self, patches: tuple[int, ...], n_visual: int) -> tuple[tuple[int, int], ...]:
         """Dominant ([CLS] included) and contextual tokens of each tile."""
         if self.dominant is None:
-            total, part = self.keep.of(entry), float(self.contextual)
+            total, part = self.keep.of(n_visual), float(self.contextual)
         else:
             each = self.dominant + self.contextual
-            total, part = min(entry, int(each) * len(patches)), self.contextual / each
+            total, part = min(n_visual, int(each) * len(patches)), self.contextual / each
         split = split_evenly(total, [p + 1 for p in patches])
         contextual = [min(max(0, n - 1), int(n * part + 0.5)) for n in split]
         return tuple((n - c, c) for n, c in zip(split, contextual, strict=True))
@@ -90,9 +87,9 @@ class VisionZip(Method):
             raise WinnowError(
                 f"visionzip needs all {view.layout.n} tokens of the tower, got {view.n}: put it first at features."
             )
-        counts = self.counts(tuple(len(patches) for _, patches in tower.tiles), view.entry)
-        scores = comparable(view[CLS_ROW], view).split([len(patches) for _, patches in tower.tiles], dim=1)
-        keys, broken = unit(view[KEYS])
+        counts = self.counts(tuple(len(patches) for _, patches in tower.tiles), view.n_visual)
+        scores = comparable(view[self.row], view).split([len(patches) for _, patches in tower.tiles], dim=1)
+        keys, broken = unit(view[self.keys])
         count_broken(broken, view)
         cluster = torch.full((view.b, view.n), -1, device=view.tokens.device)
         dominant, targets, rows = [], [], sum(d for d, _ in counts)

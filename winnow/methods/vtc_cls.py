@@ -1,7 +1,7 @@
-"""VTC-CLS: keep the patches that [CLS] attends to in several vision blocks: what only a middle block sees stays.
+"""VTC-CLS (arXiv 2412.05819): keep the patches that [CLS] attends to in several vision blocks, from the middle on.
 
-Source: arXiv 2412.05819. Looks at: one attention row of each vision block from the middle to the feature block.
-Cost: O(V · D) for each block, O(V log V) to sort.
+Looks at: one attention row of each vision block from the middle to the feature block. Cost: O(V · D) for each block,
+O(V log V) to sort.
 
 Departs from the paper: nothing known; `start` has no published default, half of the tower's depth is taken here. With
 `start` at the feature block it selects what FasterVLM selects.
@@ -9,32 +9,17 @@ Departs from the released code: any batch size, rows instead of whole attention 
 with tiles the budget of the item is split equally over them (the code knows single tiles only).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from functools import reduce
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from winnow.core.budget import Budget
-from winnow.core.errors import WinnowError
-from winnow.core.info import ModelInfo
-from winnow.core.method import Method
-from winnow.core.reduction import Reduction
-from winnow.core.registry import register
-from winnow.core.signal import VisionAttention, block_index
-from winnow.core.step import Step
-from winnow.core.view import View
-from winnow.parts.settings import one_of, whole
-from winnow.parts.tiles import top_k_per_tile
+from winnow.contract import Budget, Method, ModelInfo, View, VisionAttention, WinnowError, block_index, register
 
-_COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+_COMBINE = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 
-@register("vtc-cls", family="A", stages=("connector",), kind="training-free", arxiv="2412.05819")
-@dataclass(frozen=True)
+@register("vtc-cls")
 class VtcCls(Method):
     """Keep the patches that [CLS] attends to, summed over the upper vision blocks.
 
@@ -48,25 +33,16 @@ class VtcCls(Method):
     keep: Budget = Budget(64)
     start: int | None = None
     layers: tuple[int, ...] | None = None
-    combine: str = "sum"
+    combine: Literal["sum", "max", "min"] = "sum"
 
-    identity: ClassVar[dict[str, Any] | None] = {"keep": "100%"}
+    per_tile = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, "combine", tuple(_COMBINE))
-        if self.start is not None:
-            whole(self, "start", self.start, least=None)
-        if self.layers is not None:
-            if self.start is not None or not isinstance(self.layers, tuple) or not self.layers:
-                raise WinnowError(f"vtc-cls: layers={self.layers!r}; allowed: a list of vision blocks, without start.")
-            for layer in self.layers:
-                whole(self, "layers", layer, least=None)
+        if self.layers is not None and self.start is not None:
+            raise WinnowError(f"vtc-cls: layers={self.layers!r}; allowed: a list of vision blocks, without start.")
 
-    def signals(self) -> tuple[VisionAttention, ...]:
-        return tuple(VisionAttention(layer) for layer in self.layers or ("feature",))
-
-    def steps(self, info: ModelInfo) -> tuple[Step, ...]:
+    def resolve(self, info: ModelInfo) -> "VtcCls":
         depth, tower = info.vision_depth, f"vtc-cls: the vision tower of {info.model}"
         blocks = [block_index(layer, depth, tower) for layer in self.layers or ()]
         if self.layers is None:
@@ -75,10 +51,10 @@ class VtcCls(Method):
             if start > last:
                 raise WinnowError(f"vtc-cls: start={self.start} lies after the feature block, which is block {last}.")
             blocks = list(range(start, last + 1))
-        return super(VtcCls, replace(self, start=None, layers=tuple(blocks))).steps(info)
+        return VtcCls(self.keep, None, tuple(blocks), self.combine)
 
-    def reduce(self, view: View) -> Reduction:
-        score, *others = [view[row] for row in self.signals()]
-        for row in others:
-            score = _COMBINE[self.combine](score, row)
-        return top_k_per_tile(score, self.keep.of(view), view)
+    def signals(self) -> tuple[VisionAttention, ...]:
+        return tuple(VisionAttention(layer) for layer in self.layers or ("feature",))  # type: ignore[arg-type]
+
+    def score(self, view: View):
+        return reduce(_COMBINE[self.combine], (view[row] for row in self.signals()))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import importlib.metadata
+from typing import Any, TypeVar
 
 from torch import nn
 
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.models.family import Family
-from winnow.models.supported import check_version
+from winnow.models.supported_versions import check_version
 
 FAMILIES = {
     "llava": "winnow.models.llava:Llava",
@@ -40,11 +41,43 @@ def family_of(model: Any) -> Family:
             "this version compresses models on one."
         )
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in FAMILIES or not hasattr(model, "lm_head"):
+    family = _class_of(kind)
+    if family is None or not hasattr(model, "lm_head"):
         raise UnsupportedError(
             f"{type(model).__name__} (model_type {kind!r}) is not supported; supported are the "
-            f"ForConditionalGeneration classes of {', '.join(FAMILIES)}. "
-            "A family is one short file in winnow/models: see CONTRIBUTING.md."
+            f"ForConditionalGeneration classes of {', '.join(supported())}. "
+            "A family is one short file: see the page 'Add a model family' of the documentation."
         )
-    module, _, name = FAMILIES[kind].partition(":")
-    return getattr(importlib.import_module(module), name)()
+    return family()
+
+
+_registered: dict[str, type[Family]] = {}
+F = TypeVar("F", bound=type[Family])
+
+
+def register_family(cls: F) -> F:
+    """Register an adapter from outside the package, for each of its `model_types`; also as a decorator.
+
+    A distribution can offer it under the entry point group `winnow.families` instead.
+    """
+    for kind in cls.model_types:
+        other = _registered.get(kind)
+        if kind in FAMILIES or (other is not None and other.__qualname__ != cls.__qualname__):
+            raise WinnowError(f"The model type {kind!r} has an adapter already; choose another.")
+        _registered[kind] = cls
+    return cls
+
+
+def supported() -> tuple[str, ...]:
+    """Model types with an adapter: built-in ones, and those registered from outside."""
+    return tuple(sorted({*FAMILIES, *_registered}))
+
+
+def _class_of(kind: str | None) -> type[Family] | None:
+    if kind in FAMILIES:
+        module, _, name = FAMILIES[kind].partition(":")
+        return getattr(importlib.import_module(module), name)
+    if kind not in _registered:
+        for point in importlib.metadata.entry_points(group="winnow.families"):
+            point.load()
+    return _registered.get(kind)  # type: ignore[arg-type]

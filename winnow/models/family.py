@@ -1,9 +1,7 @@
 """Family: what the engine must know about a model family, declared. One short file for each family derives this."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,39 +10,22 @@ from torch import Tensor, nn
 from winnow.core.errors import UnsupportedError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
-from winnow.models.supported import RANGE
+from winnow.models.supported_versions import RANGE
 
 
-@dataclass
+@dataclass(eq=False)
 class Encoding:
-    """One call of the encoder: what was encoded, and what taps and hooks saw of it.
+    """One call of the encoder, as adapters see it.
 
     Attributes:
         modality: image or video.
         inputs: the keyword arguments of the encoder call (sizes and grids are needed for layouts).
-        lengths: tokens of each item in the LM's sequence.
-        layouts: of each item in the LM's sequence.
-        heard: for each tapped block, the per-call results of the signals asked of it.
-        features: `[tiles, N, C]` the tower's tokens at the feature layer, [CLS] included, when a step asked for them.
-        expected: tiles and tokens that the projector would have got.
-        towers: layouts of the items as the tower gave them, when a step acted at `features`.
-        rows: rows of each item, when such a step replaced its tokens.
-        separators: whether the items keep their separators.
-        notes: what steps at `features` recorded.
+        lengths: tokens of each item in the LM's sequence, once the encoder has run.
     """
 
     modality: str
     inputs: Mapping[str, Any]
-    plan: Any = None
     lengths: tuple[int, ...] = ()
-    layouts: tuple[Layout, ...] = ()
-    heard: dict[Any, list[Tensor]] = field(default_factory=dict)
-    features: Tensor | None = None
-    expected: tuple[int, int] = (0, 0)
-    towers: tuple[Layout, ...] = ()
-    rows: list[Any] | None = None
-    separators: str = "keep"
-    notes: dict[str, Any] = field(default_factory=dict)
 
 
 class Family:
@@ -88,12 +69,20 @@ class Family:
         """Content tokens that each item will have in the LM. Needed for `features`."""
         raise NotImplementedError
 
-    def cells(self, model: Any, encoding: Encoding, heard: Sequence[Tensor]) -> Tensor:
-        """Join what a block's calls gave, `[calls][tiles, N, …]`, into a row for each cell of the tower's output."""
+    def features(self, model: Any, encoding: Encoding, output: Any) -> Tensor:
+        """`[tiles, N, C]` what the tower gives the projector, [CLS] included, from the tower's output."""
+        raise NotImplementedError
+
+    def cells(self, model: Any, encoding: Encoding, values: Sequence[Tensor]) -> Tensor:
+        """Join what a module's calls gave, `[calls][tiles, N, …]`, into a row for each cell of the tower's output."""
         raise NotImplementedError
 
     def cell_starts(self, model: Any, encoding: Encoding) -> tuple[int, ...]:
         """The first cell of each item in the rows that `cells` returns."""
+        raise NotImplementedError
+
+    def patches(self, model: Any, encoding: Encoding) -> Tensor:
+        """`[cells, …]` the pixel values behind each cell, as the encoder is given them."""
         raise NotImplementedError
 
 

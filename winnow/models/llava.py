@@ -1,10 +1,9 @@
 """LLaVA: one square picture, one grid; a CLIP tower with [CLS] or a SigLIP tower without."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from winnow.core.errors import UnsupportedError
@@ -49,8 +48,20 @@ class Llava(Family):
             )
         return (layout,) * len(encoding.lengths)
 
-    def cells(self, model: Any, encoding: Encoding, heard: Sequence[Tensor]) -> Tensor:
-        return join_tiles(heard)
+    def features(self, model: Any, encoding: Encoding, output: Any) -> Tensor:
+        layer = encoding.inputs.get("vision_feature_layer")
+        return output.hidden_states[model.config.vision_feature_layer if layer is None else layer]
+
+    def cells(self, model: Any, encoding: Encoding, values: Sequence[Tensor]) -> Tensor:
+        return join_tiles(values)
+
+    def patches(self, model: Any, encoding: Encoding) -> Tensor:
+        pixels, size = self.tiles(model, encoding), model.config.vision_config.patch_size
+        return torch.nn.functional.unfold(pixels.float(), size, stride=size).transpose(1, 2).flatten(0, 1)
+
+    def tiles(self, model: Any, encoding: Encoding) -> Tensor:
+        """`[tiles, 3, H, W]` the pixels of all items."""
+        return encoding.inputs["pixel_values"]
 
     def tile_counts(self, model: Any, encoding: Encoding, tiles: int) -> tuple[int, ...]:
         return (1,) * tiles

@@ -1,7 +1,5 @@
 """LLaVA-NeXT: a thumbnail and a mosaic of tiles, unpadded, with a newline after each mosaic row."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
@@ -34,6 +32,13 @@ class LlavaNext(Llava):
             int(image_size_to_num_patches([h, w], config.image_grid_pinpoints, config.vision_config.image_size))
             for h, w in self.sizes(encoding)
         )
+
+    def tiles(self, model: Any, encoding: Encoding) -> torch.Tensor:
+        pixels = encoding.inputs["pixel_values"]
+        if pixels.ndim == 4:
+            return pixels
+        counts = self.tile_counts(model, encoding, 0)  # the batch is padded to the largest number of tiles
+        return torch.cat([own[:n] for own, n in zip(pixels, counts, strict=True)])
 
     def layouts(self, model: Any, encoding: Encoding) -> tuple[Layout, ...]:
         found = self.lm_layouts(model, encoding)
@@ -85,6 +90,8 @@ def _layout(order: tuple[int, ...], side: int, mosaic: tuple[int, int], tiles: i
         return Layout.of(("llava_next", side, 1), [thumbnail, separators(len(rest))])
     cells = rest[rest != NEWLINE]
     rows = int((rest == NEWLINE).sum())
+    if len(cells) == 0:  # a strip: unpadding leaves no row or no column of the mosaic, and newlines at most
+        return Layout.of(("llava_next", side, mosaic, rows, 0), [thumbnail, separators(rows)])
     cols = len(cells) // rows
     crop = grid_rows(rows, cols, grid=1, tile=cells // (side * side), cell=cells, newline=True)
     return Layout.of(("llava_next", side, mosaic, rows, cols, int(cells[0])), [thumbnail, crop])

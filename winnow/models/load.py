@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,11 +17,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.models.families import FAMILIES
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 def quiet() -> None:
-    """Nothing of transformers on the terminal but its errors."""
+    """Nothing of transformers or the Hub's client on the terminal but their errors."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -37,7 +41,7 @@ def load(
     Args:
         model: an id of the Hugging Face Hub or a local folder; None is the bundled reference model.
         device: default: the first GPU, or the CPU where there is none.
-        dtype: for example "bfloat16"; default: as the checkpoint says.
+        dtype: float32, bfloat16, float16 or float64; default: as the checkpoint says.
         trust_remote_code: run Python code that comes with the checkpoint. Without it, such a checkpoint is refused.
 
     Raises:
@@ -59,6 +63,7 @@ def load(
             f"{name} is a checkpoint of type {settings.get('model_type')!r}, which is not a vision-language model that "
             f"transformers {transformers.__version__} knows; winnow works on {_supported()}."
         )
+    _refuse_dtype(name, settings, precision)
     _refuse_pickle(name)
     built, report = _attempt(
         f"The weights of {name} could not be loaded",
@@ -153,18 +158,32 @@ def device_of(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError):
-        found = None
-    if found is None or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+        usable = torch.ones(1, device=found).item() == 1  # "meta" and devices that torch was not built for fail here
+    except Exception:
+        usable = False
+    if not usable:
         raise WinnowError(f"device={device!r} is not on this machine; give cpu, or cuda where there is a GPU.")
     return found
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype or "auto"
-    if found == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point):
-        return found
-    raise WinnowError(f"dtype={dtype!r}; allowed: auto, float32, bfloat16, float16.")
+    """A dtype in which a whole model can run, or "auto"."""
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        return "auto"
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(found, torch.dtype) and found in DTYPES):
+        raise WinnowError(f"dtype={dtype!r}; allowed: auto, {_DTYPE_NAMES}.")
+    return found
+
+
+def _refuse_dtype(name: str, settings: dict[str, Any], precision: str | torch.dtype) -> None:
+    """`auto` takes the dtype of config.json, which can be one that no model runs in."""
+    said = settings.get("dtype") or settings.get("torch_dtype")
+    if precision == "auto" and said is not None and getattr(torch, str(said), None) not in DTYPES:
+        raise WinnowError(
+            f"The checkpoint {name} says dtype {said!r} in config.json, in which no model runs; "
+            f"say in which to load it (dtype=, --dtype): {_DTYPE_NAMES}."
+        )
 
 
 def _supported() -> str:

@@ -1,7 +1,5 @@
 """Qwen2.5-VL: any resolution, 2 × 2 patches to a token, 3-D positions, windows in most blocks, no [CLS]."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,18 +57,23 @@ class Qwen25VL(Family):
         merge = model.config.vision_config.spatial_merge_size
         return tuple(Layout.grid(h // merge, w // merge, t) for t, h, w in self.grids(encoding).tolist())
 
-    def cells(self, model: Any, encoding: Encoding, heard: Sequence[Tensor]) -> Tensor:
+    def cells(self, model: Any, encoding: Encoding, values: Sequence[Tensor]) -> Tensor:
+        """Blocks give a row for each patch, the merger one for each unit of 2 × 2; both in the order of windows."""
         vision = model.config.vision_config
         unit = vision.spatial_merge_size**2
-        patches = torch.cat([h.flatten(0, 1) for h in heard])
-        units = patches.unflatten(0, (-1, unit)).mean(1)
+        rows = torch.cat([x.flatten(0, 1) for x in values])
         order, _ = get_vision_window_index(
             self.grids(encoding),
             spatial_merge_size=vision.spatial_merge_size,
             window_size=vision.window_size,
             patch_size=vision.patch_size,
         )
+        units = rows if rows.shape[0] == len(order) else rows.unflatten(0, (-1, unit)).mean(1)
         return units[torch.argsort(order).to(units.device)]
+
+    def patches(self, model: Any, encoding: Encoding) -> Tensor:
+        name = "pixel_values" if encoding.modality == "image" else "pixel_values_videos"
+        return encoding.inputs[name].unflatten(0, (-1, model.config.vision_config.spatial_merge_size**2)).flatten(1)
 
     def cell_starts(self, model: Any, encoding: Encoding) -> tuple[int, ...]:
         starts, at = [], 0

@@ -1,7 +1,5 @@
 """Cosine similarity, item by item: a batched product need not give the bits that its items give alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

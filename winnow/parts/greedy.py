@@ -1,7 +1,5 @@
 """Greedy choice of dissimilar tokens: farthest-first (max–min, k-center) and max-sum."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 import torch

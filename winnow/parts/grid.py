@@ -1,7 +1,5 @@
 """Neighbours on the grid of a layout."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import numpy as np

@@ -1,13 +1,13 @@
-"""Taps: seeing the queries and keys of one attention module, with its outputs left bit for bit as they were.
+"""Taps: seeing the queries, keys and values of one attention module, with its outputs left bit for bit as they were.
 
-One attention module gets a shallow copy of its configuration that names an attention function of ours; it shows the
-queries and keys (after position embedding) to a listener and then calls the implementation that the module had. The
-model's own configuration is not touched, so masks and all other layers are as before.
+A tapped module gets a stand-in for its configuration. It shares every setting with the configuration that it stands
+for, now and later, and differs in one thing: the name of the attention implementation, while equal to the model's,
+leads transformers' table of attention functions to a function of ours. That one shows what it is given to a listener
+and calls the implementation that the model has at this moment. Masks and all other modules are as before.
 """
 
-from __future__ import annotations
-
 import copy
+import functools
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-IMPLEMENTATION = "winnow_tap"
-Listener = Callable[[nn.Module, Tensor, Tensor], None]
+from winnow.core.errors import UnsupportedError
+
+Listener = Callable[[nn.Module, Tensor, Tensor, Tensor], None]
 
 
 class Stop(Exception):
@@ -27,60 +28,116 @@ class Stop(Exception):
 probed: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("winnow_probed", default=None)
 
 
-class _Wire:
-    """What a tapped configuration carries. Copies and pickles of it are dead wires: a copied model is a plain model."""
+class TappedName(str):
+    """The name of an attention implementation: equal to the plain one, and another key in a table of functions."""
 
-    def __init__(self, base: str = "eager", listener: Listener | None = None) -> None:
-        self.base = base
-        self.listener = listener
+    __slots__ = ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Wire:
-        return _Wire(self.base)
+    def __hash__(self) -> int:
+        return hash(("winnow tap", str.__str__(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other)  # type: ignore[return-value]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Wire, (self.base,)
+        return str, (str(self),)
+
+
+@functools.cache
+def _tapped_name(plain: str) -> TappedName:
+    name = TappedName(plain)
+    ALL_ATTENTION_FUNCTIONS.register(name, _tapped_attention)
+    return name
+
+
+def _plain(config: Any) -> Any:
+    """What a copy or a pickle of a stand-in is: the configuration that it stands for."""
+    return config
+
+
+class _StandIn:
+    """Mixed into the class of a configuration. Copies and pickles are the plain configuration."""
+
+    __slots__ = ("_winnow_listener", "_winnow_plain")
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        name = self._winnow_plain._attn_implementation  # type: ignore[attr-defined]
+        return name if name is None else _tapped_name(str(name))
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        self._winnow_plain._attn_implementation = value  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._winnow_plain, memo)  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _plain, (self._winnow_plain,)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _stand_in_class(kind: type) -> type:
+    return type(f"Tapped{kind.__name__}", (_StandIn, kind), {"__module__": __name__})
+
+
+def _stand_in(plain: Any, listener: Listener | None) -> Any:
+    kind = _stand_in_class(type(plain))
+    made = kind.__new__(kind)
+    made.__dict__ = plain.__dict__  # every setting is shared
+    _StandIn._winnow_plain.__set__(made, plain)  # type: ignore[attr-defined]
+    _StandIn._winnow_listener.__set__(made, listener)  # type: ignore[attr-defined]
+    return made
 
 
 def _tapped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    wire: _Wire = module.config._winnow_wire
+    config = module.config
     box = probed.get()
     if box is not None:
         box.append((query, key))
         raise Stop
-    if wire.listener is not None:
-        wire.listener(module, query, key)
+    if config._winnow_listener is not None:
+        config._winnow_listener(module, query, key, value)
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(wire.base, eager)(module, query, key, value, *args, **kwargs)
-
-
-ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _tapped_attention)
+    plain = config._winnow_plain._attn_implementation
+    return ALL_ATTENTION_FUNCTIONS.get_interface(plain, eager)(module, query, key, value, *args, **kwargs)
 
 
 class Tap:
-    """Shows the queries `[b, H, N, d]` and keys `[b, G, N, d]` of one attention module until it is removed."""
+    """Shows the queries `[b, H, N, d]`, keys and values `[b, G, N, d]` of one attention module until it is removed."""
 
-    def __init__(self, module: Any, listener: Listener) -> None:
+    def __init__(self, module: Any, listener: Listener | None = None) -> None:
+        if not hasattr(getattr(module, "config", None), "_attn_implementation"):
+            raise UnsupportedError(
+                f"{type(module).__name__} does not choose its attention by its configuration, so its queries and keys "
+                "cannot be seen; use a method that does not look at attention there."
+            )
         self.module = module
         self.plain: Any = module.config
-        tapped = copy.copy(self.plain)
-        tapped._attn_implementation_internal = IMPLEMENTATION
-        tapped._winnow_wire = _Wire(self.plain._attn_implementation, listener)
-        module.config = tapped
+        module.config = _stand_in(self.plain, listener)
 
     def remove(self) -> None:
         self.module.config = self.plain
 
 
-def probe(attention: nn.Module, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """Queries and keys that a tapped attention module would use on these inputs; it stops before it attends."""
+def probe(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Queries and keys that a tapped attention module would use in this call; it stops before it attends."""
     box: list[tuple[Tensor, Tensor]] = []
     token = probed.set(box)
     try:
-        attention(**inputs)
+        call(*args, **kwargs)
     except Stop:
         pass
     finally:
         probed.reset(token)
+    if not box:
+        raise UnsupportedError(
+            f"{getattr(call, '__qualname__', call)} did not attend through transformers' attention functions, so it "
+            "cannot be probed; use a method that does not look at attention there."
+        )
     return box[0]
 
 

@@ -1,7 +1,5 @@
 """Selection with the budget of an item split equally over its tiles (crops and thumbnail), to the exact total."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import numpy as np
@@ -12,8 +10,8 @@ from torch import Tensor
 from winnow.core.budget import split_evenly
 from winnow.core.layout import Layout
 from winnow.core.reduction import Reduction
+from winnow.core.select import comparable, ranked, top_k
 from winnow.core.view import View
-from winnow.parts.select import comparable, ranked, top_k
 
 
 @lru_cache(maxsize=256)

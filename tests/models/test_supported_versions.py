@@ -6,13 +6,13 @@ import pytest
 import transformers
 
 from winnow.core.errors import UnsupportedError
-from winnow.models import supported
-from winnow.models.supported import accept, check_version, is_untested, trying
+from winnow.models import supported_versions
+from winnow.models.supported_versions import accept, check_version, is_untested, trying
 
 
 @pytest.fixture(autouse=True)
 def nothing_accepted(monkeypatch):
-    monkeypatch.setattr(supported, "_accepted", set())
+    monkeypatch.setattr(supported_versions, "_accepted", set())
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Selection by score: the same tokens on every device, whatever the ties and the broken values."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor

@@ -1,0 +1,90 @@
+"""All names that the author of a method or of a signal needs, from one import.
+
+from winnow.contract import Budget, Method, View, VisionAttention, register
+"""
+
+from winnow.core.budget import Budget, split_evenly
+from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.info import ModelInfo
+from winnow.core.layout import CLS, CONTENT, PAD, REGISTER, SEPARATOR, Layout
+from winnow.core.method import Method
+from winnow.core.point import Point
+from winnow.core.reduction import Reduction
+from winnow.core.registry import register
+from winnow.core.select import comparable, count_broken, ranked, top_k
+from winnow.core.settings import Between, Block, Count, Layer, Share
+from winnow.core.signal import Signal, Site, block_index
+from winnow.core.step import (
+    Action,
+    Attend,
+    Emit,
+    Keep,
+    KVReduce,
+    Reduce,
+    Repose,
+    Route,
+    State,
+    Step,
+)
+from winnow.core.tiles import in_thumbnail, n_tiles, quotas, rank_in_tile, tile_of, top_k_per_tile
+from winnow.core.view import View
+from winnow.signals.language import LayerModules, LMAttention, LMAttentionInputs, LMAttentionMass, LMSignal
+from winnow.signals.vision import HiddenStates, Pixels, TowerAttention, VisionAttention, VisionKeys, VisionSignal
+
+__all__ = [
+    "CLS",
+    "CONTENT",
+    "PAD",
+    "REGISTER",
+    "SEPARATOR",
+    "Action",
+    "Attend",
+    "Between",
+    "Block",
+    "Budget",
+    "Count",
+    "Emit",
+    "HiddenStates",
+    "KVReduce",
+    "Keep",
+    "LMAttention",
+    "LMAttentionInputs",
+    "LMAttentionMass",
+    "LMSignal",
+    "Layer",
+    "LayerModules",
+    "Layout",
+    "Method",
+    "ModelInfo",
+    "Pixels",
+    "Point",
+    "Reduce",
+    "Reduction",
+    "Repose",
+    "Route",
+    "Share",
+    "Signal",
+    "Site",
+    "State",
+    "Step",
+    "TowerAttention",
+    "UnsupportedError",
+    "View",
+    "VisionAttention",
+    "VisionKeys",
+    "VisionSignal",
+    "WinnowError",
+    "block_index",
+    "comparable",
+    "count_broken",
+    "in_thumbnail",
+    "n_tiles",
+    "quotas",
+    "rank_in_tile",
+    "ranked",
+    "register",
+    "split_evenly",
+    "tile_of",
+    "top_k",
+    "top_k_per_tile",
+]

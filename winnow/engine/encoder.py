@@ -1,0 +1,259 @@
+"""The encoder pass: from pixels to what the language model is given, with steps at `features` on the way."""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.layout import CONTENT, Layout
+from winnow.core.ledger import ItemLedger
+from winnow.core.reduction import Reduction
+from winnow.core.signal import Signal, Site
+from winnow.engine.bound_model import BoundModel
+from winnow.engine.encoding import EncoderRecord, Reading, mark
+from winnow.engine.item_tokens import TowerTokens
+from winnow.engine.request import Request
+from winnow.engine.runner import StepRunner
+from winnow.signals.tap import scaling_of
+from winnow.signals.vision import HiddenStates, Pixels, TowerAttention
+
+
+class EncoderMethod:
+    """Stands in for `base.get_image_features` on one model: notes what is encoded, and calls the original.
+
+    Args:
+        open_request: the request that is running in this context, or a new one.
+        base, name: the method.
+        modality: what it encodes.
+
+    A copy or a pickle of the model gets the plain method back.
+    """
+
+    def __init__(self, open_request: Callable[[], Any], base: nn.Module, name: str, modality: str) -> None:
+        self.open_request, self.base, self.name, self.modality = open_request, base, name, modality
+        self.plain = getattr(base, name)
+        functools.update_wrapper(self, self.plain)
+        self._eager = torch.compiler.disable(self._encode)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Hooks and context variables are not traced: the encoder runs eagerly inside compiled code.
+        return (self._eager if torch.compiler.is_compiling() else self._encode)(*args, **kwargs)
+
+    def _encode(self, *args: Any, **kwargs: Any) -> Any:
+        with self.open_request() as request:
+            if request is None:
+                return self.plain(*args, **kwargs)
+            given = inspect.signature(self.plain).bind_partial(*args, **kwargs).arguments
+            record = EncoderRecord(self.modality, {**given, **given.pop("kwargs", {})}, plan=request.plan)
+            request.encoding = record
+            try:
+                with request.clock.phase("encoder"):
+                    output = self.plain(*args, **kwargs)
+            finally:
+                request.encoding = None
+            return finish(request, record, output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return plain_method(memo.get(id(self.base), self.base), self.name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return plain_method, (self.base, self.name)
+
+
+def plain_method(base: nn.Module, name: str) -> Any:
+    """The method of the class, bound to this object."""
+    return types.MethodType(getattr(type(base), name), base)
+
+
+def finish(request: Request, record: EncoderRecord, output: Any) -> Any:
+    """The encoder's output with its record; rows that steps at `features` made stand where they belong."""
+    pooled = getattr(output, "pooler_output", None)
+    if pooled is None:
+        if request.plan.plan.methods:
+            raise WinnowError(
+                "the encoder of a compressed model was called for a tuple (return_dict=False), which cannot say what "
+                "was kept; call it with return_dict=True, or inside handle.using('full')."
+            )
+        return output
+    record.lengths = tuple(x.reshape(-1, x.shape[-1]).shape[0] for x in pooled)
+    record.layouts = request.bound.family.layouts(request.bound.model, record)
+    if record.items:
+        settle(record)
+    if record.reduced:
+        placed = [
+            _placed(x, item, layout) for x, item, layout in zip(pooled, record.items, record.layouts, strict=True)
+        ]
+        output.pooler_output = torch.stack(placed) if isinstance(pooled, Tensor) else type(pooled)(placed)
+    record.times = request.clock.times
+    record.tower_output = None
+    request.encodings[record.modality] = record
+    return mark(output, record)
+
+
+def read(request: Request, site: Site, seen: Any) -> None:
+    """Let the signals of a site read what passes there."""
+    record = request.encoding
+    wanted = request.plan.listeners.get(site, ())
+    if record is None or not wanted:
+        return
+    prefix = getattr(seen, "prefix", 0)
+    with torch.no_grad(), request.clock.phase("select"):
+        for signal in wanted:
+            value = signal.read(seen)
+            reading = record.readings.setdefault(signal, Reading())
+            shown = seen.q.shape[2] if isinstance(seen, TowerAttention) else seen.before.shape[1]
+            reading.prefix = prefix if value.shape[1] == shown else 0
+            reading.calls.append(value)
+
+
+def tower_attention(bound: BoundModel, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> TowerAttention:
+    """What a tapped tower block shows."""
+    return TowerAttention(q, k, v, scaling_of(module, q), int(bound.info.has_cls))
+
+
+def read_hidden(bound: BoundModel, request: Request, index: int, before: Tensor, after: Tensor) -> None:
+    """What goes into a tower block and comes out of it."""
+    read(request, Site("vision", index, "hidden"), HiddenStates(before, after, int(bound.info.has_cls)))
+
+
+def lm_signal(bound: BoundModel, record: EncoderRecord, number: int, signal: Signal) -> Tensor:
+    """`[V, …]` a signal of the encoder for the content tokens of an item, in their order in the LM's sequence."""
+    cells = _cells(bound, record, signal)
+    layout = record.layouts[number]
+    start = bound.family.cell_starts(bound.model, record)[number]
+    index = torch.from_numpy(start + layout.cell[layout.kind == CONTENT]).to(cells.device)
+    return cells[index]
+
+
+def _cells(bound: BoundModel, record: EncoderRecord, signal: Signal) -> Tensor:
+    """`[cells, …]` joined once for all items."""
+    if signal.site(bound.info).stack == "pixels" and signal not in record.readings:
+        patches = bound.family.patches(bound.model, record)
+        record.readings[signal] = Reading([signal.read(Pixels(patches))[None]])
+    reading = record.calls_of(signal)
+    joined = getattr(reading, "joined", None)
+    if joined is None:
+        calls = [x[:, reading.prefix :] for x in reading.calls]
+        pixels = signal.site(bound.info).stack == "pixels"
+        joined = calls[0][0] if pixels else bound.family.cells(bound.model, record, calls)
+        reading.joined = joined  # type: ignore[attr-defined]
+    return joined
+
+
+def run_features(request: Request) -> Tensor | None:
+    """Steps at `features`: before the projector, replace each item's tower tokens by the rows that are kept.
+
+    Returns:
+        `[1, ΣM, C]` rows of all items, which the projector maps instead; None if no step changed anything.
+    """
+    record, bound = request.encoding, request.bound
+    if record is None or not request.plan.features:
+        return None
+    if record.tower_output is None:
+        raise UnsupportedError(
+            f"the tower of {bound.info.model} did not run before its projector, so there is nothing to reduce at features."
+        )
+    with request.clock.phase("select"):
+        record.items = _tower_items(bound, record)
+        runner = StepRunner(request.plan, record.notes.update, request.train)
+        for number, step in request.plan.features:
+            for item in record.items:
+                for signal in step.needs:
+                    item.signals.setdefault(signal, _of_tower(bound, record, item, signal))
+            for change in runner.run(number, step, record.items, lambda group: torch.stack([i.rows for i in group])):
+                _apply(change.item, change.reduction, change.rows, change.separators)  # type: ignore[arg-type]
+    if not record.reduced:
+        return None
+    return torch.cat([item.rows for item in record.items])[None]
+
+
+def _apply(item: TowerTokens, reduction: Reduction, rows: Tensor | None, separators: bool) -> None:
+    item.rows = item.rows[reduction.anchors] if rows is None else rows
+    item.in_place = item.in_place and reduction.is_selection and reduction.ordered
+    item.separators = item.separators and separators
+    item.reduced = True
+    if not item.in_place and item.count > item.n_visual:
+        raise UnsupportedError(
+            f"{item.count} rows are kept of an item that has {item.n_visual} tokens in the language model."
+        )
+
+
+def _tower_items(bound: BoundModel, record: EncoderRecord) -> list[TowerTokens]:
+    features = bound.family.features(bound.model, record, record.tower_output)
+    counts = bound.family.tile_counts(bound.model, record, features.shape[0])
+    layouts = bound.family.tower_layouts(bound.model, record, counts)
+    entries = bound.family.entries(bound.model, record, counts)
+    items, start = [], 0
+    for number, tiles in enumerate(counts):
+        rows = features[start : start + tiles].flatten(0, 1)
+        ids = torch.arange(rows.shape[0], device=rows.device)
+        ledger = ItemLedger(-1, record.modality, layouts[number], entries[number])
+        item = TowerTokens(-1, number, layouts[number], ids, entries[number], ledger, rows=rows)
+        item.tiles = slice(start, start + tiles)  # type: ignore[attr-defined]
+        items.append(item)
+        start += tiles
+    return items
+
+
+def _of_tower(bound: BoundModel, record: EncoderRecord, item: TowerTokens, signal: Signal) -> Tensor:
+    """A signal of the encoder for the tokens of one item at the tower's side, as its tiles gave them."""
+    if signal.site(bound.info).stack == "pixels":
+        cells = int((item.layout.kind == CONTENT).sum())
+        start = sum(int((other.layout.kind == CONTENT).sum()) for other in record.items[: item.number])
+        return _cells(bound, record, signal)[start : start + cells]
+    return torch.cat(record.calls_of(signal).calls)[item.tiles].flatten(0, 1)  # type: ignore[attr-defined]
+
+
+def take_projected(record: EncoderRecord, projected: Tensor) -> Tensor:
+    """After the projector: each item gets its rows back; the model goes on with the shape that it expects."""
+    parts = projected[0].split([item.count for item in record.items])
+    for item, part in zip(record.items, parts, strict=True):
+        item.rows = part
+    tiles, tokens = record.projected_shape
+    return projected.new_zeros(1, 1, 1).expand(tiles, tokens, projected.shape[-1])
+
+
+def settle(record: EncoderRecord) -> None:
+    """Bring the items from the tower's coordinates to those of the LM's sequence.
+
+    Selected patches go back to their own places; those that unpadding removed have none and leave. Rows in an order of
+    their own take the item's first places, at the position of their representative ([CLS]: of the item's first token).
+    """
+    for item, layout in zip(record.items, record.layouts, strict=True):
+        content = torch.from_numpy(_content_of(item.layout, layout)).to(item.ids.device)  # tower token → content id
+        item.record.to_content(content, layout)
+        ids = content[item.ids]
+        if item.in_place:
+            order = ids.argsort(stable=True)[int((ids < 0).sum()) :]
+            placed = Reduction.select(order, item.count)
+            item.follow(placed)
+            if record.reduced:
+                item.rows = item.rows[order]
+            if item.reduced:
+                item.record.reductions.append(("features", "layout", placed))
+            ids = ids[order]
+        item.ids, item.layout = ids.clamp_min(0), layout
+
+
+def _content_of(tower: Layout, layout: Layout) -> np.ndarray:
+    """`[n]` the content id, in the LM's sequence, of each token of the tower; −1 for those that are not there."""
+    content = np.full(int(tower.cell.max()) + 1, -1)
+    content[layout.cell[layout.kind == CONTENT]] = np.arange(layout.n_content)
+    return np.where(tower.cell >= 0, content[np.clip(tower.cell, 0, None)], -1)
+
+
+def places(item: TowerTokens) -> Tensor:
+    """`[m]` the content places in which an item's rows stand: their own, or the item's first ones."""
+    return item.ids if item.in_place else torch.arange(item.count, device=item.ids.device)
+
+
+def _placed(given: Tensor, item: TowerTokens, layout: Layout) -> Tensor:
+    """An item's features with its rows in their places; nothing reads what stands elsewhere."""
+    content = torch.from_numpy(layout.content).to(given.device)
+    return given.index_copy(0, content[places(item)], item.rows.to(given.dtype))

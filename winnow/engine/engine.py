@@ -1,0 +1,381 @@
+"""Engine: a plan attached to a model, by hooks on the model's own seams and nothing global."""
+
+import contextlib
+import functools
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from winnow.core.errors import UnsupportedError, WinnowError, WinnowWarning
+from winnow.core.plan import Plan
+from winnow.core.signal import Site
+from winnow.engine import encoder
+from winnow.engine.bound_model import BoundModel
+from winnow.engine.bound_plan import BoundPlan
+from winnow.engine.cache import state_of
+from winnow.engine.clock import Clock
+from winnow.engine.encoding import record_of
+from winnow.engine.forward import encodings_of, positions_of_later_turn, start_lm
+from winnow.engine.hooks import ForwardMethod, Hook
+from winnow.engine.ledgers import write_ledger
+from winnow.engine.request import Attachment, Ledgers, Override, Request, current
+from winnow.engine.versions import cache_of
+from winnow.engine.watch import LayerWatch
+from winnow.models.family import Family
+from winnow.signals.tap import Tap
+from winnow.signals.vision import HiddenStates
+
+_attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_attached_lock = threading.Lock()
+
+# What `handle.using` says in this context, for each attachment.
+overrides: ContextVar[Mapping[int, Override]] = ContextVar("winnow_overrides", default=MappingProxyType({}))
+
+
+class Engine:
+    """A model with a plan attached. What belongs to a request lives in its `Request` and on its cache, never here."""
+
+    def __init__(self, model: Any, family: Family, plan: Plan, suffix: tuple[int, ...] | None = None) -> None:
+        self.bound = BoundModel.of(model, family)
+        self.attachment = Attachment(self.bound)
+        self.suffix = suffix
+        self.timing = False
+        self.train = False
+        self.ledgers = Ledgers()
+        self._running: dict[int, str] = {}
+        self._lock = threading.RLock()
+        self._plans: dict[tuple[Any, ...], BoundPlan] = {}
+        self._removers: list[Callable[[], None]] = []
+        self._tapped: set[Site] = set()
+        self._hooked_from: int | None = None
+        self._forward: ForwardMethod | None = None
+        self.default = self.bind(plan)
+
+    @property
+    def attached(self) -> bool:
+        return self.attachment.attached
+
+    def bind(self, plan: Plan) -> BoundPlan:
+        """The plan, checked for this model, with its taps in place."""
+        with self._lock:
+            # Two classes may share a slug and settings (a variant that is tried): the key alone does not tell.
+            key = (plan.key, *map(type, plan.methods))
+            if key not in self._plans:
+                dtype = next(self.bound.lm.parameters()).dtype
+                self._plans[key] = BoundPlan.of(plan, self.bound.info, self.bound.device, dtype)
+            made = self._plans[key]
+            if made.reads_question and self.suffix is None:
+                self._warn_of_the_template(made)
+            if self.attached:
+                self._listen(made)
+            return made
+
+    def _warn_of_the_template(self, plan: BoundPlan) -> None:
+        self.suffix = ()  # once
+        warnings.warn(
+            f"{plan.plan} reads the question, and without a processor the words that a chat template puts behind it "
+            "(as in 'ASSISTANT:') count as part of it. Pass processor= to winnow.compress, or spans= to handle.using.",
+            WinnowWarning,
+            stacklevel=4,
+        )
+
+    @property
+    def override(self) -> Override | None:
+        return overrides.get().get(id(self.attachment))
+
+    def active(self) -> BoundPlan:
+        """The plan of this context: its override, else the model-wide one."""
+        override = self.override
+        return self.default if override is None else override.plan
+
+    def attach(self) -> None:
+        model = self.bound.model
+        with _attached_lock:
+            if model in _attached:
+                raise WinnowError(
+                    "this model is compressed already: call detach() on its handle first, or use handle.using(plan)."
+                )
+            _attached.add(model)
+        self.attachment.attached = True
+        try:
+            self._install()
+            self._listen(self.default)
+        except BaseException:
+            self._remove()
+            raise
+
+    def detach(self) -> None:
+        """Put everything back. A second call does nothing."""
+        if not self.attached:
+            return
+        if self._running:
+            busy = ", ".join(self._running.values())
+            raise WinnowError(f"cannot detach: a request is running in {busy}; wait for it, then detach.")
+        self._remove()
+
+    def _remove(self) -> None:
+        self.attachment.attached = False
+        while self._removers:
+            self._removers.pop()()
+        self._tapped.clear()
+        self._hooked_from = None
+        with _attached_lock:
+            _attached.discard(self.bound.model)
+
+    def _install(self) -> None:
+        bound = self.bound
+        for name, modality, _ in bound.family.encoders:
+            setattr(bound.base, name, encoder.EncoderMethod(self._encoding, bound.base, name, modality))
+            self._removers.append(functools.partial(bound.base.__dict__.pop, name, None))
+        self._forward = ForwardMethod(self._run_forward, bound.base)
+        bound.base.forward = self._forward
+        self._removers.append(self._forward.remove)
+        self._hook(bound.base.register_forward_pre_hook(Hook(self._check_forward)))
+        self._hook(bound.lm.register_forward_pre_hook(Hook(self._enter_lm), with_kwargs=True))
+        # First in line, so that hooks that record outputs see what the caller will see.
+        self._hook(bound.lm.register_forward_hook(Hook(self._leave_lm), with_kwargs=True, prepend=True))
+        self._hook(bound.tower.register_forward_hook(Hook(self._leave_tower)))
+        self._hook(bound.projector.register_forward_pre_hook(Hook(self._enter_projector)))
+        self._hook(bound.projector.register_forward_hook(Hook(self._leave_projector)))
+
+    def _hook(self, handle: Any) -> None:
+        self._removers.append(handle.remove)
+
+    def _listen(self, plan: BoundPlan) -> None:
+        """Taps and hooks that a plan needs; they stay until detach."""
+        for site in plan.listeners:
+            if site not in self._tapped:
+                self._tapped.add(site)
+                self._removers.append(self._listener(site))
+        for layer in plan.probed:
+            if Site("lm", layer) not in self._tapped:
+                self._tapped.add(Site("lm", layer))
+                self._removers.append(self._listener(Site("lm", layer)))
+        if plan.first_layer is not None:
+            self._hook_layers(plan.first_layer)
+
+    def _listener(self, site: Site) -> Callable[[], None]:
+        """What shows a site to its signals, and how to remove it."""
+        bound = self.bound
+        match site.stack, site.shows:
+            case "vision", "attention":
+                module = getattr(bound.blocks[site.index], bound.family.attention)
+                return Tap(module, functools.partial(self._see_tower, site)).remove
+            case "vision", "hidden":
+                watch = functools.partial(self._see_block, site)
+                return bound.blocks[site.index].register_forward_hook(Hook(watch), with_kwargs=True).remove
+            case "lm", "attention":
+                return Tap(bound.attention_of(site.index), functools.partial(self._see_lm, site.index)).remove
+            case "lm", "hidden":
+                return LayerWatch(bound.layers[site.index], self._lm_pass, site.index).remove
+            case _:
+                return _nothing  # pixels and the projector are seen anyway
+
+    def _hook_layers(self, first: int) -> None:
+        """Layers from `first` on may hold fewer tokens than the LM was entered with; those before need no hook."""
+        last = len(self.bound.layers) if self._hooked_from is None else self._hooked_from
+        for index in range(first, last):
+            enter = functools.partial(self._enter_layer, index)
+            self._hook(self.bound.layers[index].register_forward_pre_hook(Hook(enter), with_kwargs=True))
+        self._hooked_from = min(first, last)
+
+    @contextlib.contextmanager
+    def _encoding(self) -> Iterator[Request | None]:
+        """The request that an encoder call belongs to: `generate` encodes before its first forward."""
+        request = current.get()
+        if not self.attached:
+            yield None
+        elif request is not None and request.bound is self.bound:
+            yield request
+        else:
+            with self._opened(self._request(Clock(self.timing))) as request:
+                yield request
+
+    def _request(self, clock: Clock) -> Request:
+        override = self.override
+        spans = None if override is None else override.spans
+        return Request(self.bound, self.attachment, self.active(), spans, self.suffix, clock, train=self.train)
+
+    @contextlib.contextmanager
+    def _opened(self, request: Request) -> Iterator[Request]:
+        me, name = threading.get_ident(), threading.current_thread().name
+        outer = self._running.get(me)
+        self._running[me] = name
+        token = current.set(request)
+        try:
+            yield request
+        finally:
+            current.reset(token)
+            if outer is None:
+                self._running.pop(me, None)
+
+    def _check_forward(self, module: nn.Module, args: Any) -> None:
+        if self._forward is not None and not self._forward.reached_by(module.__dict__.get("forward")):
+            raise UnsupportedError(
+                f"the forward of {type(module).__name__} was replaced while the model was compressed, so the plan would "
+                "not hold; call detach() on its handle, replace it, and compress again."
+            )
+
+    def _run_forward(self, plain: Callable[..., Any], called: dict[str, Any]) -> Any:
+        """One forward of the base model."""
+        if not self.attached:
+            return plain(**called)  # detached, but still under somebody's wrapper
+        cache = cache_of(called)
+        state, held = state_of(cache), cache is not None and cache.get_seq_length() > 0
+        if state is not None and state.attachment.bound.model is self.bound.model:
+            state.attachment = self.attachment  # detached and compressed again in between
+        request = self._request(Clock(self.timing, self._times(called, held)))
+        request.encodings = encodings_of(called, request.plan)
+        if state is not None and self.bound.info.mrope:
+            called = {**called, "position_ids": positions_of_later_turn(state, called)}
+        request.called = called
+        with self._opened(request):
+            try:
+                with request.clock.phase("decode" if held else "prefill"):
+                    output = plain(**called)
+                if request.ledger is not None:
+                    self.ledgers.add(request.ledger)
+                return output
+            finally:
+                if request.lm is not None:
+                    request.lm.close()
+
+    def _times(self, called: dict[str, Any], held: bool) -> dict[str, float] | None:
+        """Where the times of this forward are summed: with its encoder's, or with its prefill's."""
+        if not self.timing:
+            return None
+        ledger = self.ledgers.here
+        if held and ledger is not None:
+            return ledger.times
+        times: dict[str, float] = {}
+        for output in (called.get("mm_encoder_outputs") or {}).values():
+            record = record_of(output)
+            for name, spent in (record.times if record is not None else {}).items():
+                times[name] = times.get(name, 0.0) + spent
+        return times
+
+    def _mine(self) -> Request | None:
+        """The request that is running in this context on this model; parts called alone have none."""
+        request = current.get()
+        return request if request is not None and request.bound is self.bound else None
+
+    def _lm_pass(self) -> Any:
+        request = self._mine()
+        return None if request is None else request.lm
+
+    def _enter_lm(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        request = self._mine()
+        if request is None or kwargs.get("inputs_embeds") is None:
+            return None
+        request.lm = start_lm(request, kwargs)
+        if request.lm is None:
+            return None
+        state = request.lm.state
+        if state is not None and state.layers:
+            differs = next((i for i, past in sorted(state.layers.items()) if past is not state.layers.get(0)), None)
+            if differs is not None and (self._hooked_from is None or differs < self._hooked_from):
+                with self._lock:
+                    self._hook_layers(differs)  # the cache was reduced under another plan
+        if "flash" in (module.config._attn_implementation or "") and self._hooked_from != 0:  # type: ignore[union-attr, operator]
+            with self._lock:
+                self._hook_layers(0)
+        changed = request.lm.enter(kwargs)
+        return None if changed is None else (args, changed)
+
+    def _leave_lm(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Give outputs their logical length back, and write the ledger."""
+        request = self._mine()
+        if request is None:
+            return None
+        lm, request.lm = request.lm, None
+        if lm is None:
+            request.ledger = write_ledger(request, None, kwargs) or request.ledger
+            return None
+        if isinstance(output, tuple):
+            cache = next((x for x in output if hasattr(x, "get_seq_length")), None)
+            output = (lm.leave(output[0], cache), *output[1:])
+        else:
+            output["last_hidden_state"] = lm.leave(output.last_hidden_state, cache_of(dict(output.items())))
+            states = getattr(output, "hidden_states", None)
+            if states is not None and lm.tokens.touched:
+                output["hidden_states"] = lm.logical_states(states)
+        request.ledger = write_ledger(request, lm, kwargs) or request.ledger
+        return output
+
+    def _enter_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a layer. Hidden states stay positional: hooks that record them read the first argument."""
+        lm = self._lm_pass()
+        if lm is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rest = kwargs if args else {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        changed = lm.layer(index, hidden, rest)
+        return None if changed is None else ((changed[0], *args[1:]), changed[1])
+
+    def _see_tower(self, site: Site, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> None:
+        request = self._mine()
+        if request is not None:
+            encoder.read(request, site, encoder.tower_attention(self.bound, module, q, k, v))
+
+    def _see_block(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        request = self._mine()
+        if request is not None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            encoder.read(request, site, HiddenStates(before, after, int(self.bound.info.has_cls)))
+
+    def _see_lm(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> None:
+        lm = self._lm_pass()
+        if lm is not None:
+            lm.attention(layer, module, q, k)
+
+    def _leave_tower(self, module: nn.Module, args: Any, output: Any) -> None:
+        request = self._mine()
+        if request is not None and request.encoding is not None and request.plan.features:
+            request.encoding.tower_output = output
+
+    def _enter_projector(self, module: nn.Module, args: Any) -> Any:
+        request = self._mine()
+        if request is None or request.encoding is None:
+            return None
+        rows = None
+        if request.plan.features:
+            request.encoding.projected_shape = tuple(args[0].shape[:2])
+            rows = encoder.run_features(request)
+        request.clock.start("projector")
+        return None if rows is None else (rows, *args[1:])
+
+    def _leave_projector(self, module: nn.Module, args: Any, output: Tensor) -> Any:
+        request = self._mine()
+        if request is None or request.encoding is None:
+            return None
+        request.clock.stop()
+        site = Site("projector", 0, "hidden")
+        if request.encoding.reduced:
+            if request.plan.listeners.get(site):
+                raise UnsupportedError("a signal of the projector cannot be read where a step reduces at features.")
+            return encoder.take_projected(request.encoding, output)
+        if request.plan.listeners.get(site):
+            shaped = [x[None] if x.ndim == 2 else x for x in (args[0], output)]
+            encoder.read(request, site, HiddenStates(*shaped))
+        return None
+
+    def parameters(self) -> dict[str, nn.Module]:
+        """What the methods of the default plan built, under names that a file can hold."""
+        methods = self.default.plan.methods
+        return {f"{number}:{methods[number].slug}": module for number, module in self.default.modules.items()}
+
+    def set_training(self, on: bool) -> None:
+        self.train = on
+        for module in self.default.modules.values():
+            module.train(on)
+
+
+def _nothing() -> None:
+    pass

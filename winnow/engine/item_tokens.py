@@ -1,0 +1,169 @@
+"""ItemTokens: the tokens of one item (a picture, a video) on their way through the tower or the language model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.layout import CONTENT, Layout
+from winnow.core.ledger import ItemLedger
+from winnow.core.reduction import Reduction
+from winnow.core.signal import Signal
+from winnow.core.step import State
+
+
+@dataclass(eq=False)
+class ItemTokens:
+    """What the step runner must know of an item.
+
+    Attributes:
+        row: its sample in the batch.
+        number: its place in the encoder call.
+        layout: of its tokens at this side: the tower's, or as they stand in the LM's sequence.
+        ids: `[n]` which token of the layout each one is; a merged one: its representative.
+        n_visual: content tokens in the LM's sequence, the denominator of budgets.
+        record: its ledger.
+        n_lm: content tokens with which it entered the LM, once it has.
+        states: number of a method → what it remembers of the item.
+        signals: what was read for it, in the coordinates of the tokens of now.
+    """
+
+    row: int
+    number: int
+    layout: Layout
+    ids: Int[Tensor, " n"]
+    n_visual: int
+    record: ItemLedger
+    n_lm: int = 0
+    states: dict[int, State] = field(default_factory=dict)
+    signals: dict[Signal, Tensor] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return self.ids.shape[0]
+
+    def follow(self, reduction: Reduction) -> None:
+        """Ids, states and signals after a reduction of this item, whoever asked for it."""
+        self.ids = self.ids[reduction.anchors]
+        self.states = {number: carried(state, reduction) for number, state in self.states.items()}
+        self.signals = {signal: signal.carry(value, reduction) for signal, value in self.signals.items()}
+
+
+@dataclass(eq=False)
+class TowerTokens(ItemTokens):
+    """An item at `features`.
+
+    Attributes:
+        rows: `[n, C]` its tokens before the projector, `[n, D]` behind it.
+        in_place: whether they are tokens of the tower in their own order.
+        separators: whether its newlines stay.
+        reduced: whether any step changed something.
+    """
+
+    rows: Tensor = field(default_factory=lambda: torch.empty(0))
+    in_place: bool = True
+    separators: bool = True
+    reduced: bool = False
+
+    def follow(self, reduction: Reduction) -> None:
+        """At the tower's side signals are those of all tokens that it gave, and are read anew for each step."""
+        self.signals = {}
+        super().follow(reduction)
+
+
+@dataclass(eq=False)
+class LMTokens(ItemTokens):
+    """An item in the LM's sequence.
+
+    Attributes:
+        start: where its first placeholder stands in its row.
+        slots: `[n]` slots of its content tokens.
+        separator_slots: `[s]` slots of its separators.
+    """
+
+    start: int = 0
+    slots: Int[Tensor, " n"] = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    separator_slots: Int[Tensor, " s"] = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+
+def carried(state: State, reduction: Reduction) -> State:
+    """What a method remembers of one item after a reduction, its own or another's.
+
+    Per-token fields go with the representatives; summed fields add up over the sources that feed an output.
+    """
+
+    def take(x: Tensor) -> Tensor:
+        return x[:, reduction.anchors]
+
+    def add(x: Tensor) -> Tensor:
+        feeds = (reduction.to_matrix() != 0).to(x.dtype)
+        return (feeds @ x.flatten(2) if x.ndim > 2 else x @ feeds.T).reshape(x.shape[0], reduction.m, *x.shape[2:])
+
+    return State(
+        {k: take(v) for k, v in state.token.items()},
+        state.item,
+        state.request,
+        {k: add(v) for k, v in state.summed.items()},
+    )
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where an item's placeholders stand.
+
+    Attributes:
+        row: sample in the batch.
+        number: of the item in its encoder call.
+        where: `[n]` logical positions, on the host.
+    """
+
+    row: int
+    number: int
+    where: Int[Tensor, " n"]
+
+
+def find_spans(
+    ids: Int[Tensor, "b s"], placeholder: int, lengths: Sequence[int], modality: str
+) -> tuple[list[Span], list[int]]:
+    """The items of one modality in a batch of token ids (on the CPU), and where the last one ends in each row.
+
+    `generate` may have repeated each row k times (beams, several returned sequences); the encoded items then belong
+    to the unrepeated rows.
+
+    Args:
+        lengths: encoded tokens of each item.
+    """
+    rows, total, encoded = ids.shape[0], int((ids == placeholder).sum()), sum(lengths)
+    repeats, rest = divmod(total, encoded) if encoded else (1, total)
+    if rest or repeats == 0 or rows % repeats:
+        raise UnsupportedError(
+            f"the prompt holds {total} {modality} placeholders for {encoded} encoded tokens. "
+            "Either the prompt and the pictures do not match, or the prompt is prefilled in chunks, "
+            "which compression does not support."
+        )
+    spans: list[Span] = []
+    ends = [0] * rows
+    number = 0
+    for original in range(rows // repeats):
+        first = number
+        for row in range(original * repeats, (original + 1) * repeats):
+            number, at = first, 0
+            where = (ids[row] == placeholder).nonzero()[:, 0]
+            while at < len(where):
+                length = lengths[number]
+                if at + length > len(where):
+                    raise WinnowError(
+                        f"row {row} ends inside {modality} {number}: {len(where) - at} of {length} placeholders."
+                    )
+                spans.append(Span(row, number, where[at : at + length]))
+                number, at = number + 1, at + length
+            ends[row] = int(where[-1]) + 1 if len(where) else 0
+    return spans, ends
+
+
+def content_mask(layout: Layout) -> Tensor:
+    """`[n]` which tokens of a layout are content."""
+    return torch.from_numpy(layout.kind == CONTENT)

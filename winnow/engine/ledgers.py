@@ -1,0 +1,74 @@
+"""Writing the ledger of a request, after its prefill."""
+
+from typing import Any
+
+from winnow.core.ledger import Ledger
+from winnow.engine.flops import kv_bytes_per_token, lm_flops
+from winnow.engine.lm_pass import LMPass
+from winnow.engine.packed import row_mask
+from winnow.engine.request import Request
+
+
+def write_ledger(request: Request, lm: LMPass | None, arguments: dict[str, Any]) -> Ledger | None:
+    """What happened to this request; None where its ledger stands already (a decoded token, a turn on its cache).
+
+    Counts are known on the host; indices stay where they are.
+
+    Args:
+        lm: the pass, where there was something to do.
+        arguments: of the language model.
+    """
+    if lm is None or not lm.items:
+        cache = arguments.get(request.bound.cache_name)
+        embeds = arguments["inputs_embeds"]
+        rows, length = embeds.shape[:2]
+        if lm is not None or (cache is not None and cache.get_seq_length() > length):
+            return None
+        return _in_full(request, arguments, rows, length)
+    for item in lm.items:
+        item.record.ids = item.ids
+    depth = len(request.bound.layers)
+    layers = tuple(lm.packing_at(index).sizes for index in range(depth))
+    sizes = lm.tokens.initial.sizes
+    ledger = _ledger(request, sizes, layers, lm.notes)
+    ledger.items = tuple(item.record for item in lm.items)
+    if lm.cache is not None:
+        held = lm.cache.layers
+        ledger.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
+        each = kv_bytes_per_token(request.bound.lm.config, held[0].keys.element_size())
+        ledger.kv_bytes_full = len(sizes) * (lm.before + lm.tokens.initial.logical) * len(held) * each
+    return ledger
+
+
+def _ledger(
+    request: Request, sizes: tuple[int, ...], layers: tuple[tuple[int, ...], ...], notes: dict[str, Any]
+) -> Ledger:
+    config, plan = request.bound.lm.config, request.plan
+    return Ledger(
+        plan=plan.plan.key,
+        positions=plan.plan.positions,
+        resolved=plan.resolved.key,
+        logical=sizes,
+        layer_tokens=layers,
+        flops=lm_flops(config, layers),
+        flops_full=lm_flops(config, (sizes,) * len(layers)),
+        times=request.clock.times,
+        notes=notes,
+    )
+
+
+def _in_full(request: Request, arguments: dict[str, Any], rows: int, length: int) -> Ledger:
+    """A request without items: everything was read, and the ledger says why."""
+    given = arguments.get("attention_mask")
+    two_d = given if getattr(given, "ndim", 0) == 2 else None
+    _, sizes, *_ = row_mask(two_d, rows, length, arguments["inputs_embeds"].device)
+    ids = request.called.get("input_ids")
+    words = {m: int((ids == t).sum()) for m, t in request.bound.token_ids.items()} if ids is not None else {}
+    left = [f"{count} {modality} placeholders" for modality, count in words.items() if count]
+    if ids is None:
+        reason = "only inputs_embeds were given: pictures in them cannot be told from text, and were read in full"
+    elif left:
+        reason = f"the prompt holds {' and '.join(left)}, but no pixels came with it: they were read as words"
+    else:
+        reason = "no picture came with the request"
+    return _ledger(request, sizes, (sizes,) * len(request.bound.layers), {"read_in_full": reason})

@@ -1,0 +1,400 @@
+"""The LM pass: one forward of the language model under a plan, be it a prefill, a later turn, or one decoded token.
+
+What enters the LM is shortened where it enters; what a step drops deeper in is dropped before its layer. The model
+makes masks and rotary embeddings itself wherever it is given the shortened tokens; only layers that hold fewer tokens
+than the LM was entered with get their own.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from winnow.core.errors import UnsupportedError
+from winnow.core.ledger import ItemLedger
+from winnow.core.packing import Packing
+from winnow.core.signal import Signal, Site
+from winnow.engine.cache import CacheState, Past, check_cache, state_of, tag
+from winnow.engine.encoder import lm_signal, places
+from winnow.engine.encoding import EncoderRecord
+from winnow.engine.item_tokens import LMTokens, Span, content_mask
+from winnow.engine.packed import PackedSequence, packed_segments, row_mask
+from winnow.engine.probing import probe_layer
+from winnow.engine.request import Request
+from winnow.engine.runner import Change, StepRunner
+from winnow.signals.language import LMAttentionInputs, TextSpans
+from winnow.signals.tap import scaling_of
+
+
+class LMPass:
+    """See the module.
+
+    Args:
+        request: to which it belongs.
+        arguments: the keyword arguments of the language model.
+        spans: where items stand, with their encoder records.
+        questions, ends: per row, the span of the question and where the last item ends.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        arguments: dict[str, Any],
+        spans: Iterable[tuple[Span, EncoderRecord]] = (),
+        questions: list[tuple[int, int]] | None = None,
+        ends: list[int] | None = None,
+    ) -> None:
+        self.request, self.bound, self.plan = request, request.bound, request.plan
+        self.questions, self.ends = questions or [], ends or []
+        embeds = arguments["inputs_embeds"]
+        rows, length = embeds.shape[:2]
+        self.cache = arguments.get(self.bound.cache_name)
+        self.state: CacheState | None = state_of(self.cache)
+        self.before = 0 if self.cache is None else self.cache.get_seq_length()
+        given = arguments.get("attention_mask")
+        mask, sizes, right, self._host_mask = row_mask(given, rows, length, embeds.device)
+        # What the cache holds of layers that were never reduced is known from the caller's mask alone.
+        self.caller_past = given[:, : self.before].bool() if given is not None and self.before else None
+        keeps_cache = arguments.get("use_cache")
+        keeps_cache = self.bound.lm.config.use_cache if keeps_cache is None else keeps_cache
+        alone = given is None and self.cache is None and not keeps_cache
+        segments = packed_segments(arguments.get("position_ids"), self.bound.lm.config) if alone else None
+        self._check_segments(segments)
+        self.tokens = PackedSequence(
+            Packing.of(mask, sizes, right),
+            self.bound.lm,
+            positions=arguments.get("position_ids"),
+            before=self.before,
+            compact=self.plan.plan.positions == "compact",
+            segments=segments,
+            has_cache=self.cache is not None or bool(keeps_cache),
+        )
+        self.notes: dict[str, Any] = {}
+        self.packings: list[tuple[int, Packing]] = [(0, self.tokens.packing)]
+        self.items = [self._item(span, record, mask) for span, record in spans]
+        self.runner = StepRunner(self.plan, self.note, request.train)
+        self._lm_past: Past | None = None
+        if self.state is not None:
+            self.state.inside = True
+
+    def _check_segments(self, segments: Tensor | None) -> None:
+        if segments is None:
+            return
+        if self.plan.reads_text:
+            raise UnsupportedError(
+                f"{self.plan.plan} looks at the question, and rows that hold several samples (positions that start "
+                "again) have several; use a method that looks at pictures only, or pad the samples into a batch."
+            )
+        if self.plan.plan.positions == "compact":
+            raise UnsupportedError(
+                "positions=compact is not defined for rows that hold several samples; use positions=keep."
+            )
+
+    def note(self, notes: dict[str, Any]) -> None:
+        """Take what a step recorded: counts add up."""
+        for name, value in notes.items():
+            known = self.notes.get(name)
+            adds = known is not None and isinstance(value, int | Tensor) and not isinstance(value, bool)
+            self.notes[name] = known + value if adds else value
+
+    def _item(self, span: Span, record: EncoderRecord, mask: Tensor) -> LMTokens:
+        layout = record.layouts[span.number]
+        content = content_mask(layout)
+        slots, separators = span.where[content].to(mask.device), span.where[~content].to(mask.device)
+        ids = torch.arange(layout.n_content, device=mask.device)
+        if self._host_mask is not None and not bool(self._host_mask[span.row, span.where].all()):
+            # Tokens that the caller's mask hides are not there: they are no candidates, and nobody reads them.
+            if record.reduced:
+                raise UnsupportedError(
+                    "the attention_mask hides tokens of a picture that was reduced at features; unmask them, or use a "
+                    "method that acts at projected."
+                )
+            seen = mask[span.row, slots]
+            slots, ids = slots[seen], ids[seen]
+            separators = separators[mask[span.row, separators]]
+        ledger = ItemLedger(span.row, record.modality, layout, layout.n_content)
+        item = LMTokens(
+            span.row, span.number, layout, ids, layout.n_content, ledger,
+            start=int(span.where[0]), slots=slots, separator_slots=separators,
+        )  # fmt: skip
+        if record.items:
+            tower = record.items[span.number]
+            item.states = dict(tower.states)
+            ledger.reductions += tower.record.reductions
+        item.encoded = record  # type: ignore[attr-defined]
+        return item
+
+    def enter(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        """Before the LM: place reduced features, run steps at `projected`; None: the LM goes on as it was called."""
+        hidden = arguments["inputs_embeds"]
+        hidden = self._place_features(hidden)
+        self._load_signals()
+        with self.request.clock.phase("select"):
+            for number, step in self.plan.projected if self.items else ():
+                hidden = self._run(number, step, hidden)
+        for item in self.items:
+            item.n_lm = item.count
+        tokens = self.tokens
+        tokens.enter_lm()
+        self.packings[0] = (0, tokens.packing)
+        past = self._lm_past = None if self.state is None else self.state.layers.get(0)
+        if not tokens.touched and past is None:
+            return None
+        held = self._held(0)
+        mask = tokens.lm_mask(hidden, self._past_mask(past), held)
+        return {
+            **arguments,
+            "inputs_embeds": hidden,
+            "attention_mask": mask,
+            "position_ids": tokens.position_ids(past),
+        }
+
+    def layer(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Any]] | None:
+        """Before LM layer `index`: run its steps, then give it what belongs to its slots; None: nothing to change."""
+        if self.cache is None:
+            self.cache = arguments.get(self.bound.cache_name)  # the LM makes one where the caller gave none
+        tokens = self.tokens
+        steps = self.plan.layers.get(index, ()) if self.items else ()
+        if steps:
+            with self.request.clock.phase("select"):
+                for number, step in steps:
+                    self._probe(index, step, hidden, arguments)
+                    hidden = self._run(number, step, hidden)
+            self.packings.append((index, tokens.packing))
+        past = None if self.state is None else self.state.layers.get(index)
+        flash = "flash" in (self.bound.lm.config._attn_implementation or "")
+        if tokens.packing is tokens.at_lm and past is self._lm_past:
+            if not flash or not (tokens.touched or past is not None):
+                return None
+            return hidden, {**arguments, "position_ids": None}
+        if self._nothing_to_mask(past, arguments):
+            return None
+        changed = {
+            **arguments,
+            "position_embeddings": tokens.embeddings(arguments["position_embeddings"], hidden, past),
+            "attention_mask": tokens.layer_mask(index, hidden, self._past_mask(past), self._held(index)),
+            # Flash attention would read gapped positions as packed samples; nothing else needs them here.
+            "position_ids": None,
+        }
+        return hidden, changed
+
+    def _nothing_to_mask(self, past: Past | None, arguments: dict[str, Any]) -> bool:
+        """A decoded token reads all that its layer holds, whatever that is: no mask, and its own position."""
+        plain = self.tokens.packing is self.tokens.at_lm and self.tokens.packing.width == 1 and not self.tokens.compact
+        return plain and arguments.get("attention_mask") is None and self._past_mask(past) is None
+
+    def attention(self, layer: int, module: nn.Module, q: Tensor, k: Tensor) -> None:
+        """A tapped LM layer shows its queries and keys; by now its cache holds the keys of this forward too."""
+        wanted = self.plan.listeners.get(Site("lm", layer), ())
+        if self.items and wanted:
+            with self.request.clock.phase("select"):
+                self._read(wanted, self._inputs(layer, module, q, k))
+
+    def hidden(self, layer: int, seen: Any) -> None:
+        """What an LM layer took in and gave."""
+        wanted = self.plan.listeners.get(Site("lm", layer, "hidden"), ())
+        if self.items and wanted:
+            with self.request.clock.phase("select"):
+                self._read(wanted, seen)
+
+    def _read(self, wanted: Iterable[Signal], seen: Any) -> None:
+        """Values of each slot, or of each row, become values of items."""
+        with torch.no_grad():
+            for signal in wanted:
+                values = signal.read(seen)
+                for item in self.items:
+                    own = values[item.row]
+                    item.signals[signal] = own[item.slots] if signal.per == "token" else own
+
+    def _inputs(self, layer: int, module: nn.Module, q: Tensor, k: Tensor) -> LMAttentionInputs:
+        past = None if self.state is None else self.state.layers.get(layer)
+        content = []
+        for row in range(len(self.tokens.packing.sizes)):
+            own = [item.slots for item in self.items if item.row == row and item.count]
+            content.append(torch.cat(own) if own else self.tokens.packing.source.new_zeros(0))
+        spans = TextSpans(self.questions, self.ends, content)
+        return LMAttentionInputs(q, k, scaling_of(module, q), self.tokens.packing, self._past_mask(past), spans)
+
+    def _probe(self, index: int, step: Any, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        """What a step wants of the layer that is about to run."""
+        wanted = [s for s in step.needs if s in self.plan.probed.get(index, ())]
+        if not wanted or not any(item.count for item in self.items):
+            return
+        past = None if self.state is None else self.state.layers.get(index)
+        with torch.no_grad():
+            embeddings = self.tokens.embeddings(arguments["position_embeddings"], hidden, past)
+            last = self.tokens.packing.last_slots() if all(s.last_row_only for s in wanted) else None
+            inputs = {**arguments, "position_embeddings": embeddings, "position_ids": None}
+            layer = self.bound.layers[index]
+            q, k = probe_layer(layer, hidden, inputs, self.cache, last)
+            self._read(wanted, self._inputs(index, layer.self_attn, q, k))
+
+    def _held(self, index: int) -> int:
+        """Slots that the cache of a layer holds before this forward."""
+        if self.cache is None or index >= len(self.cache.layers):
+            return 0
+        return self.cache.layers[index].get_seq_length()
+
+    def _past_mask(self, past: Past | None) -> Tensor | None:
+        return self.caller_past if past is None else past.mask
+
+    def _load_signals(self) -> None:
+        """What steps of the LM's side want of the encoder."""
+        if not self.items:
+            return
+        steps = [step for _, step in self.plan.projected]
+        steps += [step for own in self.plan.layers.values() for _, step in own]
+        for signal in {s for step in steps for s in step.needs if s.site(self.bound.info).stack != "lm"}:
+            for item in self.items:
+                value = lm_signal(self.bound, item.encoded, item.number, signal)  # type: ignore[attr-defined]
+                item.signals[signal] = value[item.ids]
+
+    def _run(self, number: int, step: Any, hidden: Tensor) -> Tensor:
+        def rows(group: list[LMTokens]) -> Tensor:
+            at = torch.tensor([item.row for item in group], device=hidden.device)
+            return hidden[at[:, None], torch.stack([item.slots for item in group])]
+
+        changes = self.runner.run(number, step, self.items, rows)
+        return self._apply(hidden, changes) if changes else hidden
+
+    def _apply(self, hidden: Tensor, changes: list[Change]) -> Tensor:
+        """Put new rows in the slots of their representatives, or in the item's first slots, and drop the others."""
+        kept = self.tokens.packing.mask.clone()
+        sizes = list(self.tokens.packing.sizes)
+        source = hidden
+        for change in changes:
+            item: LMTokens = change.item  # type: ignore[assignment]
+            reduction = change.reduction
+            was = item.slots
+            own = was[reduction.anchors]
+            unique = reduction.is_selection or reduction.anchor is not None
+            at = own.sort().values if unique else was[: reduction.m]
+            kept[item.row, was] = False
+            kept[item.row, at] = True
+            sizes[item.row] -= was.shape[0] - reduction.m
+            if not change.separators:
+                sizes[item.row] -= self._drop_separators(item, kept)
+            if change.rows is not None:
+                source = source.clone() if source is hidden else source
+                source[item.row, at] = change.rows.to(source.dtype)
+                self.tokens.place(item.row, at, own)
+            item.slots = at
+        return self._repack(source, kept, tuple(sizes))
+
+    @staticmethod
+    def _drop_separators(item: LMTokens, kept: Tensor) -> int:
+        """Remove an item's separators from `kept`; how many they were."""
+        count = item.separator_slots.shape[0]
+        kept[item.row, item.separator_slots] = False
+        item.separator_slots = item.separator_slots[:0]
+        return count
+
+    def _repack(self, hidden: Tensor, kept: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        if self.cache is not None and not self.tokens.touched:
+            self._tag()
+        hidden, arrivals = self.tokens.keep(hidden, kept, sizes)
+        for item in self.items:
+            item.slots = arrivals[item.row, item.slots]
+            item.separator_slots = arrivals[item.row, item.separator_slots]
+        return hidden
+
+    def _tag(self) -> None:
+        check_cache(self.cache)
+        self.state = tag(self.cache, self.request.attachment, self.before)
+        self.state.inside = True
+
+    def _place_features(self, hidden: Tensor) -> Tensor:
+        """Rows that steps at `features` made stand in their places already; what stands between them is dropped."""
+        reduced = [item for item in self.items if item.encoded.reduced]  # type: ignore[attr-defined]
+        if not reduced:
+            return hidden
+        kept, sizes = self.tokens.packing.mask.clone(), list(self.tokens.packing.sizes)
+        for item in reduced:
+            record = item.encoded  # type: ignore[attr-defined]
+            tower = record.items[item.number]
+            ids = tower.ids.to(item.slots.device)
+            at = item.slots[places(tower).to(item.slots.device)]
+            self.tokens.place(item.row, at, item.slots[ids])
+            kept[item.row, item.slots] = False
+            kept[item.row, at] = True
+            sizes[item.row] -= item.slots.shape[0] - ids.shape[0]
+            if not tower.separators or not ids.shape[0]:
+                sizes[item.row] -= self._drop_separators(item, kept)
+            item.slots, item.ids = at, ids
+        for record in {id(item.encoded): item.encoded for item in reduced}.values():  # type: ignore[attr-defined]
+            self.note(record.notes)
+        return self._repack(hidden, kept, tuple(sizes))
+
+    def leave(self, last: Tensor, cache: Any) -> Tensor:
+        """After the LM: outputs get their logical length back; the cache learns how long it is."""
+        self.cache = cache if self.cache is None else self.cache  # made by the LM, and returned with its output
+        if self.tokens.touched and self.state is None and self.cache is not None:
+            self._tag()
+        state = self.state
+        if state is not None:
+            state.inside = False
+            state.logical = self.before + self.tokens.initial.logical
+            if self.items:
+                state.prompt = self.before + max(self.ends)
+            self._remember_layers(state)
+            if self.bound.info.mrope:
+                self._remember_positions(state)
+        return self.tokens.to_logical(last, self.tokens.packing) if self.tokens.touched else last
+
+    def close(self) -> None:
+        """Also after an exception: the cache tells its logical length again."""
+        if self.state is not None:
+            self.state.inside = False
+
+    def _remember_layers(self, state: CacheState) -> None:
+        """What each layer's cache holds from now on."""
+        known: dict[Any, Past] = {}
+        for index in range(len(self.bound.layers)):
+            packing, past = self.packing_at(index), state.layers.get(index)
+            if past is None and packing is self.tokens.initial:
+                continue  # nothing was ever dropped: the caller's mask says it all
+            key = (id(packing), id(past))
+            if key not in known:
+                known[key] = self._next_past(packing, past, index)
+            state.layers[index] = known[key]
+
+    def _next_past(self, packing: Packing, past: Past | None, index: int) -> Past:
+        before = self._past_mask(past)
+        offset = torch.zeros(len(packing.sizes), dtype=torch.int64) if past is None else past.offset
+        if self.tokens.compact and packing is not self.tokens.initial:
+            gone = [a - b for a, b in zip(self.tokens.initial.sizes, packing.sizes, strict=True)]
+            offset = offset + torch.tensor(gone).to(offset.device)
+        mask = None
+        if before is not None or packing.padded:
+            if before is None:
+                held = self._held(index) - packing.width
+                before = torch.ones(len(packing.sizes), held, dtype=torch.bool, device=packing.mask.device)
+            mask = torch.cat([before.to(packing.mask.device), packing.mask], 1)
+        elif past is not None and offset is past.offset:
+            return past
+        return Past(mask, offset)
+
+    def _remember_positions(self, state: CacheState) -> None:
+        """With 3-D positions: how many real tokens each row has, and how far its positions run ahead of them."""
+        real = self.tokens.initial.mask.sum(1)
+        state.real = real if state.real is None else state.real + real
+        if self.items:
+            axes = self.tokens.positions
+            axes = axes[None] if axes.ndim == 2 else axes[-3:]
+            axes = axes.expand(-1, len(self.tokens.initial.sizes), -1)
+            last = axes.masked_fill(~self.tokens.initial.mask, 0).amax((0, 2))
+            state.rope_deltas = (last + 1 - state.real)[:, None]
+
+    def packing_at(self, layer: int) -> Packing:
+        """The packing with which an LM layer ran."""
+        return next(packing for first, packing in reversed(self.packings) if first <= layer)
+
+    def logical_states(self, states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Recorded hidden states at their logical length; those that were not asked for are None.
+
+        There is one for each layer, its output, or one more, the input of the first layer, before them.
+        """
+        first = len(states) - len(self.bound.layers)
+        packings = [self.packing_at(max(0, i - first)) for i in range(len(states))]
+        return tuple(h if h is None else self.tokens.to_logical(h, p) for h, p in zip(states, packings, strict=True))

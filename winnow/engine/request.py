@@ -1,0 +1,109 @@
+"""Request: everything that belongs to one forward of a compressed model, in the one context variable of the engine."""
+
+import asyncio
+import threading
+import weakref
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from winnow.core.ledger import Ledger
+from winnow.engine.bound_model import BoundModel
+from winnow.engine.bound_plan import BoundPlan
+from winnow.engine.clock import Clock
+from winnow.engine.encoding import EncoderRecord
+
+Spans = tuple[tuple[int, int], ...]
+
+
+@dataclass(eq=False)
+class Attachment:
+    """One attachment of plans to a model. Caches remember it: what it reduced must not go on without it."""
+
+    bound: BoundModel
+    attached: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Override:
+    """What `handle.using` says for one context."""
+
+    plan: BoundPlan
+    spans: Spans | None
+
+
+@dataclass(eq=False)
+class Request:
+    """One forward through the model, or one call of its encoder from outside a forward.
+
+    Attributes:
+        bound: the model.
+        attachment: that caches remember.
+        plan: that holds in this context.
+        spans: the caller's question spans, if there are any.
+        suffix: token ids that the chat template puts behind the question; None: unknown.
+        clock: of the request.
+        train: whether gradients flow through steps.
+        called: the arguments of the forward.
+        encodings: modality → what was encoded for this forward.
+        encoding: the encoder call that is running now.
+        lm: the pass through the language model that is running now.
+        ledger: of this request, once its prefill is done.
+    """
+
+    bound: BoundModel
+    attachment: Attachment
+    plan: BoundPlan
+    spans: Spans | None
+    suffix: tuple[int, ...] | None
+    clock: Clock
+    train: bool = False
+    called: dict[str, Any] = field(default_factory=dict)
+    encodings: dict[str, EncoderRecord] = field(default_factory=dict)
+    encoding: EncoderRecord | None = None
+    lm: Any = None
+    ledger: Ledger | None = None
+
+
+current: ContextVar[Request | None] = ContextVar("winnow_request", default=None)
+
+
+class Ledgers:
+    """The ledger of the latest request: of each thread or task while it lives, and of all."""
+
+    def __init__(self) -> None:
+        self._own: weakref.WeakKeyDictionary[Any, Ledger] = weakref.WeakKeyDictionary()
+        self._latest: Ledger | None = None
+        self._latest_by: Any = None  # a weak reference to its thread or task
+
+    def add(self, ledger: Ledger) -> None:
+        here = _here()
+        self._own[here] = self._latest = ledger
+        self._latest_by = weakref.ref(here)
+
+    @property
+    def last(self) -> Ledger | None:
+        """That of this thread or task, if it has made a request; else that of whoever made the latest.
+
+        The main thread also sees what a thread did that has ended: it is who starts a thread to stream an answer.
+        """
+        here = _here()
+        own = self._own.get(here)
+        if own is None:
+            return self._latest
+        by = self._latest_by()
+        ended = by is None or (isinstance(by, threading.Thread) and not by.is_alive())
+        return self._latest if here is threading.main_thread() and ended else own
+
+    @property
+    def here(self) -> Ledger | None:
+        """That of this thread or task."""
+        return self._own.get(_here())
+
+
+def _here() -> Any:
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        task = None
+    return threading.current_thread() if task is None else task

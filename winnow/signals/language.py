@@ -1,0 +1,193 @@
+"""Signals of the language model: attention to items, in the slots of the moment, computed for a few rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from winnow.core.info import ModelInfo
+from winnow.core.packing import Packing
+from winnow.core.signal import Signal, Site, block_index
+from winnow.signals.attention import attention_rows
+
+TILE = 64  # query rows at a time, so that no tile outgrows the queries of a head
+
+Rows = Literal["last", "question", "items"]
+
+
+@dataclass(frozen=True, eq=False)
+class TextSpans:
+    """Which tokens of each row are what, in logical positions and in slots.
+
+    Attributes:
+        questions: (start, end) of the question of each row, in logical positions.
+        ends: where the last item of each row ends; text behind it is invisible to visual rows.
+        items: content slots of each row's items.
+    """
+
+    questions: Sequence[tuple[int, int]]
+    ends: Sequence[int]
+    items: Sequence[Int[Tensor, " n"]]
+
+
+@dataclass(frozen=True, eq=False)
+class LMAttentionInputs:
+    """What a signal of an LM layer is shown at `shows="attention"`: queries and keys, and who they belong to.
+
+    Attributes:
+        q: `[B, H, P, d]` queries after position embedding, or `[B, H, 1, d]`: only the last token of each row.
+        k: `[B, G, L + P, d]` keys; those of the cache come first.
+        scaling: of the logits.
+        packing: the slots in which the queries stand.
+        past: `[B, L]` real keys of the cache; None: all are.
+        spans: questions and items.
+    """
+
+    q: Float[Tensor, "b h r d"]
+    k: Float[Tensor, "b g n d"]
+    scaling: float
+    packing: Packing
+    past: Bool[Tensor, "b l"] | None
+    spans: TextSpans
+
+    @property
+    def before(self) -> int:
+        """Keys of the cache."""
+        return self.k.shape[2] - self.packing.width
+
+    def received(self, rows: Literal["last", "question"]) -> Float[Tensor, "b p"]:
+        """Attention that each slot receives from the last token or from the question, mean over heads and rows."""
+        if rows == "last":
+            return self._from_last()
+        at = self._question_slots()
+        return torch.stack([self._from(b, slots) for b, slots in enumerate(at)])[:, self.before :]
+
+    def mass(self, rows: Rows, keys: Rows) -> Float[Tensor, " b"]:
+        """Share of the attention of some rows that falls on some keys, mean over heads and rows."""
+        return torch.stack([self._mass(rows, keys, b) for b in range(self.q.shape[0])])
+
+    def _visible(self, rows: Int[Tensor, "b r"]) -> Bool[Tensor, "b r n"]:
+        """The keys that these query slots may see."""
+        slots = torch.arange(self.packing.width, device=rows.device)
+        seen = (slots <= rows[..., None]) & self.packing.mask[:, None]
+        if not self.before:
+            return seen
+        past = self.past
+        if past is None:
+            past = torch.ones(seen.shape[0], self.before, dtype=torch.bool, device=rows.device)
+        return torch.cat([past[:, None].expand(-1, rows.shape[1], -1), seen], -1)
+
+    def _from_last(self) -> Float[Tensor, "b p"]:
+        at = self.packing.last_slots()
+        one = self.q.shape[2] == 1
+        rows = (
+            self.q if one else self.q.gather(2, at[:, None, None, None].expand(-1, self.q.shape[1], 1, self.q.shape[3]))
+        )
+        seen = self._visible(at[:, None])[:, None]
+        return attention_rows(rows, self.k, self.scaling, seen).mean(1)[:, 0, self.before :]
+
+    def _question_slots(self) -> list[Int[Tensor, " r"]]:
+        slots = self.packing.to_logical()
+        return [slots[b, start:end] for b, (start, end) in enumerate(self.spans.questions)]
+
+    def _from(self, b: int, slots: Int[Tensor, " r"]) -> Float[Tensor, " n"]:
+        """Attention of some rows of sample b to all keys, mean over heads and rows, in tiles of rows."""
+        total = self.k.new_zeros(self.k.shape[2], dtype=torch.promote_types(self.k.dtype, torch.float32))
+        own = replace(self, packing=self.packing.row(b), past=None if self.past is None else self.past[b : b + 1])
+        for part in slots.split(TILE):
+            seen = own._visible(part[None])[:, None]
+            rows = attention_rows(self.q[b : b + 1, :, part], self.k[b : b + 1], self.scaling, seen)
+            total += rows.mean(1)[0].sum(0)
+        return total / max(1, slots.shape[0])
+
+    def _mass(self, rows: Rows, keys: Rows, b: int) -> Float[Tensor, ""]:
+        slots = {"question": self._question_slots()[b], "items": self.spans.items[b]}
+        at, on = slots[rows], slots[keys]
+        unseen = (rows, keys) == ("items", "question") and self.spans.questions[b][0] >= self.spans.ends[b]
+        if unseen or not at.shape[0] or not on.shape[0]:
+            return self.q.new_zeros((), dtype=torch.promote_types(self.q.dtype, torch.float32))
+        return self._from(b, at)[self.before :][on].sum()
+
+
+@dataclass(frozen=True)
+class LMSignal(Signal):
+    """A signal of one LM layer.
+
+    Args:
+        layer: the layer. If it has run by the time the signal is needed, it is tapped while it runs; the layer that is
+            about to run is probed.
+    """
+
+    layer: int = 0
+
+    reads_text: ClassVar[bool] = True
+
+    def resolve(self, info: ModelInfo) -> Self:
+        return self._with(layer=block_index(self.layer, info.depth, f"the language model of {info.model}"))
+
+    def site(self, info: ModelInfo) -> Site:
+        return Site("lm", self.layer)
+
+
+@dataclass(frozen=True)
+class LMAttention(LMSignal):
+    """Attention from text rows to the item's tokens in one LM layer, mean over heads and rows: `[b, N]`, fp32.
+
+    Args:
+        layer: the LM layer whose attention is read.
+        rows: `"last"` is the last prompt token; `"question"` the mean over the tokens of the question.
+    """
+
+    rows: Literal["last", "question"] = "last"
+
+    @property
+    def last_row_only(self) -> bool:
+        return self.rows == "last"
+
+    @property
+    def reads_question(self) -> bool:
+        return self.rows == "question"
+
+    def read(self, seen: LMAttentionInputs) -> Float[Tensor, "b p"]:
+        return seen.received(self.rows)
+
+
+@dataclass(frozen=True)
+class LMAttentionMass(LMSignal):
+    """Share of the attention of some rows that falls on some keys, in one LM layer, mean over heads and rows: `[b]`.
+
+    Args:
+        layer: the LM layer.
+        rows: `"question"` or `"items"` (all visual tokens of the sample).
+        keys: `"items"` or `"question"`.
+    """
+
+    rows: Literal["question", "items"] = "question"
+    keys: Literal["items", "question"] = "items"
+
+    per: ClassVar[Literal["token", "item"]] = "item"
+
+    @property
+    def reads_question(self) -> bool:
+        return True
+
+    def read(self, seen: LMAttentionInputs) -> Float[Tensor, " b"]:
+        return seen.mass(self.rows, self.keys)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerModules:
+    """What a signal of an LM layer is shown at `shows="hidden"`: what goes into its parts and what comes out.
+
+    Attributes:
+        before, after: `[B, P, D]` of the whole layer.
+        attention, mlp: (input, output) of the two modules, `[B, P, D]` each.
+    """
+
+    before: Tensor
+    after: Tensor
+    attention: tuple[Tensor, Tensor]
+    mlp: tuple[Tensor, Tensor]
