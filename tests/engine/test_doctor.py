@@ -81,7 +81,6 @@ def test_a_cache_under_an_unknown_keyword_is_found(build):
     found = red(renamed(zoo.model(build)), build)
     for name in (
         "decoding by hand equals generate",
-        "the KV cache holds less",
         "a padded batch equals its samples",
         "a padded batch equals its samples, cut inside the LM",
     ):
