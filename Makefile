@@ -78,6 +78,7 @@ lint: $(STAMP) ## ruff and mypy
 
 bench: $(STAMP) ## Speed against the plain model and against the same model with M tokens
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/prefill.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decode.py
 
 selection: $(STAMP) ## Time each method's selection against the prefill of 32 layers, for the rule of the default method
 	-OMP_NUM_THREADS=1 $(BIN)/python benchmarks/prefill.py --layers 32 --rounds 10 --selection docs/selection.json

@@ -4,8 +4,8 @@
     check_method(MyMethod)                      # raises AssertionError with what was expected and what came
     run_step(MyMethod(keep=8), tokens=x, signals=attention).kept      # one step on plain arrays
 
-Views with random signals are made from what the method's own steps ask for; a signal of your own says with `sample` what
-its values look like. `check_on_models` (in `winnow.testing_models`) runs a method on builds of real model classes.
+Views with random signals are made from what the method's own steps ask for; a signal of your own says with `sample`
+what its values look like.
 """
 
 from __future__ import annotations
@@ -234,9 +234,8 @@ def _given(step: Step, signals: Any) -> Callable[[Signal], Tensor]:
         return lambda signal: signals
     if isinstance(signals, Mapping):
         names = {signal: name for name, signal in step.names if name in signals}
-        found = {
-            signal: signals[names.get(signal, signal)] for signal in step.needs if names.get(signal, signal) in signals
-        }
+        wanted = {signal: names.get(signal, signal) for signal in step.needs}
+        found = {signal: signals[name] for signal, name in wanted.items() if name in signals}
     else:
         found = dict(zip(step.needs, signals, strict=False))
     missing = [str(signal) for signal in step.needs if signal not in found]

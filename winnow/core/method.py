@@ -51,7 +51,7 @@ class Method:
 
     def __post_init__(self) -> None:
         owner = self.slug or type(self).__name__
-        for name, hint in types_of(type(self)).items():
+        for name, hint in types_of(self).items():
             value = checked(owner, name, hint, getattr(self, name))
             object.__setattr__(self, name, _rounded(value, self.rounding))
 
@@ -78,7 +78,7 @@ class Method:
     def resolve(self, info: ModelInfo) -> Self:
         """The method with settings that depend on the model made definite; by default, its signals."""
         changes: dict[str, Any] = {}
-        for name in types_of(type(self)):
+        for name in types_of(self):
             value = getattr(self, name)
             if isinstance(value, Signal):
                 changes[name] = value.resolve(info)
@@ -89,7 +89,7 @@ class Method:
     def signals(self) -> tuple[Signal, ...]:
         """The signals among the settings: what a one-step method looks at."""
         found: list[Signal] = []
-        for name in types_of(type(self)):
+        for name in types_of(self):
             value = getattr(self, name)
             found += [s for s in (value if isinstance(value, tuple) else (value,)) if isinstance(s, Signal)]
         return tuple(found)
@@ -118,7 +118,7 @@ class Method:
                 f"{self.slug} has no setting `keep`, so a budget says nothing to it; give it as a plan with its own "
                 f"settings: {self.slug}:{names}"
             )
-        return dataclasses.replace(self, keep=Budget(budget) if not isinstance(budget, Budget) else budget)  # type: ignore[type-var, call-arg]
+        return dataclasses.replace(self, keep=Budget(budget) if not isinstance(budget, Budget) else budget)  # type: ignore[type-var]
 
     def bind(self, info: ModelInfo) -> tuple["Method", tuple[Step, ...]]:
         """The resolved method and its steps, after checking that this model has the points and signals they ask for."""

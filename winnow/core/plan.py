@@ -208,5 +208,5 @@ def _signal(name: str, values: dict[str, Any], whole: str) -> Signal:
 
 def _below(kind: type) -> set[type]:
     """All subclasses, at any depth."""
-    own = set(kind.__subclasses__())
+    own: set[type] = set(kind.__subclasses__())
     return own.union(*(_below(sub) for sub in own))

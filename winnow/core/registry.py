@@ -77,7 +77,7 @@ def register(
         if listed is not None and listed.module != cls.__module__:  # also while nobody has imported it yet
             raise WinnowError(f"The slug {slug!r} is taken by {listed.module}; choose another.")
         if "__dataclass_fields__" not in cls.__dict__:
-            cls = dataclass(frozen=True)(cls)
+            cls = dataclass(frozen=True)(cls)  # type: ignore[assignment]
         cls.slug = slug  # type: ignore[attr-defined]
         _classes[slug] = cls
         if listed is None:

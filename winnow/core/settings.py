@@ -36,9 +36,13 @@ Block = int | Literal["feature"]
 """A block of the vision tower: 0-based, negative from the end, or the one whose output feeds the projector."""
 
 
+def types_of(method: Any) -> dict[str, Any]:
+    """The type of each setting of a method or its class, with what `Annotated` adds."""
+    return _types_of(method if isinstance(method, type) else type(method))
+
+
 @functools.cache
-def types_of(cls: type) -> dict[str, Any]:
-    """The type of each setting of a class, with what `Annotated` adds."""
+def _types_of(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.metadata.get("setting", True)}
 

@@ -49,7 +49,8 @@ class Signal:
     reads_text: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, hint in signal_types(type(self)).items():
+        kind: Any = type(self)
+        for name, hint in signal_types(kind).items():
             value = getattr(self, name)
             if get_origin(hint) is Literal and value not in get_args(hint):
                 allowed = ", ".join(map(repr, get_args(hint)))
@@ -104,7 +105,7 @@ class Signal:
 
 
 @functools.cache
-def signal_types(kind: type) -> dict[str, Any]:
+def signal_types(kind: Any) -> dict[str, Any]:
     """The types of a signal's settings."""
     hints = get_type_hints(kind)
     return {f.name: hints[f.name] for f in fields(kind)}

@@ -63,7 +63,12 @@ class BoundModel:
         for module in (base, *lm.layers):
             cache_keyword(module)  # refused here where it is not known
         info = family.info(model)
-        return BoundModel(model, base, lm, family, info, *parts, lm.layers, cache_keyword(lm))  # type: ignore[arg-type]
+        for module in (base, *lm.layers):
+            cache_keyword(module)  # refused here where it is not known
+        tower, blocks, projector = parts
+        return BoundModel(
+            model, base, lm, family, info, tower, blocks, projector, lm.layers, cache_keyword(lm)
+        )
 
     @property
     def token_ids(self) -> dict[str, int]:
