@@ -13,9 +13,9 @@ from winnow.core.budget import Budget
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
-from winnow.signals.language import LMAttention
 from winnow.core.step import Keep, Reduce, State, Step
 from winnow.core.view import View
+from winnow.signals.language import LMAttention
 
 from .interpreter import Interpreter
 from .layouts import picture

@@ -15,9 +15,9 @@ from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal
-from winnow.signals.language import LMAttention
 from winnow.core.step import Action, Keep, Reduce, State, Step
 from winnow.core.view import View
+from winnow.signals.language import LMAttention
 
 from .flow import Trace
 from .interpreter import Interpreter

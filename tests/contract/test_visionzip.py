@@ -16,9 +16,9 @@ from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal
-from winnow.signals.vision import VisionAttention, VisionKeys
 from winnow.core.step import Reduce, State, Step
 from winnow.core.view import View
+from winnow.signals.vision import VisionAttention, VisionKeys
 
 from .interpreter import Interpreter
 from .layouts import next_layouts, picture
@@ -31,8 +31,8 @@ class VisionZip(Method):
 
     dominant: int = 5
     contextual: int = 2
-    row: Signal = VisionAttention(layer=-1, query="cls", heads="sum")  # noqa: RUF009
-    keys: Signal = VisionKeys(layer=-1)  # noqa: RUF009
+    row: Signal = VisionAttention(layer=-1, query="cls", heads="sum")
+    keys: Signal = VisionKeys(layer=-1)
 
     def steps(self, info):
         return (Step(Point.of("features"), self.zip, (self.row, self.keys)),)

@@ -211,4 +211,5 @@ def _signal(name: str, values: dict[str, Any], whole: str) -> Signal:
 
 def _below(kind: type) -> list[type]:
     """All subclasses, at any depth, in the order in which they were defined."""
-    return [found for sub in kind.__subclasses__() for found in (sub, *_below(sub))]
+    below: list[type] = kind.__subclasses__()
+    return [found for sub in below for found in (sub, *_below(sub))]
