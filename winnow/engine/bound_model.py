@@ -63,8 +63,6 @@ class BoundModel:
         for module in (base, *lm.layers):
             cache_keyword(module)  # refused here where it is not known
         info = family.info(model)
-        for module in (base, *lm.layers):
-            cache_keyword(module)  # refused here where it is not known
         tower, blocks, projector = parts
         return BoundModel(model, base, lm, family, info, tower, blocks, projector, lm.layers, cache_keyword(lm))
 
