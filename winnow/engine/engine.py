@@ -181,8 +181,9 @@ class Engine:
             for index in range(first, len(self.bound.layers)):
                 if index not in self._layer_hooks:
                     hook = Hook(functools.partial(self._enter_layer, index))
+                    # First in line: other hooks see what the layer is given.
                     self._layer_hooks[index] = self.bound.layers[index].register_forward_pre_hook(
-                        hook, with_kwargs=True
+                        hook, with_kwargs=True, prepend=True
                     )
             if not request.uses_layers:
                 self._layer_users += 1
