@@ -195,18 +195,19 @@ def _value(text: str, whole: str) -> Any:
 
 
 def _signal(name: str, values: dict[str, Any], whole: str) -> Signal:
-    kinds = {kind for kind in _below(Signal) if kind.__name__ == name}
+    # A class that is defined again (a cell of a notebook) takes the place of the one before.
+    known_kinds = {(kind.__module__, kind.__qualname__): kind for kind in _below(Signal)}
+    kinds = [kind for kind in known_kinds.values() if kind.__name__ == name]
     if len(kinds) != 1:
-        known = ", ".join(sorted({kind.__name__ for kind in _below(Signal)}))
+        known = ", ".join(sorted({kind.__name__ for kind in known_kinds.values()}))
         raise WinnowError(f"The plan {whole!r} names the signal {name}; known, and known once, are: {known}.")
-    kind = kinds.pop()
+    (kind,) = kinds
     fields = {f.name for f in dataclasses.fields(kind)}
     if unknown := sorted(set(values) - fields):
         raise WinnowError(f"{name} has no setting {unknown[0]!r}; it has {', '.join(sorted(fields)) or 'none'}.")
     return kind(**values)
 
 
-def _below(kind: type) -> set[type]:
-    """All subclasses, at any depth."""
-    own = set(kind.__subclasses__())
-    return own.union(*(_below(sub) for sub in own))
+def _below(kind: type) -> list[type]:
+    """All subclasses, at any depth; of one parent's, in the order in which they were defined."""
+    return [found for sub in kind.__subclasses__() for found in (sub, *_below(sub))]
