@@ -1,69 +1,163 @@
-"""The methods of the tests, as plans and by hand, and the comparison of a compressed model with the reference."""
+"""The probes of the tests, by hand as well, and the comparison of a compressed model with the reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import byhand_methods as hand
-import pytest
 import torch
 import zoo
-from byhand import Cut, Entry, Reference, cut, top
-from probes import STEPS, forward, generate, new_tokens, score, step_logits
+from byhand import Cut, Entry, Hand, Reference, Seen, cut, keeping, share, top
+from probes import (
+    STEPS,
+    Folded,
+    Forgotten,
+    Halve,
+    Pick,
+    Probed,
+    Received,
+    Tapped,
+    forward,
+    generate,
+    new_tokens,
+    score,
+    step_logits,
+)
 from torch import Tensor, nn
 
 import winnow
 
-ByHand = Callable[[Reference, dict[str, Tensor], Entry], hand.Hand]
+ByHand = Callable[[Reference, dict[str, Tensor], Entry], Hand]
 
-METHODS = ("fastervlm", "vtc-cls", "hiprune", "divprune", "todre", "visionzip", "fastv", "pyramiddrop")
+TOWERS = ("llava_clip", "llava_siglip", "llava_next")  # families that offer `features`
 
-SUBSETS: dict[str, tuple[str, ByHand]] = {
-    "fastervlm": ("fastervlm:keep=10", partial(hand.fastervlm, keep=10)),
-    "vtc-cls": ("vtc-cls:keep=40%", partial(hand.vtc_cls, keep="40%")),
-    "hiprune": (
-        "hiprune:keep=12,alpha=0.9,object_layer=1",
-        partial(hand.hiprune, keep=12, alpha=0.9, object_layer=1),
-    ),
-    "divprune": ("divprune:keep=40%", partial(hand.divprune, keep="40%")),
-    "todre": ("todre:keep=9,tau=0.5", partial(hand.todre, keep=9, tau=0.5)),
-    "visionzip": ("visionzip:keep=14,contextual=0.3", partial(hand.visionzip, keep=14, contextual=0.3)),
-    "fastv": ("fastv:keep=50%,layer=2", partial(hand.fastv, keep="50%", layer=2)),
-    "pyramiddrop": (
-        "pyramiddrop:ratios=[50%,25%,12.5%],layers=[1,2,3]",
-        partial(hand.pyramiddrop, ratios=("50%", "25%", "12.5%"), layers=(1, 2, 3)),
-    ),
+
+class Case(NamedTuple):
+    """A probe, and what it does by hand."""
+
+    plan: Any
+    by_hand: ByHand
+
+
+def picking(entry: Entry, keep: int | str) -> Cut:
+    """By hand, what `Pick(keep)` does at a layer."""
+
+    def choose(number: int, rows: Tensor, seen: Sequence[Seen]) -> Tensor:
+        return rows[top(score(seen[-1].hidden[0, rows]), share(keep, len(entry.content[number])))]
+
+    return cut(entry, choose)
+
+
+def pick(reference: Reference, sample: dict[str, Tensor], entry: Entry, *, keep: int | str, layer: int = 0) -> Hand:
+    return Hand(entry, {layer: picking(entry, keep)})
+
+
+def received(reference: Reference, sample: dict[str, Tensor], entry: Entry, *, keep: int | str) -> Hand:
+    seen = reference.vision(sample).received[1] if entry.cells else []
+    scores = [seen[picture].mean(0)[cells] for picture, cells in enumerate(entry.cells)]
+    return Hand(entry, {0: keeping(entry, [top(own, share(keep, len(own))) for own in scores])})
+
+
+def folded(reference: Reference, sample: dict[str, Tensor], entry: Entry) -> Hand:
+    vision = reference.vision(sample)
+    embeds, held = entry.embeds, entry.held
+    for picture, item in enumerate(entry.items):
+        features = vision.features[picture]
+        tiles, length, _ = features.shape
+        prefix, rows = length - reference.cells, features.flatten(0, 1)
+        firsts = list(range(0, tiles * length, 2))[::-1]
+        means = [rows[first : first + 2].mean(0) for first in firsts]
+        made = reference.model.model.multi_modal_projector(torch.stack(means)[None])
+        cells = entry.cells[picture].tolist()
+        ids = []
+        for first in firsts:
+            tile, place = divmod(first, length)
+            cell = tile * reference.cells + place - prefix if place >= prefix else None
+            ids.append(cells.index(cell) if cell in cells else 0)
+        before, after = held < item[0], held > item[-1]
+        embeds = torch.cat([embeds[:, before], made, embeds[:, after]], 1)
+        held = torch.cat([held[before], entry.content[picture][torch.tensor(ids)], held[after]])
+    return Hand(replace(entry, embeds=embeds, held=held))
+
+
+def merging(entry: Entry) -> Cut:
+    """By hand, what `Halve` does: the mean of two neighbours stands where the first of them stood."""
+
+    def apply(seen: Sequence[Seen]) -> Seen:
+        now = seen[-1]
+        hidden, stay = now.hidden.clone(), torch.ones(len(now.held), dtype=torch.bool)
+        for content in entry.content:
+            rows = torch.isin(now.held, content).nonzero()[:, 0].tolist()
+            for first, second in zip(rows[::2], rows[1::2], strict=False):
+                hidden[0, first] = (now.hidden[0, first] + now.hidden[0, second]) / 2
+                stay[second] = False
+        return Seen(hidden[:, stay], now.held[stay])
+
+    return apply
+
+
+def attended(
+    reference: Reference,
+    sample: dict[str, Tensor],
+    entry: Entry,
+    *,
+    cuts: Sequence[tuple[int, int, str]],
+    compact: bool = False,
+) -> Hand:
+    """By hand, what `Tapped` and `Probed` do: (before which layer, by the last row of which layer, budget)."""
+
+    def at(layer: int, keep: str) -> Any:
+        def choose(number: int, rows: Tensor, seen: Sequence[Seen]) -> Tensor:
+            own = seen[layer] if layer < len(seen) else seen[-1]
+            weights = reference.lm_attention(layer, own, entry, compact)[:, -1].mean(0)
+            return rows[top(weights[rows], share(keep, len(entry.content[number])))]
+
+        return choose
+
+    return Hand(entry, {before: cut(entry, at(layer, keep)) for before, layer, keep in cuts})
+
+
+def forgotten(reference: Reference, sample: dict[str, Tensor], entry: Entry, *, keep: int, tau: float) -> Hand:
+    def choose(number: int, rows: Tensor, seen: Sequence[Seen]) -> Tensor:
+        weights = reference.lm_attention(2, seen[2], entry).mean(0)
+        pictures = torch.isin(seen[2].held, torch.cat(entry.content))
+        question = seen[2].held > entry.items[-1][-1]
+        towards = float(weights[question][:, pictures].sum(1).mean())
+        back = float(weights[pictures][:, question].sum(1).mean())
+        return rows[:0] if towards < tau and back < tau else rows
+
+    return Hand(entry, {0: picking(entry, keep), 3: cut(entry, choose)})
+
+
+CASES = {
+    "picked": Case(Pick(keep="40%"), partial(pick, keep="40%")),
+    "received": Case(Received(keep=10), partial(received, keep=10)),
+    "folded": Case(Folded(), folded),
+    "merged": Case(Halve(at="layers[2]"), lambda r, s, e: Hand(e, {2: merging(e)})),
+    "tapped": Case(Tapped(), partial(attended, cuts=((2, 1, "50%"),))),
+    "probed": Case(Probed(), partial(attended, cuts=((1, 1, "50%"), (2, 2, "25%"), (3, 3, "12.5%")))),
+    "forgotten": Case(Forgotten(), partial(forgotten, keep=9, tau=0.5)),
 }
-
 
 # What three users say next.
 TURN = torch.randint(10, 200, (3, 5), generator=torch.Generator().manual_seed(3))
 
 
-def runs_on(slug: str, build: str) -> bool:
-    """Whether a method has what it needs: [CLS] for two of them."""
-    return build in zoo.WITH_CLS or slug not in ("vtc-cls", "visionzip")
+def pairs(kinds: Sequence[str] = tuple(CASES), builds: Sequence[str] = zoo.BUILDS) -> list[tuple[str, str]]:
+    """(probe, build), where the build offers the point."""
+    return [(kind, build) for kind in kinds for build in builds if kind != "folded" or build in TOWERS]
 
 
-def pairs(methods: Sequence[str] = METHODS, builds: Sequence[str] = zoo.BUILDS) -> list[tuple[str, str]]:
-    """(method, build), where the one runs on the other."""
-    return [(slug, build) for slug in methods for build in builds if runs_on(slug, build)]
-
-
-def proofs() -> list[Any]:
-    """Every such pair, marked as evidence that the method runs on the build."""
-    return [pytest.param(slug, build, marks=pytest.mark.system(slug, "model")) for slug, build in pairs()]
-
-
-def identities(build: str) -> list[str]:
-    """Plans that keep everything, one for each method that has such a setting and runs on the build."""
-    from winnow.core.plan import Plan
-    from winnow.core.registry import method_class
-
-    classes = [method_class(slug) for slug in METHODS if runs_on(slug, build)]
-    return [str(Plan((cls.configured(**cls.identity),))) for cls in classes if cls.identity is not None]
+def identities(build: str) -> tuple[Any, ...]:
+    """Probes that keep everything, by the way of each kind of selection."""
+    return (
+        Received(keep="100%"),
+        Tapped(keep="100%"),
+        Probed(shares=("100%",) * 3),
+        Forgotten(**Forgotten.identity),
+    )
 
 
 def check_against_hand(
@@ -93,11 +187,6 @@ def check_against_hand(
         assert [item.n_visual for item in items] == [len(content) for content in entry.content]
         for item, kept in zip(items, trace.kept(worked.entry), strict=True):
             assert sorted(set(item.kept.tolist())) == kept.tolist()
-
-
-def picking(entry: Entry, keep: int) -> Cut:
-    """By hand, what `Pick(keep)` does at a layer."""
-    return cut(entry, lambda number, rows, seen: rows[top(score(seen[-1].hidden[0, rows]), keep)])
 
 
 def effect(model: nn.Module, inputs: dict[str, Tensor], plan: Any) -> float:

@@ -5,7 +5,7 @@
     run_step(MyMethod(keep=8), tokens=x, signals=attention).kept      # one step on plain arrays
     check_on_models(MyMethod, by_hand, settings={"keep": 8}, builds={"llava": build})
 
-`check_method` and `run_step` need no model: views with random signals are made from what the method's own steps ask for,
+`check_method` and `run_step` need no model: views with random signals are made from what the method's steps ask for,
 and a signal of your own says with `sample` what its values look like. `check_on_models` runs a method on builds of real
 model classes and compares it with what you worked out by hand.
 """
