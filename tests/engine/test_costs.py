@@ -6,7 +6,7 @@ import pytest
 import torch
 import zoo
 from cases import CASES, pairs
-from probes import Pick, Probed, Tapped, forward, generate
+from probes import Pick, Probed, Received, Tapped, forward, generate
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import winnow
@@ -140,7 +140,7 @@ def test_times_are_told_only_when_asked_for(build):
 def test_nan_scores_are_counted_and_never_kept(build):
     """One broken pixel makes NaN of its picture; the method says how many scores were broken, and keeps its budget."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
-    with winnow.compress(model, Pick(keep=5)) as handle:
+    with winnow.compress(model, Received(keep=5)) as handle:
         forward(model, inputs)
         assert handle.last.nan_scores == 0
         broken = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
