@@ -30,7 +30,7 @@ class TextSpans:
 
     questions: Sequence[tuple[int, int]]
     ends: Sequence[int]
-    items: Sequence[Int[Tensor, " n"]]
+    items: Sequence[Int[Tensor, " _"]]
 
 
 @dataclass(frozen=True, eq=False)
