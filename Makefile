@@ -71,10 +71,11 @@ test-newest: $(NEWEST)/.installed ## The tests of the engine and of the families
 test-all: $(STAMP) ## Everything: the full product of methods and builds, and GPU tests where there is one
 	$(PYTEST) -n $(WORKERS)
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff, mypy, and no circle of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/circles.py
 
 bench: $(STAMP) ## Speed against the plain model and against the same model with M tokens
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/prefill.py

@@ -9,7 +9,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import zoo
@@ -99,6 +99,27 @@ def cut(entry: Entry, choose: Choice, *, separators: bool = True) -> Cut:
         return Seen(now.hidden[:, stay], now.held[stay])
 
     return apply
+
+
+@dataclass(frozen=True)
+class Hand:
+    """A method worked out for one sample: what enters the LM, and what is cut before which layer."""
+
+    entry: Entry
+    cuts: dict[int, Cut] = field(default_factory=dict)
+
+
+def keeping(entry: Entry, kept: Sequence[Tensor]) -> Cut:
+    """The cut at the LM's door that leaves these content ids of each picture."""
+    return cut(entry, lambda number, rows, seen: rows[kept[number]])
+
+
+def share(keep: int | str, n: int, rounding: str = "up") -> int:
+    """Tokens of a budget: a number, or a percentage of n, halves `up`, to `even`, or rounded `down`; from 1 to n."""
+    if isinstance(keep, str):
+        exact = float(keep.rstrip("%")) * n / 100
+        keep = {"up": int(exact + 0.5 + 1e-9), "even": round(exact), "down": int(exact + 1e-9)}[rounding]
+    return max(1, min(n, keep))
 
 
 def top(scores: Tensor, count: int) -> Tensor:

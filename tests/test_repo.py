@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -184,6 +185,87 @@ def test_dependencies_run_one_way():
             if there != here and RANK[there] >= RANK[here]:
                 wrong.append(f"{name} imports {module}")
     assert not wrong
+
+
+def circles():
+    """tools/circles.py, which `make lint` runs."""
+    spec = importlib.util.spec_from_file_location("circles", ROOT / "tools" / "circles.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Imports for types, imports in functions and the public face included."""
+    tool = circles()
+    graph = tool.imports(tool.modules())
+    assert {"winnow.core.plan", "winnow.core.method"} <= graph["winnow.engine.compress"]
+    assert tool.circle(graph) == []
+    assert "tools/circles.py" in (ROOT / "Makefile").read_text().split("lint:")[1].split("\n\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("import pack.b", "import pack.a"),
+        ("from pack.b import name", "def f():\n    from pack import a"),
+        ("from pack import b", "if TYPE_CHECKING:\n    from pack.a import name"),
+    ],
+)
+def test_circles_of_each_kind_are_found(tmp_path, a, b):
+    package = tmp_path / "pack"
+    package.mkdir()
+    for name, text in (("__init__", ""), ("a", a), ("b", b)):
+        (package / f"{name}.py").write_text(text)
+    tool = circles()
+    found = tool.circle(tool.imports(tool.modules(package)))
+    assert set(found) == {"pack.a", "pack.b"}
+    (package / "b.py").write_text("")
+    assert tool.circle(tool.imports(tool.modules(package))) == []
+
+
+# Strings outside `methods/` and `models/` that name one of them, and why they may. Docstrings and comments may anyway.
+MAY_NAME = {
+    "winnow/engine/compress.py": "the default method, the one constant",
+    "winnow/core/plan.py": "an example of a plan, in messages",
+    "winnow/cli_run.py": "an example of a Hub id, in the help",
+    "winnow/engine/doctor.py": "plans that it runs, as a user would",
+    "winnow/learn/controls.py": "an experiment of the reference model's card is about one method",
+}
+
+
+def strings(tree: ast.Module) -> list[ast.Constant]:
+    """String literals that are no docstrings."""
+    prose = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    return [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose
+    ]
+
+
+def test_nothing_outside_a_method_names_it_and_nothing_outside_the_adapters_names_a_family():
+    from winnow.models.families import FAMILIES
+
+    methods = [entry.slug for entry in winnow.list_methods() if entry.family != "user"]
+    word = re.compile("|".join(rf"(?<![\w-]){re.escape(name)}(?!\w)" for name in (*methods, *FAMILIES)))
+    found: dict[str, list[str]] = {}
+    for name, tree in sources().items():
+        if Path(name).parts[1] in ("methods", "models") or name == "winnow/__init__.py":  # which exports their classes
+            continue
+        named = [f"{node.lineno}: {node.value!r}" for node in strings(tree) if word.search(node.value)]
+        named += [module for module in imported(name, tree) if module.startswith("winnow.methods.")]
+        if named:
+            found[name] = named
+    assert {name: named for name, named in found.items() if name not in MAY_NAME} == {}
+    assert set(found) == set(MAY_NAME), "a reason without a string: take it out"
+    assert len(found["winnow/engine/compress.py"]) == 1
 
 
 def python(code: str, timeout: int = 120) -> str:

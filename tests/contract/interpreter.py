@@ -234,10 +234,10 @@ class Interpreter:
             first.layout,
             torch.stack([lane.ids for lane in lanes]),
             first.entry,
-            {signal: torch.stack([PROVIDERS[type(signal)](signal, s) for s in sights]) for signal in step.needs},
+            step.signals(lambda signal: torch.stack([PROVIDERS[type(signal)](signal, s) for s in sights])),
             module=self.modules[number],
         )
-        action, state = step.run(view, self._state(number, first.row, lanes))
+        action, state = step.act(view, self._state(number, first.row, lanes))
         self._remember(number, first.row, lanes, state)
         for i, (flow, lane) in enumerate(group):
             self._dispatch(number, step.at, action, i, flow, lane)
@@ -278,10 +278,10 @@ class Interpreter:
                 cache = flow.caches[point.index]
                 n = cache.k.shape[1]
                 sight = Sight(self.model, point, flow, cache=cache)
-                signals = {signal: PROVIDERS[type(signal)](signal, sight)[None] for signal in step.needs}
+                signals = step.signals(lambda signal, sight=sight: PROVIDERS[type(signal)](signal, sight)[None])
                 tokens = cache.k.transpose(0, 1).flatten(1)[None]
                 view = View(tokens, Layout.grid(1, n), torch.arange(n)[None], cache.prompt, signals)
-                action, state = step.run(view, self._state(number, row, [cache]))
+                action, state = step.act(view, self._state(number, row, [cache]))
                 self._remember(number, row, [cache], state)
                 if isinstance(action, KVReduce):
                     bias = None if action.log_bias is None else action.log_bias[0]

@@ -14,6 +14,7 @@ from winnow.core.errors import WinnowError
 from winnow.core.layout import CONTENT, Layout
 from winnow.core.method import Method
 from winnow.core.point import Point
+from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal
 from winnow.core.step import Emit, State, Step
 from winnow.core.view import View
@@ -21,7 +22,6 @@ from winnow.core.view import View
 from .interpreter import Interpreter
 from .layouts import picture
 from .sight import Sight, look_up, provides
-from .test_pyramiddrop import PyramidDrop
 from .test_tome import ToMe
 from .toy import ToyVLM, randn
 
@@ -110,6 +110,15 @@ def latents(m: int) -> Layout:
     return Layout.of(("latents", m), [rows])
 
 
+@dataclass(frozen=True)
+class FirstHalf(Method):
+    """Before LM layer 2, keep the first half of the tokens."""
+
+    def steps(self, info):
+        half = lambda view, state: Reduction.select(torch.arange(view.n // 2).expand(view.b, -1), view.n)  # noqa: E731
+        return (Step(Point("layers", 2), half),)
+
+
 TEXT, ITEM, QUESTION = randn(3, 16, seed=1), picture(6, 5, newline=True, seed=2), randn(4, 16, seed=3)
 
 
@@ -180,11 +189,11 @@ def test_one_module_serves_two_models_and_settings_stay_plain() -> None:
 
 
 def test_reads_what_the_encoder_merged_and_feeds_what_the_decoder_cuts() -> None:
-    """ToMe before it shortens what it reads, in place of the right patches; PyramidDrop after it cuts its tokens."""
+    """ToMe before it shortens what it reads, in place of the right patches; a cut in the decoder takes some of its tokens."""
     model = ToyVLM(depth=8)
-    interpreter = Interpreter(model, ToMe(2), MQT(8), PyramidDrop(ratios=("50%", "25%", "25%")))
+    interpreter = Interpreter(model, ToMe(2), MQT(8), FirstHalf())
     (flow,) = interpreter.prefill([TEXT, ITEM, QUESTION])
-    assert [trace.u1.shape[0] - 7 for trace in flow.traces.values()] == [8, 8, 4, 4, 2, 2, 2, 2]
+    assert [trace.u1.shape[0] - 7 for trace in flow.traces.values()] == [8, 8, 4, 4, 4, 4, 4, 4]
     lane = flow.lanes[0]
     tile = lane.tiles[0]
     patches = (tile.lanes[0].ids != 0).nonzero()[:, 0]

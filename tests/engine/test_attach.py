@@ -15,8 +15,8 @@ import pytest
 import torch
 import transformers
 import zoo
-from cases import SUBSETS, pairs, same
-from probes import Call, Pick, forward, generate
+from cases import CASES, pairs, same
+from probes import Call, Pick, Probed, Tapped, forward, generate
 from snapshot import differences, same_weights, snapshot, weights
 
 import winnow
@@ -25,12 +25,12 @@ from winnow.core.reduction import Reduction
 from winnow.core.step import Reduce
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs())
-def test_detach_leaves_nothing(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs())
+def test_detach_leaves_nothing(kind, build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.MIXED)
     plain = generate(model, inputs)
     before, values = snapshot(model), weights(model)
-    handle = winnow.compress(model, SUBSETS[slug][0])
+    handle = winnow.compress(model, CASES[kind].plan)
     assert differences(before, snapshot(model))
     generate(model, inputs)
     handle.detach()
@@ -54,7 +54,7 @@ def test_the_context_manager_detaches_also_after_an_exception(build):
     plain = generate(model, inputs)
     before = snapshot(model)
     hook = model.lm_head.register_forward_hook(fail(RuntimeError))
-    with pytest.raises(RuntimeError, match="inside"), winnow.compress(model, "fastv:keep=50%"):
+    with pytest.raises(RuntimeError, match="inside"), winnow.compress(model, Tapped()):
         generate(model, inputs)
     hook.remove()
     assert differences(before, snapshot(model)) == []
@@ -113,7 +113,7 @@ def test_an_error_inside_a_forward_leaves_nothing(build, place, error):
     tower = model.model.visual.blocks[2] if build == "qwen2_5_vl" else model.model.vision_tower.encoder.layers[2]
     module = {"tower": tower, "layer": model.model.language_model.layers[2], "head": model.lm_head}[place]
 
-    handle = winnow.compress(model, "fastv:keep=50%,layer=2")
+    handle = winnow.compress(model, Tapped())
     expected = generate(model, inputs)
     for call in (generate, forward):
         hook = module.register_forward_hook(fail(error))
@@ -159,7 +159,7 @@ def test_parts_of_the_model_that_are_called_alone_are_plain(build, place):
 
     plain = alone()
     tower = model.model.visual if build == "qwen2_5_vl" else model.model.vision_tower
-    with winnow.compress(model, "divprune:keep=3 + fastv:keep=2,layer=2"):
+    with winnow.compress(model, Plan((Pick(keep=3), Tapped(keep=2)))):
         for call in (forward, generate):
             if place is None:
                 call(model, inputs)
@@ -181,7 +181,7 @@ def test_nothing_of_a_request_is_kept_but_its_ledger(build):
         seen.append(weakref.ref(output if isinstance(output, torch.Tensor) else output[0]))
 
     hooks = [layer.register_forward_hook(note) for layer in model.model.language_model.layers]
-    with winnow.compress(model, "pyramiddrop") as handle:
+    with winnow.compress(model, Probed()) as handle:
         forward(model, inputs)
         hooks.append(model.model.language_model.norm.register_forward_hook(fail(KeyboardInterrupt)))
         with pytest.raises(KeyboardInterrupt):
@@ -201,13 +201,13 @@ def test_a_refused_plan_leaves_nothing():
         with pytest.raises(winnow.WinnowError):
             winnow.compress(model, plan)
         assert differences(before, snapshot(model)) == []
-    winnow.compress(model, "fastv").detach()
+    winnow.compress(model, Tapped()).detach()
 
 
 def test_detach_twice_is_detach_once():
     model = zoo.model("llava_clip")
     before = snapshot(model)
-    handle = winnow.compress(model, "fastv")
+    handle = winnow.compress(model, Tapped())
     handle.detach()
     handle.detach()
     assert differences(before, snapshot(model)) == []
@@ -225,9 +225,9 @@ def test_an_old_handle_does_not_detach_a_new_one():
 
 
 def test_a_detached_handle_says_so():
-    handle = winnow.compress(zoo.model("llava_clip"), "fastv")
+    handle = winnow.compress(zoo.model("llava_clip"), Tapped())
     handle.detach()
-    with pytest.raises(winnow.WinnowError, match="detached"), handle.using("fastervlm:keep=3"):
+    with pytest.raises(winnow.WinnowError, match="detached"), handle.using(Pick(keep=3)):
         pass
     assert "detached" in repr(handle)
 
@@ -301,11 +301,11 @@ def test_a_thread_that_was_interrupted_but_lives_on_does_not_block_detaching():
         hook.remove()
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(("divprune", "fastv")))
-def test_a_reduced_cache_does_not_go_on_without_its_plan(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(("picked", "tapped")))
+def test_a_reduced_cache_does_not_go_on_without_its_plan(kind, build):
     """The plain model would count positions and masks wrongly without a word."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
-    with winnow.compress(model, SUBSETS[slug][0]):
+    with winnow.compress(model, CASES[kind].plan):
         output = generate(model, inputs)
     token = {"input_ids": output.sequences[:, -1:]}
     with pytest.raises(winnow.WinnowError, match="no longer compressed"):

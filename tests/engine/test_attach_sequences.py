@@ -10,13 +10,14 @@ from cases import same
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from probes import generate
+from probes import Pick, Probed, Received, Tapped, generate
 from snapshot import differences, same_weights, snapshot, weights
 
 import winnow
+from winnow.core.plan import Plan
 
 STEPS = 2
-PLANS = ("divprune:keep=4", "fastv:keep=50%,layer=2", "pyramiddrop", "fastervlm:keep=3 + fastv:keep=2,layer=1", "full")
+PLANS = (Pick(keep=4), Tapped(), Probed(), Plan((Received(keep=3), Tapped(keep=2, layer=1))), Plan(()))
 ERRORS = (RuntimeError, KeyboardInterrupt, SystemExit)
 WHO = st.sampled_from((0, 1))
 PLACES = st.integers(0, zoo.DEPTH)
@@ -35,7 +36,7 @@ class Sequences(RuleBasedStateMachine):
         self.before, self.weights = snapshot(self.model), weights(self.model)
         self.handle = None
         self.plan = None
-        self.outputs = {"full": self.plain}
+        self.outputs = {Plan(()): self.plain}
 
     def teardown(self):
         if hasattr(self, "pools"):
@@ -75,7 +76,7 @@ class Sequences(RuleBasedStateMachine):
     @precondition(lambda self: self.handle is None)
     @rule(who=WHO)
     def use_plain(self, who):
-        self.expect(self.within(who, self.say), "full")
+        self.expect(self.within(who, self.say), Plan(()))
 
     @precondition(lambda self: self.handle is not None)
     @rule(who=WHO)

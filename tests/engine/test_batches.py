@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 import zoo
-from byhand import cut
-from byhand_methods import Hand, hiprune
-from cases import SUBSETS, check_against_hand, pairs, picking, same
+from byhand import Hand, cut
+from cases import CASES, check_against_hand, pairs, picking, same
 from probes import Look, Pick, forward, generate, new_tokens, step_logits
 
 import winnow
@@ -18,6 +15,7 @@ from winnow.core.plan import Plan
 from winnow.signals.language import LMAttention
 from winnow.signals.vision import VisionAttention
 
+SOME = ("received", "folded", "probed")  # by a signal of the tower, merged, and in three cuts
 CROWD = ("3 A 6", "11", "3 B 9", "2 B 4 C 5", "3 A 6", "1 A 1 A 2", "7 C 1", "2 A")
 
 
@@ -30,23 +28,26 @@ def kept_by_row(model, inputs, plan) -> dict[int, list[list[int]]]:
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize(("slug", "build"), pairs())
-def test_selection_in_a_batch_is_that_of_each_sample_alone(slug, build, dtype):
+@pytest.mark.parametrize(("kind", "build"), pairs())
+def test_a_batch_is_each_of_its_samples_alone(kind, build):
     """Pictures of several sizes, none, one, two, one behind all text; no cut of these is closer than rounding."""
-    model, parts = zoo.model(build, dtype=dtype), zoo.samples(build, CROWD, dtype=dtype)
-    plan = SUBSETS[slug][0]
-    together = kept_by_row(model, zoo.collate(parts), plan)
-    for row, part in enumerate(parts):
-        assert together[row] == kept_by_row(model, part, plan)[0], f"row {row}"
+    model, parts = zoo.model(build), zoo.samples(build, CROWD)
+    with winnow.compress(model, CASES[kind].plan) as handle:
+        together = forward(model, zoo.collate(parts)).logits[:, -1]
+        kept = [(item.row, item.kept.tolist()) for item in handle.last.items]
+        for row, part in enumerate(parts):
+            alone = forward(model, part).logits[0, -1]
+            assert (together[row] - alone).abs().max() <= 1e-5, f"row {row}"
+            own = [item.kept.tolist() for item in handle.last.items]
+            assert [ids for r, ids in kept if r == row] == own, f"row {row}"
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize(("slug", "build"), pairs())
-def test_selection_in_many_batches_differs_in_less_than_half_a_percent(slug, build, dtype):
+@pytest.mark.parametrize(("kind", "build"), pairs())
+def test_selection_in_many_batches_differs_in_less_than_half_a_percent(kind, build, dtype):
     """Thirty batches of other pictures: in fp32 0.5 % of the items may differ (ties by rounding), in fp64 none."""
-    model, plan = zoo.model(build, dtype=dtype), SUBSETS[slug][0]
+    model, plan = zoo.model(build, dtype=dtype), CASES[kind].plan
     differ = total = 0
     for seed in range(30):
         parts = zoo.samples(build, CROWD, seed=100 * seed, dtype=dtype)
@@ -59,19 +60,10 @@ def test_selection_in_many_batches_differs_in_less_than_half_a_percent(slug, bui
     assert differ <= (0 if dtype is torch.float64 else 0.005 * total)
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs())
-def test_logits_of_a_batch_are_those_of_each_sample_alone(slug, build):
-    model, parts = zoo.model(build), zoo.samples(build, CROWD)
-    with winnow.compress(model, SUBSETS[slug][0]):
-        together = forward(model, zoo.collate(parts)).logits[:, -1]
-        alone = torch.cat([forward(model, part).logits[:, -1] for part in parts])
-    assert (together - alone).abs().max() <= 1e-5
-
-
-@pytest.mark.parametrize(("slug", "build"), pairs())
-def test_more_left_padding_changes_nothing(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(SOME))
+def test_more_left_padding_changes_nothing(kind, build):
     model, parts = zoo.model(build), zoo.samples(build, zoo.MIXED)
-    plan = SUBSETS[slug][0]
+    plan = CASES[kind].plan
     few, many = zoo.collate(parts), zoo.collate(parts, extra=7)
     assert kept_by_row(model, few, plan) == kept_by_row(model, many, plan)
     with winnow.compress(model, plan):
@@ -80,25 +72,25 @@ def test_more_left_padding_changes_nothing(slug, build):
     assert (step_logits(a) - step_logits(b)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs())
-def test_garbage_in_the_padding_changes_nothing(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(SOME))
+def test_garbage_in_the_padding_changes_nothing(kind, build):
     """Ids under the padding are never looked at; those of pictures cannot be there, the model itself counts them."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
     padding = inputs["attention_mask"] == 0
     assert padding.any()
     garbage = {**inputs, "input_ids": inputs["input_ids"].masked_fill(padding, 77)}
-    with winnow.compress(model, SUBSETS[slug][0]):
+    with winnow.compress(model, CASES[kind].plan):
         clean = generate(model, inputs)
         dirty = generate(model, garbage)
     assert torch.equal(new_tokens(clean, inputs), new_tokens(dirty, inputs))
     assert torch.equal(step_logits(clean), step_logits(dirty))
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs())
-def test_permuting_the_samples_permutes_the_outputs(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(SOME))
+def test_permuting_the_samples_permutes_the_outputs(kind, build):
     model, parts = zoo.model(build), zoo.samples(build, CROWD)
     order = [5, 2, 7, 0, 3, 6, 1, 4]
-    plan = SUBSETS[slug][0]
+    plan = CASES[kind].plan
     straight, mixed = zoo.collate(parts), zoo.collate([parts[i] for i in order])
     with winnow.compress(model, plan):
         a, b = generate(model, straight), generate(model, mixed)
@@ -128,11 +120,11 @@ def test_a_single_token_can_stay(build, point):
     check_against_hand(zoo.model(build), zoo.samples(build, zoo.MIXED), Pick(keep=1, at=point), by_hand)
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs())
-def test_a_batch_of_text_only_is_the_plain_model(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(SOME))
+def test_a_batch_of_text_only_is_the_plain_model(kind, build):
     model, inputs = zoo.model(build), zoo.inputs(build, ("5", "9", "7"))
     plain = generate(model, inputs)
-    with winnow.compress(model, SUBSETS[slug][0]):
+    with winnow.compress(model, CASES[kind].plan):
         assert same(generate(model, inputs), plain)
 
 
@@ -145,7 +137,7 @@ def test_two_pictures_of_one_row_are_two_items(build):
         if name in part:
             half = len(part[name]) // 2
             part[name] = torch.cat([part[name][:half]] * 2)
-    with winnow.compress(model, "divprune:keep=5") as handle:
+    with winnow.compress(model, Pick(keep=5)) as handle:
         forward(model, part)
         first, second = handle.last.items
     assert first.kept.tolist() == second.kept.tolist()
@@ -168,17 +160,14 @@ def test_views_hold_items_of_equal_size_without_padding(build):
 
 @pytest.mark.parametrize("build", ["llava_next", "qwen2_5_vl"])
 def test_pictures_of_equal_length_and_other_shape_are_not_mixed_up(build):
-    """B and the same turned have as many tokens and other neighbours: HiPrune must not take one grid for the other."""
+    """B and the same turned have as many tokens and other neighbours: one must not be taken for the other."""
     model, parts = zoo.model(build), zoo.samples(build, ("3 B 6", "3 T 6", "2 T 1 B 4"))
     look = Look()
     with winnow.compress(model, look):
         forward(model, zoo.collate(parts))
     assert sorted((view.b, view.n) for view in look.views) == [(2, view.n) for view in look.views]
     assert len({view.layout for view in look.views}) == len(look.views) == 2
-    for keep, alpha in ((12, 0.9), (20, 1.0)):
-        plan = f"hiprune:keep={keep},alpha={alpha},object_layer=1"
-        by_hand = partial(hiprune, keep=keep, alpha=alpha, object_layer=1)
-        check_against_hand(model, parts, plan, by_hand)
+    check_against_hand(model, parts, *CASES["received"])
 
 
 @pytest.mark.parametrize("build", zoo.BUILDS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import zoo
 from cases import same
-from probes import Pick, forward, generate
+from probes import Pick, Probed, Received, Tapped, forward, generate
 from snapshot import differences, snapshot
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -60,25 +60,23 @@ def test_B1_whether_nothing_may_be_kept_is_part_of_a_plan():
             assert len(handle.last.items[0].kept) == 0
 
 
-@pytest.mark.parametrize("slug", ["fastervlm", "hiprune", "divprune", "todre", "fastv"])
+@pytest.mark.parametrize("probe", [Pick, Received, Tapped])
 @pytest.mark.parametrize("build", zoo.BUILDS)
-def test_B2_more_than_there_is_keeps_all_and_a_share_of_nothing_keeps_one(slug, build):
+def test_B2_more_than_there_is_keeps_all_and_a_share_of_nothing_keeps_one(probe, build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
-    rest = ",stage2=false" if slug == "todre" else ""
     plain = generate(model, inputs)
-    with winnow.compress(model, f"{slug}:keep=9999{rest}"):
+    with winnow.compress(model, probe(keep=9999)):
         assert same(generate(model, inputs), plain)
-    with winnow.compress(model, f"{slug}:keep=0.001{rest}") as handle:
+    with winnow.compress(model, probe(keep=0.001)) as handle:
         forward(model, inputs)
         assert [len(item.kept) for item in handle.last.items] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("slug", ["fastervlm", "hiprune", "divprune", "todre", "fastv", "pyramiddrop"])
-def test_B2_a_picture_of_one_token(slug):
-    """2 × 2 patches of Qwen2.5-VL: there is nothing to choose, and no method stumbles over it."""
+@pytest.mark.parametrize("probe", [Pick, Received, Tapped, Probed])
+def test_B2_a_picture_of_one_token(probe):
+    """2 × 2 patches of Qwen2.5-VL: there is nothing to choose, and nothing stumbles over it."""
     model, inputs = zoo.model("qwen2_5_vl"), zoo.inputs("qwen2_5_vl", ("3 D 6", "3 A 2"))
-    rest = ":stage2=false" if slug == "todre" else ""
-    with winnow.compress(model, slug + rest) as handle:
+    with winnow.compress(model, probe()) as handle:
         forward(model, inputs)
         assert handle.last.items[0].kept.tolist() == [0]
         assert handle.last.items[0].n_visual == 1
@@ -88,7 +86,7 @@ def test_B2_a_picture_of_one_token(slug):
 def test_B3_without_pictures_nothing_happens_and_nobody_warns(build):
     model, inputs = zoo.model(build), zoo.inputs(build, ("5", "9"))
     plain = generate(model, inputs)
-    with warnings.catch_warnings(), winnow.compress(model, "fastv:keep=50% + pyramiddrop") as handle:
+    with warnings.catch_warnings(), winnow.compress(model, Plan((Tapped(), Probed()))) as handle:
         warnings.simplefilter("error")
         assert same(generate(model, inputs), plain)
         assert handle.last is None or handle.last.items == ()
@@ -115,7 +113,7 @@ def test_B4_layers_that_repeat_or_run_backwards_or_leave_the_model_are_refused(l
 def test_B4_layer_k_means_before_layer_k_and_the_last_layer_is_allowed(build):
     """`layer=3` of four: three layers read everything, the last one the rest."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
-    with winnow.compress(model, "fastv:keep=4,layer=3") as handle:
+    with winnow.compress(model, Tapped(keep=4, layer=3)) as handle:
         forward(model, inputs)
         lengths = [layer[0] for layer in handle.last.layer_tokens]
     full = inputs["input_ids"].shape[1]
@@ -170,11 +168,11 @@ def test_B8_the_default_method_runs_on_every_family():
 @pytest.mark.parametrize("build", zoo.BUILDS)
 def test_B9_two_methods_run_in_the_order_of_the_data_and_the_total_is_told(build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
-    with winnow.compress(model, "pyramiddrop:ratios=[6,4,2],layers=[1,2,3] + divprune:keep=8") as handle:
+    with winnow.compress(model, Plan((Probed(shares=(6, 4, 2)), Pick(keep=8)))) as handle:
         forward(model, inputs)
         ledger = handle.last
     item, text = ledger.items[0], inputs["input_ids"].shape[1] - ledger.items[0].n_visual
-    assert [slug for _, slug, _ in item.reductions] == ["divprune", "pyramiddrop", "pyramiddrop", "pyramiddrop"]
+    assert [slug for _, slug, _ in item.reductions] == ["pick", "probed", "probed", "probed"]
     assert [layer[0] - text for layer in ledger.layer_tokens] == [8, 6, 4, 2]
     assert ledger.average_tokens == sum(layer[0] for layer in ledger.layer_tokens) / zoo.DEPTH
     assert ledger.plan == handle.plan.key

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from cases import SUBSETS, pairs
-from probes import Pick, forward, generate
+from cases import CASES, pairs
+from probes import Pick, Probed, Received, Tapped, forward, generate
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import winnow
@@ -37,15 +37,15 @@ def test_flops_of_the_full_model_are_what_torch_counts(build, rows, implementati
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize(("slug", "build"), pairs())
-def test_flops_of_a_compressed_model_are_what_torch_counts(slug, build, implementation):
+@pytest.mark.parametrize(("kind", "build"), pairs())
+def test_flops_of_a_compressed_model_are_what_torch_counts(kind, build, implementation):
     """Within 1 %, for what the LM itself computes: the layers, on as many tokens as each of them read.
 
     What a method computes for its choice is its own cost, not the LM's, and is not in the ledger's FLOPs.
     """
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
     model.set_attn_implementation(implementation)
-    with winnow.compress(model, SUBSETS[slug][0]) as handle:
+    with winnow.compress(model, CASES[kind].plan) as handle:
         forward(model, inputs)
         ledger = handle.last
     lengths = [layer[0] for layer in ledger.layer_tokens]
@@ -64,23 +64,23 @@ def counted_layer(model, n: int) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(["fastervlm", "visionzip"]))
-def test_the_whole_language_model_does_no_more_than_its_layers(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(["received", "folded"]))
+def test_the_whole_language_model_does_no_more_than_its_layers(kind, build):
     """Counted through the real forward, for methods that have chosen before the LM."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
     model.set_attn_implementation("eager")
-    with winnow.compress(model, SUBSETS[slug][0]) as handle:
+    with winnow.compress(model, CASES[kind].plan) as handle:
         total = counted(model, inputs)
         assert handle.last.flops == pytest.approx(total, rel=0.01)
 
 
 @pytest.mark.parametrize("rows", [zoo.SINGLE, zoo.RAGGED, zoo.MIXED], ids=["single", "ragged", "mixed"])
-@pytest.mark.parametrize(("slug", "build"), pairs())
-def test_kv_bytes_are_the_bytes_of_the_tensors_in_the_cache(slug, build, rows):
+@pytest.mark.parametrize(("kind", "build"), pairs())
+def test_kv_bytes_are_the_bytes_of_the_tensors_in_the_cache(kind, build, rows):
     """Of their storages: nothing dropped is still held behind a view."""
     model, inputs = zoo.model(build), zoo.inputs(build, rows)
     plain = forward(model, inputs, use_cache=True).past_key_values
-    with winnow.compress(model, SUBSETS[slug][0]) as handle:
+    with winnow.compress(model, CASES[kind].plan) as handle:
         cache = forward(model, inputs, use_cache=True).past_key_values
         ledger = handle.last
     assert ledger.kv_bytes == stored(cache)
@@ -99,7 +99,7 @@ def stored(cache) -> int:
 @pytest.mark.parametrize("build", zoo.BUILDS)
 def test_through_generate_the_ledger_is_that_of_the_prefill(build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
-    with winnow.compress(model, "pyramiddrop") as handle:
+    with winnow.compress(model, Probed()) as handle:
         forward(model, inputs, use_cache=True)
         once = handle.last
         generate(model, inputs)
@@ -123,7 +123,7 @@ def test_a_bfloat16_cache_holds_half_the_bytes(build):
 @pytest.mark.parametrize("build", zoo.BUILDS)
 def test_times_are_told_only_when_asked_for(build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
-    with winnow.compress(model, "fastv:keep=50%") as handle:
+    with winnow.compress(model, Tapped()) as handle:
         generate(model, inputs)
         assert handle.last.times == {}
         handle.timing = True
@@ -140,7 +140,7 @@ def test_times_are_told_only_when_asked_for(build):
 def test_nan_scores_are_counted_and_never_kept(build):
     """One broken pixel makes NaN of its picture; the method says how many scores were broken, and keeps its budget."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
-    with winnow.compress(model, "divprune:keep=5") as handle:
+    with winnow.compress(model, Received(keep=5)) as handle:
         forward(model, inputs)
         assert handle.last.nan_scores == 0
         broken = {**inputs, "pixel_values": inputs["pixel_values"].clone()}

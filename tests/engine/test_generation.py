@@ -8,22 +8,22 @@ import pytest
 import torch
 import zoo
 from byhand import Reference
-from cases import SUBSETS, identities, pairs, same
-from probes import Halve, Pick, forward, generate, new_tokens, step_logits
+from cases import CASES, identities, pairs, same
+from probes import Drawn, Halve, Pick, Probed, forward, generate, new_tokens, step_logits
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import winnow
 from winnow.core.plan import Plan
 
-PROBES = ("fastervlm", "visionzip", "pyramiddrop")  # before the LM, merged, and in three cuts
+PROBES = ("received", "folded", "probed")  # before the LM, merged, and in three cuts
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(PROBES))
-def test_beams_score_what_they_say_by_hand(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(PROBES))
+def test_beams_score_what_they_say_by_hand(kind, build):
     """Three beams, two returned: the score of each sequence is the sum of its own log-probabilities, worked by hand."""
     model, parts = zoo.model(build), zoo.samples(build, zoo.MIXED)
-    inputs, (plan, by_hand) = zoo.collate(parts), SUBSETS[slug]
+    inputs, (plan, by_hand) = zoo.collate(parts), CASES[kind]
     reference = Reference(model)
     with winnow.compress(model, plan):
         options = {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.0, "output_scores": True}
@@ -38,11 +38,11 @@ def test_beams_score_what_they_say_by_hand(slug, build):
         assert abs(float(total - output.sequences_scores[row])) <= 1e-4
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(PROBES))
-def test_beams_of_a_batch_are_those_of_each_sample_alone(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(PROBES))
+def test_beams_of_a_batch_are_those_of_each_sample_alone(kind, build):
     model, parts = zoo.model(build), zoo.samples(build, zoo.MIXED)
     inputs = zoo.collate(parts)
-    with winnow.compress(model, SUBSETS[slug][0]):
+    with winnow.compress(model, CASES[kind].plan):
         together = generate(model, inputs, num_beams=3, num_return_sequences=2)
         for row, part in enumerate(parts):
             alone = generate(model, part, num_beams=3, num_return_sequences=2)
@@ -68,17 +68,17 @@ def test_sampling_with_a_seed_is_bit_identical_under_identity(build):
     options = {"do_sample": True, "temperature": 1.3, "num_return_sequences": 2}
     torch.manual_seed(5)
     plain = generate(model, inputs, **options)
-    for plan in [*identities(build), "todre:keep=100%,stage2=false,pivot=random", "fastv:keep=100%,layer=0"]:
+    for plan in [*identities(build), Drawn(keep="100%")]:
         with winnow.compress(model, plan):
             torch.manual_seed(5)
             assert same(generate(model, inputs, **options), plain), plan
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(PROBES))
-def test_sampled_logits_equal_by_hand(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(PROBES))
+def test_sampled_logits_equal_by_hand(kind, build):
     """Two sampled continuations of each row: the batch is repeated before the prompt is read, pictures are not."""
     model, parts = zoo.model(build), zoo.samples(build, zoo.MIXED)
-    inputs, (plan, by_hand) = zoo.collate(parts), SUBSETS[slug]
+    inputs, (plan, by_hand) = zoo.collate(parts), CASES[kind]
     reference = Reference(model)
     torch.manual_seed(7)
     with winnow.compress(model, plan) as handle:
@@ -107,11 +107,11 @@ class Collector(BaseStreamer):
         self.ended = True
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(PROBES))
-def test_a_streaming_thread_sees_the_plan(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(PROBES))
+def test_a_streaming_thread_sees_the_plan(kind, build):
     """`Thread(target=model.generate)` is how text is streamed: the plan is the model's, not that of one thread."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
-    with winnow.compress(model, SUBSETS[slug][0]) as handle:
+    with winnow.compress(model, CASES[kind].plan) as handle:
         expected, ledger = generate(model, inputs), handle.last
         streamer = Collector()
         options = {"max_new_tokens": 6, "do_sample": False, "streamer": streamer}
@@ -184,11 +184,11 @@ def test_prompt_lookup_may_propose_the_placeholders_of_a_picture(build, keep):
     assert torch.equal(looked.sequences, greedy.sequences)
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(("fastervlm", "divprune", "visionzip")))
-def test_without_cache_the_tokens_and_logits_are_the_same(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(("received", "picked", "folded")))
+def test_without_cache_the_tokens_and_logits_are_the_same(kind, build):
     """Every step is a prefill of its own; what does not look at the last token chooses the same each time."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.MIXED)
-    with winnow.compress(model, SUBSETS[slug][0]):
+    with winnow.compress(model, CASES[kind].plan):
         cached = generate(model, inputs)
         uncached = generate(model, inputs, use_cache=False)
     assert torch.equal(cached.sequences, uncached.sequences)
@@ -236,7 +236,7 @@ def test_max_length_counts_the_prompt_as_given(build):
 def test_inference_mode_and_positional_ids(build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
     rest = {k: v for k, v in inputs.items() if k != "input_ids"}
-    with winnow.compress(model, "pyramiddrop"):
+    with winnow.compress(model, Probed()):
         expected = generate(model, inputs)
         with torch.inference_mode():
             output = model.generate(inputs["input_ids"], **rest, max_new_tokens=6, do_sample=False)

@@ -5,48 +5,35 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from cases import METHODS, identities, pairs, runs_on, same
+from cases import TOWERS, identities, same
 from probes import Look, Pick, Watched, forward, generate
 
 import winnow
 from winnow.core.plan import Plan
-from winnow.core.registry import method_class
 
-WITH_IDENTITY = tuple(slug for slug in METHODS if method_class(slug).identity is not None)
 BATCHES = {"ragged": zoo.RAGGED, "single": zoo.SINGLE, "mixed": zoo.MIXED}
 
 
-def test_methods_with_an_identity_are_the_seven_selections():
-    assert set(METHODS) - set(WITH_IDENTITY) == {"visionzip"}
-
-
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize(("slug", "build"), pairs(WITH_IDENTITY))
-def test_keep_all_is_bit_identical(slug, build, rows):
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_keep_all_is_bit_identical(build, rows):
     """Forward logits, generated ids and step logits; every item passed through the method and none lost a token."""
     model, inputs = zoo.model(build), zoo.inputs(build, rows)
     plain, said = forward(model, inputs).logits, generate(model, inputs)
-    cls = method_class(slug)
-    watched = Watched(cls.configured(**cls.identity))
-    with winnow.compress(model, watched) as handle:
-        assert torch.equal(forward(model, inputs).logits, plain)
-        calls = sum(watched.items)
-        assert same(generate(model, inputs), said)
-        ledger = handle.last
     pictures = sum(word.isalpha() for row in rows for word in row.split())
-    steps = len(watched.inner.checked_steps(_info(model)))
-    assert calls == pictures * steps
-    assert sum(watched.items) == 2 * calls
-    assert [len(item.kept) for item in ledger.items] == [item.layout.n_content for item in ledger.items]
-    assert all(len(item.reductions) == steps for item in ledger.items)
-    assert ledger.flops == ledger.flops_full
-    assert ledger.kv_bytes == ledger.kv_bytes_full
-
-
-def _info(model):
-    from winnow.models.families import family_of
-
-    return family_of(model).info(model)
+    for inner in identities(build):
+        watched = Watched(inner)
+        with winnow.compress(model, watched) as handle:
+            assert torch.equal(forward(model, inputs).logits, plain), inner
+            calls = sum(watched.items)
+            assert same(generate(model, inputs), said), inner
+            ledger, steps = handle.last, len(inner.checked_steps(handle.info))
+        assert calls == pictures * steps
+        assert sum(watched.items) == 2 * calls
+        assert [len(item.kept) for item in ledger.items] == [item.layout.n_content for item in ledger.items]
+        assert all(len(item.reductions) == steps for item in ledger.items)
+        assert ledger.flops == ledger.flops_full
+        assert ledger.kv_bytes == ledger.kv_bytes_full
 
 
 @pytest.mark.parametrize("build", zoo.BUILDS)
@@ -81,7 +68,7 @@ def test_a_selection_of_all_is_bit_identical_at_every_point(build, point):
         assert same(generate(model, inputs), said)
 
 
-@pytest.mark.parametrize("build", ["llava_clip", "llava_siglip", "llava_next"])
+@pytest.mark.parametrize("build", TOWERS)
 def test_looking_at_features_is_bit_identical(build):
     """A step at `features` that keeps everything leaves the projector's own rows."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.MIXED)
@@ -107,9 +94,7 @@ def test_keep_all_is_bit_identical_without_cache_and_without_mask(build):
 def test_keep_all_of_everything_at_once_is_bit_identical(build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.MIXED)
     said = generate(model, inputs)
-    methods = [method_class(slug) for slug in WITH_IDENTITY if runs_on(slug, build)]
-    plan = Plan(tuple(cls.configured(**cls.identity) for cls in methods))
-    with winnow.compress(model, plan):
+    with winnow.compress(model, Plan(identities(build))):
         assert same(generate(model, inputs), said)
 
 

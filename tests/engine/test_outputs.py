@@ -6,13 +6,13 @@ import pytest
 import torch
 import zoo
 from byhand import Reference
-from cases import SUBSETS, identities, pairs
-from probes import Pick, forward
+from cases import CASES, TOWERS, identities, pairs
+from probes import Pick, Probed, forward
 from torch.nn.functional import cross_entropy
 
 import winnow
 
-PROBES = ("divprune", "visionzip", "fastv", "pyramiddrop")
+PROBES = ("picked", "folded", "tapped", "probed")
 IGNORED = -100
 
 
@@ -40,20 +40,20 @@ def loss_by_hand(model, parts, by_hand) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("slug", "build"), pairs([slug for slug in PROBES if slug != "visionzip"]))
-def test_the_loss_equals_by_hand(slug, build, side):
+@pytest.mark.parametrize(("kind", "build"), pairs(["picked", "tapped", "probed"]))
+def test_the_loss_equals_by_hand(kind, build, side):
     model, parts = zoo.model(build), zoo.samples(build, zoo.MIXED)
-    inputs, (plan, by_hand) = zoo.collate(parts, side=side), SUBSETS[slug]
+    inputs, (plan, by_hand) = zoo.collate(parts, side=side), CASES[kind]
     with winnow.compress(model, plan):
         loss = forward(model, inputs, labels=labelled(inputs)).loss
     assert abs(loss - loss_by_hand(model, parts, by_hand)) <= 1e-5
 
 
-@pytest.mark.parametrize("build", zoo.WITH_CLS)
+@pytest.mark.parametrize("build", TOWERS)
 def test_the_loss_on_text_behind_merged_rows_equals_by_hand(build):
     """Merged rows stand out of order, so labels are on the text behind the last picture: there positions are rows."""
     model, parts = zoo.model(build), zoo.samples(build, ("3 A 6", "2 B 4 C 5"))
-    inputs, (plan, by_hand) = zoo.collate(parts), SUBSETS["visionzip"]
+    inputs, (plan, by_hand) = zoo.collate(parts), CASES["folded"]
     labels = labelled(inputs)
     labels[:, :-4] = IGNORED
     with winnow.compress(model, plan):
@@ -75,12 +75,12 @@ def test_the_loss_under_identity_is_bit_identical(build):
             assert torch.equal(forward(model, inputs, labels=labelled(inputs)).loss, plain), plan
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(PROBES))
-def test_gradients_flow_through_what_is_kept(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(PROBES))
+def test_gradients_flow_through_what_is_kept(kind, build):
     """The gather is differentiable in the values: pixels that were kept get a gradient, the choice gets none."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
     inputs["pixel_values"].requires_grad_(True)
-    with winnow.compress(model, SUBSETS[slug][0]):
+    with winnow.compress(model, CASES[kind].plan):
         model(**inputs, labels=labelled(inputs)).loss.backward()
     gradient = inputs["pixel_values"].grad
     assert gradient.isfinite().all()
@@ -104,11 +104,11 @@ def test_gradients_under_identity_are_bit_identical(build):
         assert torch.equal(weight.grad, plain), plan
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(PROBES))
-def test_hidden_states_have_the_callers_length_and_the_rows_by_hand(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(PROBES))
+def test_hidden_states_have_the_callers_length_and_the_rows_by_hand(kind, build):
     """One more than there are layers; where a token was read, its row; the state after the last layer is normed."""
     model, parts = zoo.model(build), zoo.samples(build, zoo.RAGGED)
-    inputs, (plan, by_hand) = zoo.collate(parts), SUBSETS[slug]
+    inputs, (plan, by_hand) = zoo.collate(parts), CASES[kind]
     with winnow.compress(model, plan):
         states = forward(model, inputs, output_hidden_states=True).hidden_states
     assert [tuple(s.shape) for s in states] == [(*inputs["input_ids"].shape, 64)] * (zoo.DEPTH + 1)
@@ -139,10 +139,10 @@ def test_hidden_states_under_identity_are_bit_identical(build):
         assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True)), plan
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(PROBES))
-def test_fewer_logits_are_the_last_ones(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(PROBES))
+def test_fewer_logits_are_the_last_ones(kind, build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
-    with winnow.compress(model, SUBSETS[slug][0]):
+    with winnow.compress(model, CASES[kind].plan):
         full = forward(model, inputs).logits
         assert full.shape[:2] == inputs["input_ids"].shape
         some = torch.tensor([3, 5, full.shape[1] - 1])
@@ -170,7 +170,7 @@ def test_a_dropped_position_repeats_the_survivor_before_it(build):
 @pytest.mark.parametrize("build", zoo.BUILDS)
 def test_outputs_as_tuples_are_those_of_the_mapping(build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
-    with winnow.compress(model, "pyramiddrop"):
+    with winnow.compress(model, Probed()):
         named = forward(model, inputs, output_hidden_states=True)
         plain = forward(model, inputs, output_hidden_states=True, return_dict=False)
     assert torch.equal(plain[0], named.logits)
@@ -181,7 +181,7 @@ def test_attentions_are_those_of_the_slots_that_each_layer_read(build):
     """Under eager attention: rows and columns are physical slots, ragged over the layers, as the ledger counts them."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
     model.set_attn_implementation("eager")
-    with winnow.compress(model, "pyramiddrop:ratios=[50%,25%,12.5%],layers=[1,2,3]") as handle:
+    with winnow.compress(model, Probed()) as handle:
         attentions = forward(model, inputs, output_attentions=True).attentions
         lengths = [layer[0] for layer in handle.last.layer_tokens]
     assert [tuple(a.shape) for a in attentions] == [(1, 4, n, n) for n in lengths]
@@ -194,7 +194,7 @@ def test_picture_features_are_returned_as_ever(build):
     """`image_hidden_states` is what the projector gave; a plan behind it does not touch that."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
     plain = forward(model, inputs)
-    with winnow.compress(model, "divprune:keep=3"):
+    with winnow.compress(model, Pick(keep=3)):
         found = forward(model, inputs)
     states = getattr(plain, "image_hidden_states", None)
     assert (states is None) == (build == "qwen2_5_vl")
@@ -208,7 +208,7 @@ def test_picture_features_are_returned_as_ever(build):
 def test_train_mode_is_as_good_as_eval_mode(build, training):
     """No dropout in these models: the mode must change nothing."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
-    with winnow.compress(model, "pyramiddrop"):
+    with winnow.compress(model, Probed()):
         expected = forward(model, inputs).logits
         model.train(training)
         assert torch.equal(forward(model, inputs).logits, expected)
@@ -220,7 +220,7 @@ def test_gradient_checkpointing_is_refused(when):
     model, inputs = zoo.model("llava_clip"), zoo.inputs("llava_clip", zoo.RAGGED)
 
     def run():
-        with winnow.compress(model, "pyramiddrop"):
+        with winnow.compress(model, Probed()):
             if when == "after":
                 model.train().gradient_checkpointing_enable()
             model(**inputs, labels=labelled(inputs)).loss.backward()

@@ -16,12 +16,13 @@ import torch
 import transformers
 import zoo
 from cases import same
-from probes import Pick, forward, generate
+from probes import Pick, Probed, Tapped, forward, generate
 from snapshot import differences, same_weights, snapshot, weights
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 import winnow
+from winnow.core.plan import Plan
 
 
 @pytest.mark.parametrize("build", zoo.BUILDS)
@@ -30,7 +31,7 @@ def test_M1_compressing_twice_raises_and_the_first_plan_stays(build):
     with winnow.compress(model, Pick(keep=3)) as handle:
         expected = generate(model, inputs)
         attached = snapshot(model)
-        for plan in (Pick(keep=3), "fastv", "divprune:keep=5"):
+        for plan in (Pick(keep=3), Tapped(), Pick(keep=5)):
             with pytest.raises(winnow.WinnowError, match=r"compressed already.*detach\(\).*using"):
                 winnow.compress(model, plan)
         assert differences(attached, snapshot(model)) == []
@@ -64,7 +65,7 @@ def test_M2_after_an_exception_inside_a_decoding_step_the_next_call_is_right(bui
         if len(calls) == 3:
             raise error("third step")
 
-    with winnow.compress(model, "pyramiddrop"):
+    with winnow.compress(model, Probed()):
         expected = generate(model, inputs)
         hook = model.model.language_model.layers[3].register_forward_hook(third)
         with pytest.raises(error, match="third step"):
@@ -78,8 +79,8 @@ def test_M3_two_threads_on_one_model_equal_the_same_requests_one_by_one(build):
     """Different pictures, lengths and plans at once, many times; on Qwen the model's own position state is shared."""
     model = zoo.model(build)
     jobs = [
-        (zoo.inputs(build, zoo.RAGGED), "divprune:keep=5"),
-        (zoo.inputs(build, ("2 B 4 C 5", "11"), seed=7), "pyramiddrop"),
+        (zoo.inputs(build, zoo.RAGGED), Pick(keep=5)),
+        (zoo.inputs(build, ("2 B 4 C 5", "11"), seed=7), Probed()),
     ]
     rounds = 6
     with winnow.compress(model, Pick(keep=4)) as handle:
@@ -113,7 +114,7 @@ def test_M3_no_state_of_a_request_is_on_the_module(build):
     """While a request is held inside a layer, the model has what it had before it, but for hooks that know no request:
     layers are hooked while some request needs them, and have none before and after."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
-    with winnow.compress(model, "fastv:keep=50%"):
+    with winnow.compress(model, Tapped()):
         generate(model, inputs)
         idle, during = snapshot(model), []
         probe = model.model.language_model.layers[3].register_forward_hook(lambda *args: during.append(snapshot(model)))
@@ -128,7 +129,7 @@ def test_M3_no_state_of_a_request_is_on_the_module(build):
 def test_M4_a_deep_copy_of_a_compressed_model_is_a_plain_model(build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
     plain, values = generate(model, inputs), weights(model)
-    with winnow.compress(model, "fastv:keep=50% + divprune:keep=5") as handle:
+    with winnow.compress(model, Plan((Tapped(), Pick(keep=5)))) as handle:
         reduced = generate(model, inputs)
         other = copy.deepcopy(model)
         ledger = handle.last
@@ -136,7 +137,7 @@ def test_M4_a_deep_copy_of_a_compressed_model_is_a_plain_model(build):
         assert handle.last is ledger
         assert same(generate(model, inputs), reduced)
         assert same_weights(weights(other), values)
-        with winnow.compress(other, "divprune:keep=3") as second:
+        with winnow.compress(other, Pick(keep=3)) as second:
             forward(other, inputs)
             assert [len(item.kept) for item in second.last.items] == [3, 3, 3]
         assert same(generate(model, inputs), reduced)
@@ -147,7 +148,7 @@ def test_M4_a_deep_copy_of_a_compressed_model_is_a_plain_model(build):
 def test_M4_a_pickle_of_a_compressed_model_is_a_plain_model(build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
     plain = generate(zoo.model(build), inputs)  # another one: transformers cannot pickle a model that has run
-    with winnow.compress(model, "fastv:keep=50% + divprune:keep=5"):
+    with winnow.compress(model, Plan((Tapped(), Pick(keep=5)))):
         data = pickle.dumps(model)
         buffer = io.BytesIO()
         torch.save(model, buffer)
@@ -161,7 +162,7 @@ def test_M4_saving_a_compressed_model_saves_the_plain_one(build, tmp_path):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
     plain = generate(model, inputs)
     model.save_pretrained(tmp_path / "before")
-    with winnow.compress(model, "fastv:keep=50% + divprune:keep=5"):
+    with winnow.compress(model, Plan((Tapped(), Pick(keep=5)))):
         generate(model, inputs)
         model.save_pretrained(tmp_path / "during")
     for file in (tmp_path / "before").iterdir():
@@ -189,7 +190,7 @@ class Foreign(nn.Module):
 @pytest.mark.parametrize("make", [_text_model, Foreign, lambda: nn.Linear(2, 2), lambda: "llava", lambda: None])
 def test_M5_other_models_are_refused_with_what_is_supported(make):
     with pytest.raises(winnow.WinnowError) as caught:
-        winnow.compress(make(), "fastv")
+        winnow.compress(make(), Tapped())
     if isinstance(make(), nn.Module):
         assert isinstance(caught.value, winnow.UnsupportedError)
         for family in ("llava", "llava_next", "qwen2_5_vl", "Add a model family"):
@@ -199,7 +200,7 @@ def test_M5_other_models_are_refused_with_what_is_supported(make):
 def test_M5_a_model_without_its_head_is_refused():
     """`LlavaModel` has the seams of the family, but nothing can be generated with it."""
     with pytest.raises(winnow.UnsupportedError, match="ForConditionalGeneration"):
-        winnow.compress(zoo.model("llava_clip").model, "fastv")
+        winnow.compress(zoo.model("llava_clip").model, Tapped())
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_M6_a_missing_seam_is_named_with_the_version_at_compress(build, path):
     delattr(model.model.get_submodule(parent), name)
     before = snapshot(model)
     with pytest.raises(winnow.UnsupportedError) as caught:
-        winnow.compress(model, "fastv")
+        winnow.compress(model, Tapped())
     assert name in str(caught.value)
     assert transformers.__version__ in str(caught.value)
     assert "5.19" in str(caught.value)
@@ -230,7 +231,7 @@ def test_M6_a_version_outside_the_tested_range_is_refused_at_compress(monkeypatc
     model = zoo.model("llava_clip")
     monkeypatch.setattr(transformers, "__version__", version)
     with pytest.raises(winnow.UnsupportedError, match=rf"{re.escape(version)}.*5\.19"):
-        winnow.compress(model, "fastv")
+        winnow.compress(model, Tapped())
 
 
 ABSENT = ("torchvision", "flash_attn", "gradio", "decord", "datasets", "peft", "accelerate", "av", "vllm", "matplotlib")

@@ -8,9 +8,8 @@ from typing import ClassVar
 import pytest
 import torch
 import zoo
-from byhand import Entry, Reference, Seen, cut
-from byhand_methods import Hand
-from cases import check_against_hand, picking, same
+from byhand import Entry, Hand, Reference, cut
+from cases import TOWERS, check_against_hand, merging, picking, same
 from probes import Halve, Pick, forward, generate, step_logits
 
 import winnow
@@ -23,7 +22,6 @@ from winnow.core.step import Reduce, Step
 from winnow.core.view import View
 
 ROWS = {"ragged": zoo.RAGGED, "single": zoo.SINGLE, "mixed": zoo.MIXED}
-TOWERS = ("llava_clip", "llava_siglip", "llava_next")
 
 
 @pytest.mark.parametrize("method", [Pick, Halve])
@@ -90,23 +88,9 @@ def test_steps_run_along_the_data_whatever_their_order_in_the_plan(build):
 @pytest.mark.parametrize("build", zoo.BUILDS)
 def test_merged_rows_equal_by_hand(build, layer):
     """The mean of two neighbours stands where the first of them stood."""
-
-    def merge(entry: Entry):
-        def apply(seen):
-            now = seen[-1]
-            hidden, stay = now.hidden.clone(), torch.ones(len(now.held), dtype=torch.bool)
-            for content in entry.content:
-                rows = torch.isin(now.held, content).nonzero()[:, 0].tolist()
-                for first, second in zip(rows[::2], rows[1::2], strict=False):
-                    hidden[0, first] = (now.hidden[0, first] + now.hidden[0, second]) / 2
-                    stay[second] = False
-            return Seen(hidden[:, stay], now.held[stay])
-
-        return apply
-
     parts = zoo.samples(build, zoo.MIXED)
     check_against_hand(
-        zoo.model(build), parts, Halve(at=f"layers[{layer}]"), lambda r, s, e: Hand(e, {layer: merge(e)})
+        zoo.model(build), parts, Halve(at=f"layers[{layer}]"), lambda r, s, e: Hand(e, {layer: merging(e)})
     )
 
 

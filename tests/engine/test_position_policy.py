@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-import byhand_methods as hand
 import pytest
 import torch
 import zoo
-from byhand import Reference
-from byhand_methods import Hand
-from cases import SUBSETS, check_against_hand, identities, pairs, picking, same
-from probes import Halve, Pick, forward, generate, new_tokens, step_logits
+from byhand import Hand, Reference
+from cases import CASES, ByHand, check_against_hand, identities, pairs, picking, same
+from probes import Halve, Pick, Probed, Tapped, forward, generate, new_tokens, step_logits
 
 import winnow
 from winnow.core.plan import Plan
@@ -24,18 +22,18 @@ def compact(plan) -> Plan:
     return replace(Plan.of(plan), positions="compact")
 
 
-def compact_by_hand(slug: str) -> partial:
+def compact_by_hand(kind: str) -> ByHand:
     """The same choice, except where the attention that decides is itself computed at compact positions."""
-    by_hand = SUBSETS[slug][1]
-    return partial(by_hand, compact=True) if slug in ("fastv", "pyramiddrop") else by_hand
+    by_hand = CASES[kind].by_hand
+    return partial(by_hand, compact=True) if kind in ("tapped", "probed") else by_hand
 
 
 @pytest.mark.parametrize("rows", [zoo.RAGGED, zoo.MIXED], ids=["ragged", "mixed"])
-@pytest.mark.parametrize(("slug", "build"), pairs([s for s in SUBSETS if s != "todre"], ONE_DIMENSIONAL))
-def test_compact_equals_by_hand(slug, build, rows):
-    """Every layer numbers what it reads 0 … n − 1 and decodes on from n: three offsets under PyramidDrop."""
-    plan = compact(SUBSETS[slug][0])
-    check_against_hand(zoo.model(build), zoo.samples(build, rows), plan, compact_by_hand(slug), compact=True)
+@pytest.mark.parametrize(("kind", "build"), pairs([kind for kind in CASES if kind != "forgotten"], ONE_DIMENSIONAL))
+def test_compact_equals_by_hand(kind, build, rows):
+    """Every layer numbers what it reads 0 … n − 1 and decodes on from n: three offsets where it is cut three times."""
+    plan = compact(CASES[kind].plan)
+    check_against_hand(zoo.model(build), zoo.samples(build, rows), plan, compact_by_hand(kind), compact=True)
 
 
 @pytest.mark.parametrize("build", ONE_DIMENSIONAL)
@@ -52,11 +50,11 @@ def test_compact_differs_from_keep(build):
 @pytest.mark.parametrize("build", ONE_DIMENSIONAL)
 def test_the_argument_of_compress_overrides_the_plan(build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
-    with winnow.compress(model, compact("divprune:keep=6")):
+    with winnow.compress(model, compact(Pick(keep=6))):
         said = generate(model, inputs)
-    with winnow.compress(model, "divprune:keep=6", positions="compact"):
+    with winnow.compress(model, Pick(keep=6), positions="compact"):
         assert same(generate(model, inputs), said)
-    with winnow.compress(model, "divprune:keep=6 | positions=compact"):
+    with winnow.compress(model, Plan((Pick(keep=6),), positions="compact")):
         assert same(generate(model, inputs), said)
 
 
@@ -71,7 +69,7 @@ def test_compact_with_everything_kept_is_bit_identical(build):
 
 def test_compact_is_refused_where_positions_have_three_dimensions():
     with pytest.raises(winnow.UnsupportedError, match=r"compact.*3-D.*positions=keep"):
-        winnow.compress(zoo.model("qwen2_5_vl"), "fastv:keep=50% | positions=compact")
+        winnow.compress(zoo.model("qwen2_5_vl"), Plan((Tapped(),), positions="compact"))
 
 
 @pytest.mark.parametrize("positions", ["keep", "compact"])
@@ -80,9 +78,9 @@ def test_positions_of_later_turns_equal_by_hand(build, positions):
     """Text of a second turn, several tokens at once, on layers of three lengths: it goes on where each layer ended."""
     parts = zoo.samples(build, zoo.RAGGED)
     inputs = zoo.collate(parts)
-    plan = Plan.of("pyramiddrop:ratios=[50%,25%,12.5%],layers=[1,2,3]", positions=positions)
+    plan = Plan.of(Probed(), positions=positions)
     tight = positions == "compact"
-    by_hand = partial(hand.pyramiddrop, ratios=("50%", "25%", "12.5%"), layers=(1, 2, 3), compact=tight)
+    by_hand = partial(CASES["probed"].by_hand, compact=tight)
     model = zoo.model(build)
     reference = Reference(model)
     turn = torch.randint(10, 200, (3, 5), generator=torch.Generator().manual_seed(3))
@@ -128,7 +126,7 @@ def test_positions_of_the_caller_are_respected(build, positions):
     """Counted over the mask, as `generate` does: its logits; from a far start: the same, as RoPE is relative."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
     counted = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    with winnow.compress(model, "pyramiddrop", positions=positions):
+    with winnow.compress(model, Probed(), positions=positions):
         expected = step_logits(generate(model, inputs))[:, 0]
         for given in (counted, counted + 100):
             found = forward(model, {**inputs, "position_ids": given}).logits[:, -1]

@@ -7,25 +7,25 @@ import copy
 import pytest
 import torch
 import zoo
-from cases import SUBSETS, TURN, pairs, prolonged, same
-from probes import STEPS, Pick, forward, generate, new_tokens, step_logits
+from cases import CASES, TURN, pairs, prolonged, same
+from probes import STEPS, Pick, Probed, forward, generate, new_tokens, step_logits
 from transformers import DynamicCache
 
 import winnow
 
-PROBES = ("fastervlm", "divprune", "visionzip", "todre", "pyramiddrop")
+PROBES = ("received", "picked", "folded", "forgotten", "probed")
 
 
 @pytest.mark.parametrize("given", ["nothing", "mask", "positions", "mask and positions"])
-@pytest.mark.parametrize(("slug", "build"), pairs(PROBES))
-def test_stepping_by_hand_equals_generate(slug, build, given):
+@pytest.mark.parametrize(("kind", "build"), pairs(PROBES))
+def test_stepping_by_hand_equals_generate(kind, build, given):
     """`model(next_token, past_key_values=…)`, with or without the mask and the positions that `generate` would pass.
 
     A left-padded batch needs its mask, as it does without compression; so here rows are of equal length.
     """
     model, inputs = zoo.model(build), zoo.inputs(build, ("3 A 6", "3 A 6"))
     width = inputs["input_ids"].shape[1]
-    with winnow.compress(model, SUBSETS[slug][0]):
+    with winnow.compress(model, CASES[kind].plan):
         expected = generate(model, inputs)
         said = new_tokens(expected, inputs)
         output = forward(model, inputs, use_cache=True)
@@ -52,10 +52,10 @@ def _next_position(build, model, inputs):
     return positions.amax((0, 2))[None, :, None].expand(3, -1, -1) + 1
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(PROBES))
-def test_stepping_by_hand_over_a_padded_batch_with_its_mask_equals_generate(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(PROBES))
+def test_stepping_by_hand_over_a_padded_batch_with_its_mask_equals_generate(kind, build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
-    with winnow.compress(model, SUBSETS[slug][0]):
+    with winnow.compress(model, CASES[kind].plan):
         expected = generate(model, inputs)
         said = new_tokens(expected, inputs)
         output = forward(model, inputs, use_cache=True)
@@ -68,10 +68,10 @@ def test_stepping_by_hand_over_a_padded_batch_with_its_mask_equals_generate(slug
     assert (torch.stack(logits, 1) - step_logits(expected)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(("divprune", "pyramiddrop")))
-def test_several_tokens_at_once_equal_one_by_one(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(("picked", "probed")))
+def test_several_tokens_at_once_equal_one_by_one(kind, build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)
-    with winnow.compress(model, SUBSETS[slug][0]):
+    with winnow.compress(model, CASES[kind].plan):
         together = forward(model, inputs, use_cache=True)
         apart = forward(model, inputs, use_cache=True)
         at_once = forward(model, {"input_ids": TURN[:1]}, past_key_values=together.past_key_values).logits
@@ -82,18 +82,18 @@ def test_several_tokens_at_once_equal_one_by_one(slug, build):
     assert (at_once - torch.cat(one_by_one, 1)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(("divprune", "pyramiddrop")))
-def test_the_cache_tells_logical_lengths_and_holds_physical_ones(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(("picked", "probed")))
+def test_the_cache_tells_logical_lengths_and_holds_physical_ones(kind, build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
-    with winnow.compress(model, SUBSETS[slug][0]) as handle:
+    with winnow.compress(model, CASES[kind].plan) as handle:
         cache = generate(model, inputs).past_key_values
         held = [layer.keys.shape[2] for layer in cache.layers]
         assert held == [max(counts) + STEPS - 1 for counts in handle.last.layer_tokens]
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + STEPS - 1
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(("divprune", "pyramiddrop")))
-def test_a_cropped_cache_goes_on_from_where_it_was_cut(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(("picked", "probed")))
+def test_a_cropped_cache_goes_on_from_where_it_was_cut(kind, build):
     """What speculative decoding does: several tokens in, some of them out again, others in."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
     width = inputs["input_ids"].shape[1]
@@ -103,7 +103,7 @@ def test_a_cropped_cache_goes_on_from_where_it_was_cut(slug, build):
         new = {"input_ids": TURN[:, start:end], "attention_mask": mask[:, : cache.get_seq_length() + end - start]}
         return forward(model, new, past_key_values=cache).logits
 
-    with winnow.compress(model, SUBSETS[slug][0]):
+    with winnow.compress(model, CASES[kind].plan):
         straight = forward(model, inputs, use_cache=True).past_key_values
         expected = put(straight, 0, 2), put(straight, 2, 3)
         cache = forward(model, inputs, use_cache=True).past_key_values
@@ -133,11 +133,11 @@ def test_a_cache_can_be_cropped_down_to_the_last_picture_and_no_further(build):
         assert cache.get_seq_length() == inputs["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(("divprune", "pyramiddrop")))
-def test_copies_of_a_cache_go_on_by_themselves(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(("picked", "probed")))
+def test_copies_of_a_cache_go_on_by_themselves(kind, build):
     """One prompt, several questions: each continues a copy, and none sees the others."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
-    with winnow.compress(model, SUBSETS[slug][0]):
+    with winnow.compress(model, CASES[kind].plan):
         first = generate(model, inputs, steps=2)
         saved = copy.deepcopy(first.past_key_values)
         other = torch.flip(TURN, [1])
@@ -149,12 +149,12 @@ def test_copies_of_a_cache_go_on_by_themselves(slug, build):
     assert not torch.equal(new_tokens(straight[0], talks[0]), new_tokens(straight[1], talks[1]))
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(("divprune", "pyramiddrop")))
-def test_two_requests_step_by_turns_under_one_plan(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(("picked", "probed")))
+def test_two_requests_step_by_turns_under_one_plan(kind, build):
     """State is on the caches: on Qwen, where the model keeps position offsets on itself, too."""
     model = zoo.model(build)
     parts = [zoo.sample(build, "3 A 6"), zoo.sample(build, "5 B 4 C 3", seed=4)]
-    with winnow.compress(model, SUBSETS[slug][0]):
+    with winnow.compress(model, CASES[kind].plan):
         expected = [generate(model, part) for part in parts]
         outputs = [forward(model, part, use_cache=True) for part in parts]
         logits = [[output.logits[:, -1]] for output in outputs]
@@ -168,13 +168,13 @@ def test_two_requests_step_by_turns_under_one_plan(slug, build):
 
 
 @pytest.mark.parametrize("how", ["reorder", "select", "repeat"])
-@pytest.mark.parametrize(("slug", "build"), pairs(("divprune", "pyramiddrop")))
-def test_rows_of_a_cache_can_be_moved_dropped_and_repeated(slug, build, how):
+@pytest.mark.parametrize(("kind", "build"), pairs(("picked", "probed")))
+def test_rows_of_a_cache_can_be_moved_dropped_and_repeated(kind, build, how):
     """Masks, offsets and positions go with their rows, as the keys do."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
     rows = {"reorder": [2, 0, 1], "select": [2, 1], "repeat": [0, 0, 1, 1, 2, 2]}[how]
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 2, dtype=torch.int64)], 1)
-    with winnow.compress(model, SUBSETS[slug][0]):
+    with winnow.compress(model, CASES[kind].plan):
         plain = forward(model, inputs, use_cache=True).past_key_values
         expected = forward(model, {"input_ids": TURN[:, :2], "attention_mask": mask}, past_key_values=plain).logits
         moved = forward(model, inputs, use_cache=True).past_key_values
@@ -203,7 +203,7 @@ def test_a_cache_that_was_reset_starts_anew(build):
 @pytest.mark.parametrize("build", zoo.BUILDS)
 def test_an_empty_cache_of_the_caller_is_filled(build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
-    with winnow.compress(model, "pyramiddrop") as handle:
+    with winnow.compress(model, Probed()) as handle:
         expected = generate(model, inputs)
         cache = DynamicCache(config=model.config.get_text_config())
         assert same(generate(model, inputs, past_key_values=cache), expected)

@@ -8,10 +8,11 @@ import threading
 
 import pytest
 import zoo
-from cases import SUBSETS, runs_on, same
-from probes import Pick, forward, generate
+from cases import CASES, TOWERS, same
+from probes import Pick, Probed, Tapped, forward, generate
 
 import winnow
+from winnow.core.plan import Plan
 
 ROUNDS = 4
 
@@ -32,9 +33,7 @@ def at_once(*works) -> list:
 def test_concurrent_requests_under_different_plans_equal_serial_ones(build):
     """Four threads: features or projected, depth, the attached plan, and none at all; different inputs; ledgers too."""
     model = zoo.model(build)
-    plans = ["pyramiddrop", SUBSETS["todre"][0], None, "full"]
-    if runs_on("visionzip", build):
-        plans[1] = SUBSETS["visionzip"][0]
+    plans = [Probed(), CASES["folded" if build in TOWERS else "forgotten"].plan, None, "full"]
     jobs = [
         (zoo.inputs(build, rows, seed=seed), plan)
         for seed, (rows, plan) in enumerate(zip((zoo.RAGGED, zoo.MIXED, zoo.SINGLE, ("2 C 3",)), plans, strict=True))
@@ -104,7 +103,7 @@ def test_using_nests_and_is_undone_by_an_exception():
     with winnow.compress(model, Pick(keep=4)) as handle:
         with handle.using(Pick(keep=3)):
             assert kept() == 3
-            with handle.using("divprune:keep=2"):
+            with handle.using(Pick(keep=2)):
                 assert kept() == 2
             assert kept() == 3
             with pytest.raises(KeyboardInterrupt):
@@ -117,7 +116,7 @@ def test_using_nests_and_is_undone_by_an_exception():
 def test_using_full_is_the_plain_model_bit_for_bit(build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.MIXED)
     plain = generate(model, inputs)
-    with winnow.compress(model, "fastv:keep=50% + divprune:keep=5") as handle:
+    with winnow.compress(model, Plan((Tapped(), Pick(keep=5)))) as handle:
         reduced = generate(model, inputs)
         for full in (None, "full"):
             with handle.using(full):
@@ -144,14 +143,14 @@ def test_an_error_in_one_thread_leaves_the_request_of_the_other_alone(build):
         if getattr(victim, "here", False):
             raise KeyboardInterrupt("only this thread")
 
-    with winnow.compress(model, "pyramiddrop") as handle:
+    with winnow.compress(model, Probed()) as handle:
         expected = generate(model, inputs)
         hook = model.model.language_model.layers[2].register_forward_hook(maybe)
 
         def fail():
             victim.here = True
             for _ in range(ROUNDS):
-                with pytest.raises(KeyboardInterrupt), handle.using("divprune:keep=3"):
+                with pytest.raises(KeyboardInterrupt), handle.using(Pick(keep=3)):
                     generate(model, inputs)
             victim.here = False
             return generate(model, inputs)

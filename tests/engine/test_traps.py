@@ -10,20 +10,21 @@ import pytest
 import torch
 import zoo
 from byhand import Reference
-from cases import SUBSETS, check_against_hand, pairs
-from probes import STEPS, Pick, forward, generate, new_tokens, step_logits
+from cases import CASES, check_against_hand, pairs
+from probes import STEPS, Pick, Probed, Tapped, forward, generate, new_tokens, step_logits
 from transformers import LogitsProcessor, LogitsProcessorList, masking_utils
 
 import winnow
+from winnow.core.plan import Plan
 
-DEPTHS = ("divprune", "pyramiddrop")  # before the LM, and inside
+DEPTHS = ("picked", "probed")  # before the LM, and inside
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(DEPTHS))
-def test_trap_01_gapped_positions_without_mask_and_cache_are_no_packed_sequence(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(DEPTHS))
+def test_trap_01_gapped_positions_without_mask_and_cache_are_no_packed_sequence(kind, build):
     """`generate(use_cache=False)` drops a mask of ones; gaps in the positions must not become block-diagonal masks."""
     model, part = zoo.model(build), zoo.sample(build, "3 A 6")
-    plan, by_hand = SUBSETS[slug]
+    plan, by_hand = CASES[kind]
     reference = Reference(model)
     worked = by_hand(reference, part, reference.entry(part))
     bare = {k: v for k, v in part.items() if k != "attention_mask"}
@@ -57,7 +58,7 @@ def test_trap_01_the_lm_is_given_no_gapped_positions_without_mask_and_cache(buil
         return indices
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", searched)
-    with winnow.compress(model, "divprune:keep=5 + pyramiddrop"):
+    with winnow.compress(model, Plan((Pick(keep=5), Probed()))):
         model.model.language_model.register_forward_pre_hook(watch, with_kwargs=True)
         for options in ({"use_cache": True}, {"use_cache": False}):
             generate(model, inputs, **options)
@@ -88,7 +89,7 @@ def test_trap_04_a_loss_can_be_computed_although_rows_are_gone(build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     labels = labels.masked_fill(labels == zoo.IMAGE, -100)
-    for plan in ("divprune:keep=3", "pyramiddrop"):
+    for plan in (Pick(keep=3), Probed()):
         with winnow.compress(model, plan):
             output = forward(model, inputs, labels=labels)
         assert output.logits.shape[:2] == labels.shape
@@ -100,7 +101,7 @@ def test_trap_05_hidden_states_stay_the_first_argument_of_a_layer(build):
     """The hooks of transformers that record them read `args[0]`; they are installed at the first use, in the plan."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
     shapes = []
-    with winnow.compress(model, "divprune:keep=3 + fastv:keep=2,layer=2") as handle:
+    with winnow.compress(model, Plan((Pick(keep=3), Tapped(keep=2)))) as handle:
         model.model.language_model.layers[3].register_forward_pre_hook(lambda m, args: shapes.append(args[0].shape))
         output = forward(model, inputs, output_hidden_states=True)
         assert len(output.hidden_states) == zoo.DEPTH + 1
@@ -116,14 +117,14 @@ def test_trap_08_sliding_windows_are_refused():
         model = zoo.model("qwen2_5_vl", **text)
         assert "sliding_attention" in model.config.get_text_config().layer_types
         with pytest.raises(winnow.UnsupportedError, match="sliding"):
-            winnow.compress(model, "divprune:keep=3")
+            winnow.compress(model, Pick(keep=3))
 
 
 @pytest.mark.parametrize("build", zoo.BUILDS)
 def test_trap_09_with_beams_each_repeated_row_has_its_own_pictures(build):
     """Rows are repeated before the prompt is read, encoded pictures are not: items must follow their samples."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.MIXED)
-    with winnow.compress(model, "divprune:keep=4") as handle:
+    with winnow.compress(model, Pick(keep=4)) as handle:
         generate(model, inputs)
         single = [(item.row, item.kept.tolist()) for item in handle.last.items]
         generate(model, inputs, num_beams=3)
@@ -133,11 +134,11 @@ def test_trap_09_with_beams_each_repeated_row_has_its_own_pictures(build):
         assert [kept for r, kept in beams if r == beam] == per_row[beam // 3]
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(DEPTHS))
-def test_trap_10_the_returned_cache_goes_on_with_the_ordinary_ids(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(DEPTHS))
+def test_trap_10_the_returned_cache_goes_on_with_the_ordinary_ids(kind, build):
     """Its length is logical: `generate` finds by itself which ids are new."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
-    with winnow.compress(model, SUBSETS[slug][0]):
+    with winnow.compress(model, CASES[kind].plan):
         long = generate(model, inputs, steps=2 * STEPS)
         short = generate(model, inputs)
         assert short.past_key_values.get_seq_length() == short.sequences.shape[1] - 1
@@ -167,11 +168,11 @@ def test_trap_11_ids_and_lengths_outside_are_those_of_the_prompt_as_given(build)
     assert torch.equal(sequences[:, :width], inputs["input_ids"])
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(DEPTHS, ["qwen2_5_vl"]))
-def test_trap_12_stepping_with_a_full_mask_after_a_picture_works_on_qwen(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(DEPTHS, ["qwen2_5_vl"]))
+def test_trap_12_stepping_with_a_full_mask_after_a_picture_works_on_qwen(kind, build):
     """Plain transformers makes positions of the mask's length and fails; a compressed prompt brings its own."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
-    with winnow.compress(model, SUBSETS[slug][0]):
+    with winnow.compress(model, CASES[kind].plan):
         expected = generate(model, inputs)
         output, mask = forward(model, inputs, use_cache=True), inputs["attention_mask"]
         for step in range(STEPS - 1):
@@ -185,7 +186,7 @@ def test_trap_12_position_state_of_another_request_on_the_module_does_no_harm():
     """`rope_deltas` lies on the model; a request in between overwrites it."""
     model = zoo.model("qwen2_5_vl")
     parts = [zoo.sample("qwen2_5_vl", "3 A 6"), zoo.sample("qwen2_5_vl", "2 C 4 B 5", seed=3)]
-    with winnow.compress(model, "pyramiddrop"):
+    with winnow.compress(model, Probed()):
         expected = generate(model, parts[0])
         output = forward(model, parts[0], use_cache=True)
         for step in range(STEPS - 1):
@@ -195,9 +196,9 @@ def test_trap_12_position_state_of_another_request_on_the_module_does_no_harm():
             assert (output.logits[:, -1] - step_logits(expected)[:, step + 1]).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(DEPTHS))
-def test_masks_of_ones_that_generate_drops_make_no_difference(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(DEPTHS))
+def test_masks_of_ones_that_generate_drops_make_no_difference(kind, build):
     """Section 0 of the notes: batch 1 arrives without a mask, the same rows padded arrive with one."""
-    plan, by_hand = SUBSETS[slug]
+    plan, by_hand = CASES[kind]
     check_against_hand(zoo.model(build), zoo.samples(build, ("3 A 6", "3 A 6")), plan, by_hand)
     check_against_hand(zoo.model(build), zoo.samples(build, ("3 A 6", "3 A 8")), plan, by_hand)

@@ -6,19 +6,19 @@ import pytest
 import torch
 import zoo
 from byhand import Reference
-from cases import SUBSETS, identities, pairs, prolonged, same
-from probes import STEPS, generate, step_logits
+from cases import CASES, identities, pairs, prolonged, same
+from probes import STEPS, Pick, Probed, generate, step_logits
 
 import winnow
 
-PROBES = ("fastervlm", "divprune", "visionzip", "todre", "pyramiddrop")
+PROBES = ("received", "picked", "folded", "forgotten", "probed")
 
 
-@pytest.mark.parametrize(("slug", "build"), pairs(PROBES))
-def test_a_second_turn_on_the_cache_equals_by_hand(slug, build):
+@pytest.mark.parametrize(("kind", "build"), pairs(PROBES))
+def test_a_second_turn_on_the_cache_equals_by_hand(kind, build):
     """The same as one unbroken run over prompt, answer and new text."""
     model, parts = zoo.model(build), zoo.samples(build, zoo.MIXED)
-    inputs, (plan, by_hand) = zoo.collate(parts), SUBSETS[slug]
+    inputs, (plan, by_hand) = zoo.collate(parts), CASES[kind]
     reference = Reference(model)
     with winnow.compress(model, plan):
         first = generate(model, inputs)
@@ -36,7 +36,7 @@ def test_a_second_turn_equals_one_shot(build):
     """What does not look at the text chooses the same for the whole conversation as for its first turn."""
     model, parts = zoo.model(build), zoo.samples(build, zoo.MIXED)
     inputs = zoo.collate(parts)
-    with winnow.compress(model, "divprune:keep=5"):
+    with winnow.compress(model, Pick(keep=5)):
         first = generate(model, inputs)
         talk = prolonged(inputs, first.sequences)
         second = generate(model, talk, past_key_values=first.past_key_values)
@@ -64,7 +64,7 @@ def test_a_second_turn_under_identity_is_bit_identical(build):
 def test_a_second_turn_with_a_new_picture_equals_one_shot(build):
     model = zoo.model(build)
     first_part, new = zoo.sample(build, "3 A 6"), zoo.sample(build, "2 B 4", seed=5)
-    with winnow.compress(model, "divprune:keep=5") as handle:
+    with winnow.compress(model, Pick(keep=5)) as handle:
         first = generate(model, first_part)
         talk = prolonged(first_part, first.sequences, new["input_ids"])
         pictures = {k: new[k] for k in ("pixel_values", "image_sizes") if k in new}
@@ -92,11 +92,11 @@ def test_a_second_turn_with_a_new_picture_on_qwen_is_the_plain_models_under_iden
         return generate(model, {**talk, **pictures}, past_key_values=first.past_key_values)
 
     plain = two_turns()
-    with winnow.compress(model, "divprune:keep=100%"):
+    with winnow.compress(model, Pick(keep="100%")):
         assert same(two_turns(), plain)
 
 
-@pytest.mark.parametrize("plan", ["divprune:keep=5", "pyramiddrop"])
+@pytest.mark.parametrize("plan", [Pick(keep=5), Probed()])
 @pytest.mark.parametrize("build", ["llava_clip", "llava_siglip", "llava_next"])
 def test_a_first_picture_in_the_second_turn_equals_one_shot(build, plan):
     """The cache holds plain text of ragged rows, padding included; only then comes something to reduce."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from byhand import Reference
-from byhand_methods import Hand
-from cases import SUBSETS, check_against_hand, identities, picking, same
-from probes import Look, Pick, forward, generate
+from byhand import Hand, Reference
+from cases import CASES, check_against_hand, identities, picking, same
+from probes import Look, Pick, Received, forward, generate
 
 import winnow
 from winnow.signals.vision import VisionAttention
@@ -27,10 +26,10 @@ def test_keep_all_is_bit_identical(rows):
             assert same(generate(model, inputs), plain), plan
 
 
-@pytest.mark.parametrize("slug", ["fastervlm", "hiprune", "divprune", "todre", "fastv", "pyramiddrop"])
-def test_videos_equal_by_hand(slug):
-    """The tower attends within frames; neighbours on the grid are those of the same frame."""
-    plan, by_hand = SUBSETS[slug]
+@pytest.mark.parametrize("kind", [kind for kind in CASES if kind != "folded"])
+def test_videos_equal_by_hand(kind):
+    """The tower attends within frames."""
+    plan, by_hand = CASES[kind]
     check_against_hand(zoo.model(BUILD), zoo.samples(BUILD, VIDEOS), plan, by_hand)
 
 
@@ -68,7 +67,7 @@ def test_positions_in_time_are_kept():
 
 def test_batches_of_videos_and_pictures_are_their_samples_alone():
     model, parts = zoo.model(BUILD), zoo.samples(BUILD, BOTH)
-    with winnow.compress(model, "hiprune:keep=6,alpha=0.9"):
+    with winnow.compress(model, Received(keep=6)):
         together = forward(model, zoo.collate(parts)).logits[:, -1]
         alone = torch.cat([forward(model, part).logits[:, -1] for part in parts])
     assert (together - alone).abs().max() <= 1e-5

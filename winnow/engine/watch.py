@@ -51,7 +51,8 @@ class LayerWatch:
         _seen.set(None)
         if lm is not None and seen is not None:
             after = output[0] if isinstance(output, tuple) else output
-            lm.hidden(self.index, LayerModules(_hidden(args, kwargs), after, seen["attention"], seen["mlp"]))
+            mask = lm.tokens.packing.mask
+            lm.hidden(self.index, LayerModules(_hidden(args, kwargs), after, seen["attention"], seen["mlp"], mask))
 
 
 def _hidden(args: Any, kwargs: Any) -> Tensor:

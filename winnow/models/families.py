@@ -69,8 +69,14 @@ def register_family(cls: F) -> F:
 
 
 def supported() -> tuple[str, ...]:
-    """Model types with an adapter: built-in ones, and those registered from outside."""
+    """Model types with an adapter: built-in ones, installed plug-ins, and those registered by the user."""
+    _load_plugins()
     return tuple(sorted({*FAMILIES, *_registered}))
+
+
+def _load_plugins() -> None:
+    for point in importlib.metadata.entry_points(group="winnow.families"):
+        point.load()
 
 
 def _class_of(kind: str | None) -> type[Family] | None:
@@ -78,6 +84,5 @@ def _class_of(kind: str | None) -> type[Family] | None:
         module, _, name = FAMILIES[kind].partition(":")
         return getattr(importlib.import_module(module), name)
     if kind not in _registered:
-        for point in importlib.metadata.entry_points(group="winnow.families"):
-            point.load()
+        _load_plugins()
     return _registered.get(kind)  # type: ignore[arg-type]

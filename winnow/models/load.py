@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedC
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from winnow.core.errors import UnsupportedError, WinnowError
-from winnow.models.families import FAMILIES
+from winnow.models.families import supported
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -61,7 +61,7 @@ def load(
     if settings.get("model_type") not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and not trust_remote_code:
         raise UnsupportedError(
             f"{name} is a checkpoint of type {settings.get('model_type')!r}, which is not a vision-language model that "
-            f"transformers {transformers.__version__} knows; winnow works on {_supported()}."
+            f"transformers {transformers.__version__} knows; winnow works on {', '.join(supported())}."
         )
     _refuse_dtype(name, settings, precision)
     _refuse_pickle(name)
@@ -184,7 +184,3 @@ def _refuse_dtype(name: str, settings: dict[str, Any], precision: str | torch.dt
             f"The checkpoint {name} says dtype {said!r} in config.json, in which no model runs; "
             f"say in which to load it (dtype=, --dtype): {_DTYPE_NAMES}."
         )
-
-
-def _supported() -> str:
-    return ", ".join(sorted(FAMILIES))

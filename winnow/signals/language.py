@@ -30,7 +30,7 @@ class TextSpans:
 
     questions: Sequence[tuple[int, int]]
     ends: Sequence[int]
-    items: Sequence[Int[Tensor, " n"]]
+    items: Sequence[Int[Tensor, " _"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,9 +184,11 @@ class LayerModules:
     Attributes:
         before, after: `[B, P, D]` of the whole layer.
         attention, mlp: (input, output) of the two modules, `[B, P, D]` each.
+        mask: `[B, P]` which slots hold tokens; the others are padding, which no signal may count.
     """
 
-    before: Tensor
-    after: Tensor
-    attention: tuple[Tensor, Tensor]
-    mlp: tuple[Tensor, Tensor]
+    before: Float[Tensor, "b p d"]
+    after: Float[Tensor, "b p d"]
+    attention: tuple[Float[Tensor, "b p d"], Float[Tensor, "b p d"]]
+    mlp: tuple[Float[Tensor, "b p d"], Float[Tensor, "b p d"]]
+    mask: Bool[Tensor, "b p"]

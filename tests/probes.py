@@ -1,4 +1,4 @@
-"""Methods that exist only to test the engine, and the short ways in which its tests call a model."""
+"""Methods that exist only to test the engine, one for each kind of action and point; and short ways to call a model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from winnow.core.info import ModelInfo
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
+from winnow.core.select import top_k
 from winnow.core.signal import Signal
 from winnow.core.step import Action, Keep, Reduce, State, Step
 from winnow.core.view import View
+from winnow.signals.language import LMAttention, LMAttentionMass
+from winnow.signals.vision import VisionAttention
 
 STEPS = 6
 HALF = Budget("50%")
+MIDDLE = VisionAttention(1, query="all")
 
 
 def score(tokens: Tensor) -> Tensor:
@@ -62,6 +66,98 @@ class Halve(Method):
         size = torch.bincount(cluster[0], minlength=m)
         weight = (1 / size.float())[cluster]
         return Reduction.assign(cluster, weight, m=m, anchor=(2 * torch.arange(m)).expand(view.b, -1))
+
+
+@dataclass(frozen=True)
+class Received(Method):
+    """At `projected`, by a signal of the tower: keeps the tokens that a vision block attends to."""
+
+    keep: Budget = HALF
+    row: VisionAttention = MIDDLE
+    slug: ClassVar[str] = "received"
+
+    def score(self, view: View) -> Tensor:
+        return view[self.row]
+
+
+@dataclass(frozen=True)
+class Drawn(Method):
+    """Keeps tokens that the view's own generator draws."""
+
+    keep: Budget = HALF
+    slug: ClassVar[str] = "drawn"
+
+    def score(self, view: View) -> Tensor:
+        return view.rand(view.n)
+
+
+@dataclass(frozen=True)
+class Folded(Method):
+    """At `features`, in an order of its own: the means of neighbours, [CLS] among them, the last pair first."""
+
+    at: str = "features"  # type: ignore[misc]
+    slug: ClassVar[str] = "folded"
+    separators: ClassVar[str] = "drop"  # type: ignore[misc]
+    identity: ClassVar[None] = None
+
+    def reduce(self, view: View) -> Reduction:
+        m = (view.n + 1) // 2
+        cluster = (m - 1 - torch.arange(view.n) // 2).expand(view.b, -1)
+        size = torch.bincount(cluster[0], minlength=m)
+        anchor = (2 * torch.arange(m - 1, -1, -1)).expand(view.b, -1)
+        return Reduction.assign(cluster, (1 / size.float())[cluster], m=m, anchor=anchor, ordered=False)
+
+
+@dataclass(frozen=True)
+class Tapped(Method):
+    """Before an LM layer, by what was read of the layer before it while it ran."""
+
+    keep: Budget = HALF
+    layer: int = 2
+    slug: ClassVar[str] = "tapped"
+
+    def steps(self, info: ModelInfo) -> tuple[Step, ...]:
+        row = LMAttention(self.layer - 1)
+        run = lambda view, state: top_k(view[row], self.keep.of(view), view)  # noqa: E731
+        return (Step(Point("layers", self.layer), run, (row,)),)
+
+
+@dataclass(frozen=True)
+class Probed(Method):
+    """Before three LM layers, each time by what the layer is about to attend to."""
+
+    shares: tuple[Budget, ...] = (HALF, Budget("25%"), Budget("12.5%"))
+    slug: ClassVar[str] = "probed"
+    identity: ClassVar[dict[str, Any]] = {"shares": ("100%",) * 3}
+
+    def steps(self, info: ModelInfo) -> tuple[Step, ...]:
+        rows = [LMAttention(layer) for layer in (1, 2, 3)]
+        return tuple(
+            Step(
+                Point("layers", row.layer), lambda view, state, r=row, k=keep: top_k(view[r], k.of(view), view), (row,)
+            )
+            for row, keep in zip(rows, self.shares, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Forgotten(Method):
+    """Few tokens at `projected`, and all or none of an item before the last layer, by two shares of attention."""
+
+    keep: Budget = Budget(9)
+    tau: float = 0.5
+    slug: ClassVar[str] = "forgotten"
+    identity: ClassVar[dict[str, Any]] = {"keep": "100%", "tau": 0.0}
+
+    def steps(self, info: ModelInfo) -> tuple[Step, ...]:
+        masses = LMAttentionMass(2, "question", "items"), LMAttentionMass(2, "items", "question")
+        pick = Pick(self.keep).steps(info)[0]
+        return (pick, Step(Point("layers", 3), lambda view, state: self._forget(view, *masses), masses))
+
+    def _forget(self, view: View, *masses: LMAttentionMass) -> Action:
+        gone = torch.stack([view[mass] < self.tau for mass in masses]).all(0).tolist()
+        kept = torch.tensor([[not g] * view.n for g in gone])
+        return Reduce(Reduction.select(kept, counts=tuple(0 if g else view.n for g in gone)))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,55 @@
+"""Shapes in annotations are promises: while the tests run, a tensor of another shape is an error (see conftest.py)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from winnow.core.layout import Layout
+from winnow.core.select import top_k
+from winnow.core.view import View
+from winnow.engine.packed import packed_segments
+from winnow.methods.visionzip import zip_tile
+from winnow.parts.cosine import product
+from winnow.signals.attention import attention_rows
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("WINNOW_CHECK_SHAPES") == "0", reason="WINNOW_CHECK_SHAPES=0 switches the checks off"
+)
+
+
+def view():
+    layout = Layout.grid(1, 5)
+    return View(torch.rand(2, 5, 8), layout, torch.zeros(2, 4, dtype=torch.int64), 5)  # ids of another length
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: top_k(torch.rand(3), 1),  # no axis of items
+        lambda: top_k(torch.zeros(1, 3, dtype=torch.int64), 1),  # not a floating dtype
+        view,
+        lambda: product([torch.rand(3, 8)], [torch.rand(4)]),
+        lambda: attention_rows(torch.rand(1, 2, 1, 8), torch.rand(2, 5, 8), 1.0),
+        lambda: zip_tile(torch.rand(1, 6), [torch.rand(5, 8)], 1, 1),
+        lambda: zip_tile(torch.rand(6), [torch.rand(6, 8)], 1, 1),
+    ],
+    ids=["axis", "dtype", "dataclass", "parts", "signals", "methods", "methods-axis"],
+)
+def test_a_tensor_of_another_shape_is_an_error(call):
+    with pytest.raises(TypeCheckError):
+        call()
+
+
+def test_the_right_shapes_pass():
+    assert top_k(torch.rand(2, 3), 1).m == 1
+    assert packed_segments(torch.arange(4)[None], None) is None
+
+
+def test_a_result_of_another_shape_is_an_error():
+    """Positions are rows of a batch; of a single row without its axis, segments would come without it."""
+    with pytest.raises(TypeCheckError, match="return"):
+        packed_segments(torch.tensor([0, 1, 0, 1]), type("Config", (), {"_attn_implementation": "sdpa"}))
