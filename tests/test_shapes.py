@@ -9,11 +9,12 @@ import torch
 from jaxtyping import TypeCheckError
 
 from winnow.core.layout import Layout
+from winnow.core.registry import method_class
 from winnow.core.select import top_k
 from winnow.core.view import View
 from winnow.engine.packed import packed_segments
-from winnow.methods.visionzip import zip_tile
 from winnow.parts.cosine import product
+from winnow.parts.merge import strided_clusters
 from winnow.signals.attention import attention_rows
 
 pytestmark = pytest.mark.skipif(
@@ -34,8 +35,8 @@ def view():
         view,
         lambda: product([torch.rand(3, 8)], [torch.rand(4)]),
         lambda: attention_rows(torch.rand(1, 2, 1, 8), torch.rand(2, 5, 8), 1.0),
-        lambda: zip_tile(torch.rand(1, 6), [torch.rand(5, 8)], 1, 1),
-        lambda: zip_tile(torch.rand(6), [torch.rand(6, 8)], 1, 1),
+        lambda: strided_clusters(torch.zeros(5, dtype=torch.int64), [torch.rand(6, 8)], 1),
+        lambda: method_class("hiprune")().reduce(torch.rand(2, 5, 8)),
     ],
     ids=["axis", "dtype", "dataclass", "parts", "signals", "methods", "methods-axis"],
 )
