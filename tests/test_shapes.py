@@ -9,7 +9,6 @@ import torch
 from jaxtyping import TypeCheckError
 
 from winnow.core.layout import Layout
-from winnow.core.registry import method_class
 from winnow.core.select import top_k
 from winnow.core.view import View
 from winnow.engine.packed import packed_segments
@@ -36,9 +35,8 @@ def view():
         lambda: product([torch.rand(3, 8)], [torch.rand(4)]),
         lambda: attention_rows(torch.rand(1, 2, 1, 8), torch.rand(2, 5, 8), 1.0),
         lambda: strided_clusters(torch.zeros(5, dtype=torch.int64), [torch.rand(6, 8)], 1),
-        lambda: method_class("hiprune")().reduce(torch.rand(2, 5, 8)),
     ],
-    ids=["axis", "dtype", "dataclass", "parts", "signals", "methods", "methods-axis"],
+    ids=["axis", "dtype", "dataclass", "parts", "signals", "parts-merge"],
 )
 def test_a_tensor_of_another_shape_is_an_error(call):
     with pytest.raises(TypeCheckError):

@@ -241,5 +241,5 @@ class Learned(Good):
 def test_a_learned_method_gets_what_it_builds():
     subject = testing.Subject(Learned)
     checks.check_counts(subject)
-    testing.check_pure(subject)
+    checks.check_pure(subject)
     testing.check_broken(subject)
