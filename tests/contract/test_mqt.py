@@ -189,7 +189,7 @@ def test_one_module_serves_two_models_and_settings_stay_plain() -> None:
 
 
 def test_reads_what_the_encoder_merged_and_feeds_what_the_decoder_cuts() -> None:
-    """ToMe before it shortens what it reads, in place of the right patches; a cut in the decoder takes some of its tokens."""
+    """ToMe before it shortens what it reads, in place of the right patches; a cut in the decoder follows."""
     model = ToyVLM(depth=8)
     interpreter = Interpreter(model, ToMe(2), MQT(8), FirstHalf())
     (flow,) = interpreter.prefill([TEXT, ITEM, QUESTION])

@@ -15,9 +15,9 @@ from winnow.core.layout import CLS
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
-from winnow.signals.vision import VisionAttention, VisionKeys
 from winnow.core.step import Action, Keep, Reduce, State, Step
 from winnow.core.view import View
+from winnow.signals.vision import VisionAttention, VisionKeys
 
 from .interpreter import Interpreter
 from .layouts import picture
