@@ -122,7 +122,8 @@ class LMPass:
         if record.items:
             tower = record.items[span.number]
             item.states = dict(tower.states)
-            if item.count < layout.n_content and not record.reduced:  # what was remembered of hidden tokens goes with them
+            if item.count < layout.n_content and not record.reduced:
+                # What was remembered of hidden tokens goes with them.
                 seen = Reduction.select(ids, layout.n_content)
                 item.states = {number: carried(state, seen) for number, state in item.states.items()}
             ledger.reductions += tower.record.reductions
