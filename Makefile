@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+NEWEST := .venv-newest
 REPORT := out/system-report.json
 WORKERS ?= 2
 
@@ -13,6 +14,9 @@ export PYTHONWARNINGS ?= ignore::DeprecationWarning
 
 FAST   := -m "not full and not gpu" -n $(WORKERS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# What depends on transformers, and so runs on the newest supported version as well.
+ON_NEWEST := tests/engine tests/models tests/contract tests/signals tests/core/test_packing.py tests/test_zoo_byhand.py
 
 # The demonstration compares four methods that keep an eighth of the tokens.
 RUN      := $(BIN)/winnow run
@@ -26,18 +30,30 @@ RUNS    := runs
 SEED    := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint bench selection systems systems-check docs measured images reference card clean
+.PHONY: help venv venv-newest demo test test-newest test-all lint bench selection systems systems-check docs measured images reference card clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
 
-venv: $(STAMP) ## Create .venv with winnow and the development tools in it
+venv: $(STAMP) ## Create .venv, with winnow and the development tools in it and the oldest supported transformers
+
+venv-newest: $(NEWEST)/.installed ## Create .venv-newest: the same with the newest supported transformers
+
+# The environment in the folder of the target, with the pins of a constraints file.
+define environment
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "winnow needs Python 3.11 or newer; say make PYTHON=python3.12")'
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(1) -e ".[dev]"
+	@touch $@
+endef
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "winnow needs Python 3.11 or newer; say make PYTHON=python3.12")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	@touch $@
+	$(call environment,constraints.txt)
+
+$(NEWEST)/.installed: pyproject.toml constraints.txt constraints-newest.txt
+	@mkdir -p $(@D)
+	@awk -F== 'NR == FNR {newer[$$1]; print; next} !($$1 in newer)' constraints-newest.txt constraints.txt > $(@D)/constraints.txt
+	$(call environment,$(@D)/constraints.txt)
 
 demo: $(STAMP) ## Three scenes with and without compression; then a sweep of eight methods, and its report
 	$(RUN) world:54 "where is the motorcycle?" $(COMPARED) --overlay out/demo-1.png
@@ -48,6 +64,9 @@ demo: $(STAMP) ## Three scenes with and without compression; then a sweep of eig
 
 test: $(STAMP) ## The fast suite (no network, no GPU), and its report for the system table
 	$(PYTEST) $(FAST) --system-report $(REPORT)
+
+test-newest: $(NEWEST)/.installed ## The tests of the engine and of the families on the newest supported transformers
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(FAST) $(ON_NEWEST)
 
 test-all: $(STAMP) ## Everything: the full product of methods and builds, and GPU tests where there is one
 	$(PYTEST) -n $(WORKERS)
@@ -60,6 +79,7 @@ lint: $(STAMP) ## ruff, mypy, and no circle of imports
 
 bench: $(STAMP) ## Speed against the plain model and against the same model with M tokens
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/prefill.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decode.py
 
 selection: $(STAMP) ## Time each method's selection against the prefill of 32 layers, for the rule of the default method
 	-OMP_NUM_THREADS=1 $(BIN)/python benchmarks/prefill.py --layers 32 --rounds 10 --selection docs/selection.json
@@ -100,4 +120,4 @@ images: $(STAMP) ## Draw the pictures of the documentation
 	$(RUN) world:54 "where is the motorcycle?" --method fastervlm:keep=32 --overlay docs/images/kept.png
 
 clean: ## Remove the environment and everything generated
-	rm -rf $(VENV) out build dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) out build dist site .pytest_cache .mypy_cache .ruff_cache

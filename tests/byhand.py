@@ -6,6 +6,7 @@ Nothing here imports winnow. Attentions come from an eager copy of the model or 
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -227,7 +228,8 @@ class Reference:
 
     def _layer(self, layer: nn.Module, hidden: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         rope = self.lm.rotary_emb(hidden, positions)
-        return layer(hidden, attention_mask=None, position_embeddings=rope, past_key_values=cache, use_cache=True)
+        held = {_cache_keyword(layer): cache}
+        return layer(hidden, attention_mask=None, position_embeddings=rope, use_cache=True, **held)
 
     def _at(self, entry: Entry, held: Tensor, compact: bool) -> Tensor:
         return self._numbered(torch.arange(len(held))) if compact else entry.positions[..., held]
@@ -310,6 +312,11 @@ class Reference:
         lengths = (grids.prod(-1) // 4).tolist()
         units = [block.unflatten(-1, (-1, 4)).mean(-1)[:, torch.argsort(order)] for block in received]
         return Vision([list(block.split(lengths, -1)) for block in units], [], [], [])
+
+
+def _cache_keyword(layer: nn.Module) -> str:
+    """`cache` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(type(layer).forward).parameters else "past_key_values"
 
 
 def _runs(ids: Tensor) -> tuple[Tensor, ...]:

@@ -268,15 +268,6 @@ def test_json_is_all_that_is_on_stdout_and_nothing_is_on_stderr(checkpoint):
     assert done.stderr == ""
 
 
-def test_help_is_fast():
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        assert shell("--help").returncode == 0
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.5
-
-
 @pytest.mark.parametrize(
     "command", [["--help"], ["run", "--help"], ["methods"], ["systems"], ["systems", "--json"], ["--version"]]
 )

@@ -10,7 +10,6 @@ from types import ModuleType
 import pytest
 
 from winnow.core.errors import WinnowError
-from winnow.core.info import ModelInfo
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.registry import entries
@@ -39,14 +38,9 @@ class Asking(Signal):
 
 @dataclass(frozen=True)
 class Acting(Method):
-    """Acts and looks where it is told."""
+    """Acts where its subclass says."""
 
     slug = "acting"
-    where: str = "projected"
-    signal: object = None
-
-    def steps(self, info: ModelInfo) -> tuple[Step, ...]:
-        return (Step(Point.of(self.where), lambda view, state: None, (self.signal,) if self.signal else ()),)
 
 
 def rows(**right: tuple[float, float]) -> list[dict[str, object]]:
@@ -60,13 +54,12 @@ def rows(**right: tuple[float, float]) -> list[dict[str, object]]:
 
 
 def test_what_acts_in_the_language_model_or_looks_at_the_text_or_needs_cls_is_barred(
-    rule: ModuleType, monkeypatch: pytest.MonkeyPatch
+    rule: ModuleType,
 ) -> None:
-    def barred(where: str, signal: object = None) -> str:
-        monkeypatch.setattr(Acting, "__init__", lambda self: None)
-        monkeypatch.setattr(Acting, "where", where)
-        monkeypatch.setattr(Acting, "signal", signal)
-        return rule.barred(Acting)
+    def barred(where: str, signal: Signal | None = None) -> str:
+        needs = () if signal is None else (signal,)
+        steps = lambda self, info: (Step(Point.of(where), lambda view, state: None, needs),)  # noqa: E731
+        return rule.barred(type("Acting", (Acting,), {"steps": steps}))
 
     assert barred("projected") == ""
     assert barred("projected", Signal()) == ""

@@ -89,7 +89,7 @@ def test_a_docstring_is_taken_apart_at_its_labels(docs: ModuleType, monkeypatch:
     module.__doc__ = """Name: keep
     things.
 
-    Source: arXiv 1. Looks at: a row,
+    Looks at: a row,
     and more. Cost: O(V).
 
     A formula.
@@ -101,7 +101,6 @@ def test_a_docstring_is_taken_apart_at_its_labels(docs: ModuleType, monkeypatch:
     assert docs.told(Method) == {
         "idea": "keep things.",
         "how": "A formula.\n\nEnds here.",
-        "Source": "arXiv 1.",
         "Looks at": "a row, and more.",
         "Cost": "O(V).",
         "Departs from the paper": "nothing.",

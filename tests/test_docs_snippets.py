@@ -59,7 +59,7 @@ def kept(names: Names) -> list[tuple[int, int]]:
     assert not handle.attached
     assert "get_image_features" not in vars(names["model"].base_model)
     assert handle.last.flops < handle.last.flops_full
-    return [(len(item.kept), item.entry) for item in handle.last.items]
+    return [(len(item.kept), item.n_visual) for item in handle.last.items]
 
 
 def chat(names: Names) -> None:

@@ -196,12 +196,6 @@ def test_provenance_of_a_real_run_keeps_what_the_ledger_keeps(build):
     assert (found == MERGED).sum() > 0
 
 
-def test_a_kept_cls_token_has_no_place_in_the_picture():
-    item = ItemLedger(0, "image", Layout.grid(2, 2), 4, ids=torch.tensor([0, 3]))
-    item.reductions.append(("features", "zip", Reduction.select(torch.tensor([0, 4]), 5)))
-    assert levels(item.layout, item.provenance()).tolist() == [DROPPED, DROPPED, DROPPED, KEPT]
-
-
 def ramps(width: int, height: int) -> Image.Image:
     """A picture whose red says the column and whose green says the row, as shares of 255."""
     x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)

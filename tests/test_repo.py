@@ -53,6 +53,7 @@ def files() -> list[Path]:
     skipped = {
         ".git",
         ".venv",
+        ".venv-newest",
         "out",
         "runs",
         "build",
@@ -330,19 +331,43 @@ def test_the_version_is_said_once_and_the_changelog_knows_it():
     assert "## [Unreleased]" in changes or f"## [{winnow.__version__}]" in changes
 
 
+def pins(name: str) -> dict[str, str]:
+    return dict(line.split("==") for line in (ROOT / name).read_text().splitlines() if "==" in line)
+
+
 def test_every_dependency_is_pinned_within_its_range():
     from packaging.requirements import Requirement
 
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    oldest, newest = pins("constraints.txt"), pins("constraints.txt") | pins("constraints-newest.txt")
     wanted = [*project()["dependencies"], *project()["optional-dependencies"]["dev"]]
     for requirement in map(Requirement, wanted):
-        assert requirement.name in pins, f"{requirement.name} is not in constraints.txt"
-        assert requirement.specifier.contains(pins[requirement.name]), requirement
+        assert requirement.name in oldest, f"{requirement.name} is not in constraints.txt"
+        for pinned in (oldest, newest):
+            assert requirement.specifier.contains(pinned[requirement.name]), requirement
+
+
+def test_the_tests_run_on_both_ends_of_the_versions_of_transformers_that_are_supported():
+    """The dependency, the two environments, and what `compress` takes say the same."""
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    from winnow.models.supported_versions import NEWEST, OLDEST, RANGE
+
+    ends = [Version(pins(f"constraints{end}.txt")["transformers"]) for end in ("", "-newest")]
+    assert [(end.major, end.minor) for end in ends] == [OLDEST, NEWEST]
+    found = {r.name: r.specifier for r in map(Requirement, project()["dependencies"])}["transformers"]
+    below = (NEWEST[0], NEWEST[1] + 1)
+    assert found.contains(f"{OLDEST[0]}.{OLDEST[1]}.0")
+    assert not found.contains(f"{OLDEST[0]}.{OLDEST[1] - 1}.99")
+    assert found.contains(f"{NEWEST[0]}.{NEWEST[1]}.99")
+    assert not found.contains(f"{below[0]}.{below[1]}.0")
+    assert all(f"{end[0]}.{end[1]}" in RANGE for end in (OLDEST, below))
+    assert "make test-newest" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_the_makefile_has_the_promised_targets_and_its_files_exist():
     text = (ROOT / "Makefile").read_text()
-    for target in ("venv", "demo", "test", "test-all", "lint", "bench", "systems", "help"):
+    for target in ("venv", "demo", "test", "test-newest", "test-all", "lint", "bench", "systems", "help"):
         assert re.search(rf"^{target}:.*## ", text, re.MULTILINE), f"make {target}"
     for script in re.findall(r"\$\(BIN\)/python (\w+/\w+\.py)", text):
         assert (ROOT / script).is_file(), script
@@ -371,7 +396,7 @@ BLOCKS = [
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_code_of_the_documentation_runs(block, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "a block of the documentation", "exec"), {"__name__": "documentation"})  # noqa: S102
+    exec(compile(block, "a block of the documentation", "exec", dont_inherit=True), {"__name__": "documentation"})  # noqa: S102
 
 
 def test_the_readme_has_code_and_the_two_commands():

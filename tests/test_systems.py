@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from winnow import list_methods
+from winnow.core.registry import built_in
 from winnow.systems import BUILDS_NEEDED, families, prove, systems
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +29,20 @@ def test_every_row_is_there_once():
         assert row.stages
         assert len(row.arxiv) == 10
         assert row.arxiv[:4].isdigit()
+
+
+def test_no_fact_stands_twice():
+    """Family, stages and kind stand in the table, and the source of a method in the first line of its file alone."""
+    table = json.loads((ROOT / "winnow" / "data" / "systems.json").read_text(encoding="utf-8"))["systems"]
+    methods = built_in()
+    for row in table:
+        assert ("arxiv" in row) != (row["slug"] in methods), row["slug"]
+    assert set(methods) <= {row["slug"] for row in table}
+    for slug, entry in methods.items():
+        source = (ROOT / "winnow" / "methods" / f"{entry.module.rpartition('.')[2]}.py").read_text(encoding="utf-8")
+        assert source.count(entry.arxiv) == 1, f"{slug}: its source stands once, in the first line"
+        (call,) = [line for line in source.splitlines() if line.startswith("@") and "register(" in line]
+        assert call.endswith(f'register("{slug}")'), f"{slug}: what the table says is not said again"
 
 
 @pytest.mark.parametrize("entry", list_methods(), ids=lambda entry: entry.slug)

@@ -27,8 +27,11 @@ import default_method
 from winnow.core.budget import Budget
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
+from winnow.core.listing import plain as plain_value
 from winnow.core.method import Method
+from winnow.core.plan import Plan
 from winnow.core.registry import Entry, entries, method_class
+from winnow.core.settings import described, types_of
 from winnow.learn.markdown import table
 from winnow.systems import System, families, systems
 
@@ -40,7 +43,7 @@ README = ROOT / "README.md"
 TABLE = re.compile("(?<=<!-- measured:begin -->\n).*?(?=<!-- measured:end -->)", re.DOTALL)
 SHOWN = "32"  # the budget of the table in the README: an eighth of the reference model's tokens
 MARK = "<!-- Written by tools/docs.py from the registry; do not edit. -->\n"
-FACTS = ("Source", "Looks at", "Cost", "Departs from the paper", "Departs from the released code")
+FACTS = ("Looks at", "Cost", "Departs from the paper", "Departs from the released code")
 EXAMPLE = ModelInfo(
     model="LLaVA-1.5-7B", family="llava", depth=32, width=4096, vision_depth=24, feature_layer=-2, vision_width=1024
 )
@@ -77,6 +80,8 @@ def shown(value: Any) -> str:
         return f"[{','.join(map(shown, value))}]"
     if isinstance(value, bool) or value is None:
         return str(value).lower()
+    if dataclasses.is_dataclass(value):  # a signal
+        return str(plain_value(value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -87,14 +92,21 @@ def wrapped(text: str) -> str:
 
 
 def settings(cls: type[Method]) -> str:
-    """A table of the settings with their types and defaults."""
-    said = arguments(cls)
+    """A table of the settings, what they may be, and their defaults."""
+    said, defaults = arguments(cls), cls.defaults()
     rows = []
-    for name, field in cls.settings().items():
-        default = "required" if field.default is dataclasses.MISSING else f"`{shown(field.default)}`"
-        kind = str(getattr(field.type, "__name__", field.type)).replace(" | ", " or ")
-        rows.append((f"`{name}`", kind, default, said.get(name, "")))
-    return table(("setting", "type", "default", "meaning"), rows)
+    for name, hint in types_of(cls).items():
+        default = f"`{shown(defaults[name])}`" if name in defaults else "required"
+        rows.append((f"`{name}`", described(hint), default, said.get(name, "")))
+    return table(("setting", "allowed", "default", "meaning"), rows)
+
+
+def released(cls: type[Method]) -> str:
+    """The settings of the authors' code, as a plan."""
+    if cls.released is None:
+        return "no code of its authors is known"
+    plan = f"{cls.slug}:released"
+    return f"`{plan}`, which is `{Plan.of(plan)}`"
 
 
 def points(cls: type[Method]) -> str:
@@ -115,10 +127,9 @@ def page(entry: Entry, system: System | None, measured: dict[str, Any]) -> str:
     cls = method_class(entry.slug)
     parts, name = told(cls), system.name if system else entry.slug
     paper = f"[arXiv {entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else "no paper"
-    source = parts.get("Source", "").removeprefix(f"arXiv {entry.arxiv}").strip(" .")
     lines = [MARK, f"# {name}", ""]
     if system:
-        lines += [f"*{system.title}*, {paper}" + (f" {source}" if source else "") + ".", ""]
+        lines += [f"*{system.title}*, {paper}.", ""]
     lines += [parts["idea"][0].upper() + parts["idea"][1:], ""]
     lines += [f'```python\nwinnow.compress(model, "{entry.slug}")\n```', ""]
     facts = {
@@ -127,6 +138,7 @@ def page(entry: Entry, system: System | None, measured: dict[str, Any]) -> str:
         "Cost": parts.get("Cost", ""),
         "Memory": "one table of V × V numbers for each item" if cls.pairwise else "",
         "Changes nothing at": identity(cls),
+        "As its authors released it": released(cls),
         "Kind": f"{entry.kind}, family {entry.family} ({families().get(entry.family, 'your own')})",
     }
     lines += [wrapped(f"- **{what}:** {said}") for what, said in facts.items() if said]
@@ -134,7 +146,7 @@ def page(entry: Entry, system: System | None, measured: dict[str, Any]) -> str:
     if parts["how"]:
         lines += ["## How", "", "\n\n".join(map(wrapped, parts["how"].split("\n\n"))), ""]
     lines += ["## Where it departs", ""]
-    for what in FACTS[3:]:
+    for what in FACTS[2:]:
         lines += [wrapped(f"**From {what.removeprefix('Departs from ')}:** {parts.get(what, 'not said.')}"), ""]
     lines += ["## Where it has run", "", *proved(system), *figures(entry.slug, measured)]
     return "\n".join(lines).rstrip() + "\n"

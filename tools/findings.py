@@ -41,8 +41,6 @@ from tests.methods.directional import (  # noqa: E402
 from winnow import reference  # noqa: E402
 from winnow.core.budget import Budget  # noqa: E402
 from winnow.core.reduction import Reduction  # noqa: E402
-from winnow.signals.language import LMAttention  # noqa: E402
-from winnow.signals.vision import VisionAttention  # noqa: E402
 from winnow.core.view import View  # noqa: E402
 from winnow.learn.markdown import table  # noqa: E402
 from winnow.methods.divprune import DivPrune  # noqa: E402
@@ -53,6 +51,8 @@ from winnow.methods.pyramiddrop import PyramidDrop  # noqa: E402
 from winnow.methods.todre import ToDRE  # noqa: E402
 from winnow.methods.visionzip import VisionZip  # noqa: E402
 from winnow.methods.vtc_cls import VtcCls  # noqa: E402
+from winnow.signals.language import LMAttention  # noqa: E402
+from winnow.signals.vision import VisionAttention  # noqa: E402
 
 TARGET = ROOT / "docs" / "findings.md"
 HEAD = f"""# Findings

@@ -181,7 +181,7 @@ def doctor(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Run the engine's own checks on a checkpoint: identity, one token, a subset by hand, detaching."""
+    """Run the engine's own checks on a checkpoint; a failed one names the part of transformers that it suspects."""
     from winnow.engine.doctor import diagnose
     from winnow.models.load import load, quiet
 

@@ -1,7 +1,8 @@
 """The systems that winnow contains or is to contain, and how far its tests prove each of them.
 
-What a system is comes from `data/systems.json`. What works is not typed in: `make systems` writes `data/state.json`
-from the report of a test run. Nothing here imports torch.
+What a system is comes from `data/systems.json`; the source of one that is a method from the first line of its file.
+What works is not typed in: `make systems` writes `data/state.json` from the report of a test run. Nothing here imports
+torch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
+
+from winnow.core.registry import built_in
 
 STATES = ("works", "partly", "none")
 CHECKS = ("exact", "directional", "model")
@@ -59,10 +62,14 @@ def families() -> dict[str, str]:
 @functools.cache
 def systems() -> tuple[System, ...]:
     """All systems, in the order of the families."""
-    proved = _read("state.json")
+    proved, methods = _read("state.json"), built_in()
     return tuple(
         System(
-            **{**row, "stages": tuple(row["stages"])},
+            **{
+                "arxiv": methods[row["slug"]].arxiv if row["slug"] in methods else "",
+                **row,
+                "stages": tuple(row["stages"]),
+            },
             state=proved.get(row["slug"], {}).get("state", "none"),
             builds=tuple(proved.get(row["slug"], {}).get("builds", ())),
         )

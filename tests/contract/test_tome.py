@@ -106,7 +106,7 @@ def by_hand(model: ToyVLM, patches: Tensor, r: int, proportional: bool) -> tuple
 class Seen(Method):
     """At the connector, keep the tokens that [CLS] attends to in a block of the tower that has run long before."""
 
-    row: VisionAttention = VisionAttention(layer=1)  # noqa: RUF009
+    row: VisionAttention = VisionAttention(layer=1)
     keep: int = 5
 
     def reduce(self, view: View) -> Reduction:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import decimal
 import math
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -102,14 +104,72 @@ def test_B3_nothing_of_nothing():
 )
 def test_rounding(value, n, nearest, floor):
     assert Budget(value).of(n) == nearest
-    assert Budget(value).of(n, rounding="floor") == floor
+    assert Budget(value, rounding="floor").of(n) == floor
 
 
-def test_of_a_view_is_of_its_tokens_at_entry():
+@pytest.mark.parametrize(
+    ("rounding", "counts"),
+    [("half-up", (13, 14, 1)), ("half-even", (12, 14, 1)), ("floor", (12, 13, 1)), ("ceil", (13, 14, 1))],
+)
+def test_rules_of_rounding(rounding, counts):
+    """12.5 and 13.5 of 25 and 27; what would be none is one."""
+    assert tuple(Budget(value, rounding=rounding).of(n) for value, n in ((0.5, 25), ("50%", 27), (0.01, 5))) == counts
+    assert Budget(0.5).rounded(rounding) == Budget(0.5, rounding=rounding)
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(WinnowError, match=r"rounding='nearest'; allowed: half-up, half-even, floor, ceil"):
+        Budget(0.5, rounding="nearest")
+
+
+def test_of_a_view_is_of_the_content_tokens_of_its_item():
     class At:
-        entry = 40
+        n_visual = 40
 
     assert Budget("25%").of(At()) == 10
+
+
+RULES = {
+    "half-up": decimal.ROUND_HALF_UP,
+    "half-even": decimal.ROUND_HALF_EVEN,
+    "floor": decimal.ROUND_FLOOR,
+    "ceil": decimal.ROUND_CEILING,
+}
+
+
+@given(st.decimals("0.000001", "0.999999", places=6), st.integers(1, 20_000), st.sampled_from(sorted(RULES)))
+def test_a_share_is_the_decimal_that_was_typed(share, n, rounding):
+    """As a number, as a string and as a percentage, it neither loses nor gains a token."""
+    want = min(n, max(1, int((share * n).to_integral_value(RULES[rounding]))))
+    for typed in (float(share), f"{share:f}", f"{100 * share:f}%"):
+        assert Budget(typed, rounding=rounding).of(n) == want
+
+
+@given(st.integers(1, 500), st.integers(1, 500), st.sampled_from(sorted(RULES)))
+def test_where_a_share_is_a_whole_number_of_tokens_every_rule_gives_it(k, parts, rounding):
+    """0.29 of 100 is 29, although the nearest binary number lies below it."""
+    k, n = min(k, parts), 1000 * parts
+    assert Budget(f"{100 * k / parts:.1f}%", rounding=rounding).of(1000) == max(1, round(1000 * k / parts))
+    assert Budget(f"{k / 1000:.3f}", rounding=rounding).of(n) == k * parts
+
+
+@given(st.decimals("0.0001", "0.9999", places=4), st.integers(1, 5000))
+def test_the_exact_share(share, n):
+    assert Budget(float(share)).share(n) == Fraction(share)
+    assert Budget(max(1, n // 3)).share(n) == Fraction(max(1, n // 3), n)
+
+
+def test_a_budget_is_parsed_once():
+    budget = Budget("12.5%", rounding="floor")
+    assert Budget.parse(budget) is budget
+    assert Budget.parse("64") == Budget(64)
+
+
+def test_a_question_mark_allows_nothing_to_be_kept():
+    assert Budget("1%?").of(10) == 0
+    assert Budget("0?").of(10) == 0
+    assert str(Budget("1%?")) == "1%?"
+    assert Budget(str(Budget(3, allow_empty=True))) == Budget(3, allow_empty=True)
 
 
 budgets = st.one_of(
@@ -122,15 +182,15 @@ budgets = st.one_of(
 
 @given(budgets, st.integers(1, 5000))
 def test_count_is_within_bounds(value, n):
-    for rounding in ("nearest", "floor"):
-        assert 1 <= Budget(value).of(n, rounding=rounding) <= n
+    for rounding in RULES:
+        assert 1 <= Budget(value, rounding=rounding).of(n) <= n
 
 
 @given(st.integers(1, 100), st.integers(1, 2000))
 def test_a_percentage_is_its_share(percent, n):
     if percent < 100:
         assert Budget(f"{percent}%").of(n) == Budget(percent / 100).of(n)
-    assert Budget(f"{percent}%").of(n, rounding="floor") == max(1, percent * n // 100)  # in whole numbers
+    assert Budget(f"{percent}%", rounding="floor").of(n) == max(1, percent * n // 100)  # in whole numbers
     assert Budget(f"{percent}%").of(n) == max(1, (2 * percent * n + 100) // 200)
 
 

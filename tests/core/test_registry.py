@@ -1,24 +1,33 @@
 """The registry: listing reads source files and imports nothing; what it lists is what the classes say."""
 
-from __future__ import annotations
-
+import ast
 import importlib.util
+import json
+import re
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 
 import winnow
+from winnow import contract
 from winnow.core import registry
+from winnow.core.budget import Budget
 from winnow.core.errors import WinnowError
+from winnow.core.listing import described_class, read_class
 from winnow.core.method import Method
-from winnow.core.registry import METHODS_DIR, entries, method_class, register
+from winnow.core.plan import Plan
+from winnow.core.registry import METHODS_DIR, built_in, entries, method_class, register
+from winnow.signals.vision import VisionAttention
 
 BUILTIN = sorted(path.stem for path in METHODS_DIR.glob("*.py") if path.stem != "__init__")
 
 
 @pytest.fixture(autouse=True)
 def _clean_registry(monkeypatch):
+    for slug in built_in():
+        method_class(slug)
     monkeypatch.setattr(registry, "_extra", dict(registry._extra))
     monkeypatch.setattr(registry, "_classes", dict(registry._classes))
 
@@ -49,7 +58,7 @@ def test_facts_read_from_the_source_are_those_of_the_class(stem, monkeypatch):
 
         return keep
 
-    monkeypatch.setattr(registry, "register", record)
+    monkeypatch.setattr(contract, "register", record)
     spec = importlib.util.spec_from_file_location(f"reread_{stem}", METHODS_DIR / f"{stem}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
@@ -57,26 +66,41 @@ def test_facts_read_from_the_source_are_those_of_the_class(stem, monkeypatch):
     ((slug, facts, cls),) = seen
     entry = next(e for e in entries() if e.slug == slug)
     assert entry.module == f"winnow.methods.{stem}"
-    assert {name: getattr(entry, name) for name in facts} == facts
-    assert {"family", "stages", "kind", "arxiv"} <= set(facts)
+    assert not facts, "family, stages and kind stand in data/systems.json, the source in the first line of the file"
     assert entry.summary == cls.__doc__.strip().split("\n")[0]
     assert method_class(slug).slug == slug
     assert method_class(slug).__module__ == entry.module
 
 
-def test_facts_agree_with_the_system_table():
-    from winnow.systems import systems
+@pytest.mark.parametrize("stem", BUILTIN)
+def test_settings_read_from_the_source_are_those_of_the_class(stem):
+    entry = next(e for e in entries() if e.module == f"winnow.methods.{stem}")
+    cls = method_class(entry.slug)
+    settings, released = described_class(cls)
+    assert {n: s["default"] for n, s in entry.settings.items()} == {n: s["default"] for n, s in settings.items()}
+    assert list(entry.settings) == list(cls.settings())
+    assert entry.released == released
+    assert json.loads(json.dumps(entry.settings)) == entry.settings
 
-    known = {system.slug: system for system in systems()}
+
+def test_what_is_listed_of_a_class_can_be_typed_into_a_plan():
     for entry in entries():
-        if entry.module.startswith("winnow.methods.") and entry.slug in known:
-            system = known[entry.slug]
-            assert (entry.family, entry.stages, entry.kind, entry.arxiv) == (
-                system.family,
-                system.stages,
-                system.kind,
-                system.arxiv,
-            )
+        typed = ",".join(f"{name}={_typed(s['default'])}" for name, s in entry.settings.items())
+        assert Plan.of(f"{entry.slug}:{typed}") == Plan.of(entry.slug)
+
+
+def _typed(value):
+    if isinstance(value, list):
+        return f"[{','.join(map(_typed, value))}]"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def test_a_source_stands_in_the_first_line_of_its_file():
+    for entry in built_in().values():
+        path = METHODS_DIR / f"{entry.module.rpartition('.')[2]}.py"
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        assert re.fullmatch(r'"""[^()]+ \(arXiv \d{4}\.\d{5}\): .*', first), first
+        assert entry.arxiv in first
 
 
 def test_entries_are_sorted_and_public():
@@ -89,13 +113,26 @@ def _a_method():
     class Mine(Method):
         """Keep what I say."""
 
+        keep: Budget = Budget("30%")
+        row: VisionAttention = VisionAttention(layer=-2, heads="sum")
+        order: tuple[int, ...] | None = None
+
+        released: ClassVar = {"order": (1, 2), "positions": "compact"}
+
     return Mine
 
 
 def test_a_method_from_outside_is_listed():
-    register("mine", family="user", stages=("decoder",), arxiv="0000.00000")(_a_method())
+    register("mine", stages=("decoder",), arxiv="0000.00000")(_a_method())
     (entry,) = [e for e in entries() if e.slug == "mine"]
-    assert (entry.stages, entry.summary, entry.arxiv) == (("decoder",), "Keep what I say.", "0000.00000")
+    assert (entry.family, entry.stages, entry.summary) == ("user", ("decoder",), "Keep what I say.")
+    assert entry.arxiv == "0000.00000"
+    assert entry.settings == {
+        "keep": {"type": "Budget", "default": "30%"},
+        "row": {"type": "VisionAttention", "default": "VisionAttention(layer=-2,heads=sum)"},
+        "order": {"type": "tuple[int, ...] | None", "default": None},
+    }
+    assert entry.released == {"order": [1, 2], "positions": "compact"}
     assert method_class("mine").slug == "mine"
 
 
@@ -133,3 +170,49 @@ def test_entry_points_are_loaded_when_a_slug_is_asked_for(monkeypatch):
     )
     assert method_class("plugged").slug == "plugged"
     assert "plugged" in [e.slug for e in entries()]
+
+
+SOURCE = '''
+@wn.register("one")
+class One(wn.Method):
+    """One."""
+    keep: wn.Budget = wn.Budget(0, allow_empty=True)
+    keys: Signals = (VisionKeys(layer=-1), wn.VisionAttention())
+    low: float = -0.5
+    on: bool = True
+    heard: dict = field(default_factory=dict, metadata={"setting": False})
+    slug: ClassVar[str] = "x"
+    at = "features"
+    released = {"keys": VisionKeys(layer="feature"), "on": False, "positions": "keep"}
+'''
+
+
+def test_settings_as_they_are_written():
+    settings, released = read_class(ast.parse(SOURCE).body[0])
+    assert settings == {
+        "keep": {"type": "Budget", "default": "0?"},
+        "keys": {"type": "Signals", "default": ["VisionKeys(layer=-1)", "VisionAttention()"]},
+        "low": {"type": "float", "default": -0.5},
+        "on": {"type": "bool", "default": True},
+    }
+    assert released == {"keys": "VisionKeys(layer=feature)", "on": False, "positions": "keep"}
+
+
+def test_the_command_lists_settings_and_released_without_torch():
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from winnow.cli import app\n"
+        "said = CliRunner().invoke(app, ['methods', '--json']).stdout\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "print(said)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {row["slug"]: row for row in json.loads(done.stdout)}
+    assert found["hiprune"]["released"] == {"wrap": True, "padding": True, "positions": "compact"}
+    assert found["todre"]["released"] is None
+    assert found["fastervlm"]["settings"]["row"] == {
+        "type": "VisionAttention",
+        "default": "VisionAttention(query=auto)",
+    }

@@ -77,7 +77,7 @@ def test_a_second_turn_with_a_new_picture_equals_one_shot(build):
 
 
 def test_a_second_turn_with_a_new_picture_on_qwen_is_the_plain_models_under_identity():
-    """transformers numbers a later picture of Qwen2.5-VL like text; that is its own convention, and stays."""
+    """How transformers numbers a later picture is its own convention, and stays: like text, since 5.23 by its grid."""
     build = "qwen2_5_vl"
     model = zoo.model(build)
     first_part, new = zoo.sample(build, "3 A 6"), zoo.sample(build, "2 B 4", seed=5)
@@ -86,7 +86,9 @@ def test_a_second_turn_with_a_new_picture_on_qwen_is_the_plain_models_under_iden
     def two_turns():
         first = generate(model, first_part)
         talk = prolonged(first_part, first.sequences, new["input_ids"])
-        talk["mm_token_type_ids"] = zoo.token_types(talk["input_ids"])
+        # Only the new picture has pixels and a grid; since 5.23 the types of all tokens are matched with the grids.
+        old = torch.zeros_like(first.sequences)
+        talk["mm_token_type_ids"] = torch.cat([old, zoo.token_types(new["input_ids"])], 1)
         return generate(model, {**talk, **pictures}, past_key_values=first.past_key_values)
 
     plain = two_turns()

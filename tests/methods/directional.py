@@ -33,14 +33,14 @@ from winnow.core.plan import Plan
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal
-from winnow.signals.language import LMAttention
-from winnow.signals.vision import VisionAttention, VisionKeys
 from winnow.core.step import Action, Keep, Reduce, State, Step
 from winnow.core.view import View
 from winnow.engine.compress import compress
 from winnow.engine.handle import Handle
 from winnow.methods.fastv import FastV
 from winnow.models.load import load
+from winnow.signals.language import LMAttention
+from winnow.signals.vision import VisionAttention, VisionKeys
 
 DETAILS = ("color", "shape", "place", "reading", "referring", "document", "two-hop")  # each has evidence
 SCENES = 90
@@ -224,8 +224,9 @@ def opened(folder: str | None = None) -> Iterator[tuple[Sample, Sample]]:
     with compress(model, Plan(())) as handle:
         depth, blocks = handle.info.depth, range(handle.info.vision_depth)
         tower = [VisionAttention(block, query=query) for block in (*blocks, "feature", -1) for query in ("cls", "all")]
+        tower.append(VisionAttention(query="auto"))  # as FasterVLM asks for it
         every = Ear((*tower, VisionKeys()), tuple(range(depth - 1)))
-        few = Ear((VisionAttention(),), (1, 2))  # for FasterVLM and for FastV at two depths
+        few = Ear((VisionAttention(query="auto"),), (1, 2))  # for FasterVLM and for FastV at two depths
         yield (
             _sample(handle, processor, every, Task({}, asked, open_world)),
             _sample(handle, processor, few, Task({}, asked, _roll)),

@@ -14,10 +14,10 @@ from winnow.core.budget import Budget
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
-from winnow.core.signal import Signal
-from winnow.signals.vision import VisionAttention
-from winnow.core.step import Step
 from winnow.core.select import top_k
+from winnow.core.signal import Signal
+from winnow.core.step import Step
+from winnow.signals.vision import VisionAttention
 
 ROW = VisionAttention("feature", query="all")
 
@@ -191,6 +191,9 @@ def test_a_method_without_slug_summary_or_round_trip_is_found():
 class Foreign(Signal):
     """A signal that only a plug-in knows."""
 
+    def sample(self, generator, b, n):
+        return torch.rand(b, n, 3, generator=generator)
+
 
 @dataclass(frozen=True)
 class PlugIn(Good):
@@ -202,15 +205,14 @@ class PlugIn(Good):
         return (Foreign(),)
 
     def steps(self, info):
-        return (Step(Point("layers", 1), self._run, self.signals()),)
+        return (Step(Point("layers", 1), self._one_step, self.signals()),)
 
     def reduce(self, view):
         return top_k(view[Foreign()].amax(-1), self.keep.of(view), view)
 
 
 def test_a_plug_in_brings_its_own_signals():
-    maker = lambda signal, generator, b, n: torch.rand(b, n, 3, generator=generator)  # noqa: E731
-    subject = testing.Subject(PlugIn, makers={Foreign: maker})
+    subject = testing.Subject(PlugIn)
     for check in testing.CHECKS[1:]:
         check(subject)
 

@@ -27,7 +27,6 @@ from tests.methods.directional import (
 from tests.methods.stubs import first_k
 from winnow.core.budget import Budget
 from winnow.core.reduction import Reduction
-from winnow.signals.vision import VisionAttention
 from winnow.methods.divprune import DivPrune
 from winnow.methods.fastervlm import FasterVLM
 from winnow.methods.fastv import FastV
@@ -36,6 +35,7 @@ from winnow.methods.pyramiddrop import PyramidDrop
 from winnow.methods.todre import ToDRE
 from winnow.methods.visionzip import VisionZip
 from winnow.methods.vtc_cls import VtcCls
+from winnow.signals.vision import VisionAttention
 
 BLIND = pytest.mark.parametrize("stub", [first_k, evenly, at_random])
 
@@ -82,8 +82,8 @@ def max_sum(view, k):
 
 def test_the_settings_are_the_defaults(sample):
     info = sample.handle.info
-    assert VtcCls().steps(info)[0].needs == (VisionAttention(3), VisionAttention(4))
-    assert HiPrune().steps(info)[0].needs == (VisionAttention(1, query="all"), VisionAttention(query="all"))
+    assert VtcCls().bind(info)[0].layers == (3, 4)
+    assert HiPrune().bind(info)[0].object_layer == 1
 
 
 def _finds_more_than_blind(sample, select, shares=SHARES):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from winnow.core.errors import UnsupportedError, WinnowError
-from winnow.signals.vision import VisionAttention
 from winnow.core.view import View
 from winnow.methods.fastervlm import FasterVLM
+from winnow.signals.vision import VisionAttention
 from winnow.testing import WITH_CLS, WITHOUT_CLS, Picture
 
 from .stubs import STUBS, ids, scores, tokens
@@ -64,26 +64,24 @@ def test_each_tile_keeps_its_own_best():
 
 
 @pytest.mark.parametrize(("info", "query"), [(WITH_CLS, "cls"), (WITHOUT_CLS, "all")])
-def test_auto_reads_cls_where_there_is_one_and_records_what_it_read(info, query):
+def test_auto_reads_cls_where_there_is_one_and_its_settings_say_so(info, query):
     (step,) = FasterVLM(keep=2).checked_steps(info)
     assert str(step.at) == "projected"
-    assert step.needs == (VisionAttention("feature", query=query),)
-    view = View.of(tokens(0, 9), {step.needs[0]: scores(0, 9)})
-    step.run(view, None)
-    assert view.notes["fastervlm.query"] == query
+    assert step.needs == (VisionAttention(VisionAttention().block(info), query=query),)
+    assert FasterVLM().bind(info)[0].row == step.needs[0]
 
 
 def test_cls_on_a_tower_without_one_is_refused_with_what_does_work():
-    with pytest.raises(UnsupportedError, match=r"no \[CLS\].*hiprune"):
-        FasterVLM(query="cls").checked_steps(WITHOUT_CLS)
+    with pytest.raises(UnsupportedError, match=r"no \[CLS\].*query=auto or query=all"):
+        FasterVLM(row=VisionAttention()).checked_steps(WITHOUT_CLS)
 
 
 def test_layer_is_read_where_it_is_named():
-    (step,) = FasterVLM(layer=3).checked_steps(WITH_CLS)
+    (step,) = FasterVLM(row=VisionAttention(3, query="auto")).checked_steps(WITH_CLS)
     assert step.needs[0].block(WITH_CLS) == 3
-    assert FasterVLM().attention.block(WITH_CLS) == 10  # the block whose output is hidden_states[-2] of 12
+    assert FasterVLM().row.block(WITH_CLS) == 10  # the block whose output is hidden_states[-2] of 12
     with pytest.raises(WinnowError, match="blocks 0 … 11"):
-        FasterVLM(layer=12).checked_steps(WITH_CLS)
+        FasterVLM(row=VisionAttention(12)).checked_steps(WITH_CLS)
 
 
 def test_the_head_order_of_the_tower_does_not_matter():
@@ -92,14 +90,6 @@ def test_the_head_order_of_the_tower_does_not_matter():
     assert reduce(maps) == reduce(maps.flip(1))
 
 
-@pytest.mark.parametrize(
-    "settings", [{"query": "mean"}, {"layer": "last"}, {"layer": True}, {"keep": 1.5}, {"query": 3}]
-)
-def test_wrong_settings(settings):
-    with pytest.raises(WinnowError, match="allowed"):
-        FasterVLM(**settings)
-
-
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        FasterVLM().query = "all"
+        FasterVLM().keep = 3

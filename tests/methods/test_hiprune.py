@@ -7,12 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
-from winnow.signals.vision import VisionAttention
 from winnow.core.view import View
 from winnow.methods.hiprune import HiPrune
+from winnow.signals.vision import VisionAttention
 from winnow.testing import Picture
 
 from .stubs import STUBS, ids, scores, tokens
@@ -132,8 +131,8 @@ def test_after_an_earlier_method_only_what_is_left_is_kept():
 @pytest.mark.parametrize(
     ("info", "block"),
     [
-        (ModelInfo(vision_depth=24, feature_layer=-2, family="llava"), 8),
-        (ModelInfo(vision_depth=32, has_cls=False, family="qwen2_5_vl"), 15),
+        (ModelInfo(vision_depth=24, feature_layer=-2), 8),
+        (ModelInfo(vision_depth=32, has_cls=False, merge=2), 15),
         (ModelInfo(vision_depth=12, feature_layer=-2), 4),
         (ModelInfo(vision_depth=1), 0),
     ],
@@ -141,12 +140,7 @@ def test_after_an_earlier_method_only_what_is_left_is_kept():
 )
 def test_default_object_block(info, block):
     (step,) = HiPrune().checked_steps(info)
-    assert step.needs == (VisionAttention(block, query="all"), VisionAttention("feature", query="all"))
-
-
-@pytest.mark.parametrize(
-    "settings", [{"alpha": 1.5}, {"alpha": "x"}, {"wrap": 1}, {"object_layer": 2.0}, {"alpha": float("nan")}]
-)
-def test_wrong_settings(settings):
-    with pytest.raises(WinnowError, match="allowed"):
-        HiPrune(**settings)
+    assert step.needs == (
+        VisionAttention(block, query="all"),
+        VisionAttention(VisionAttention().block(info), query="all"),
+    )

@@ -10,10 +10,10 @@ from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
 from winnow.core.plan import Plan
-from winnow.signals.language import LMAttention
 from winnow.core.step import State
 from winnow.core.view import View
 from winnow.methods.pyramiddrop import PyramidDrop
+from winnow.signals.language import LMAttention
 
 from .stubs import STUBS, ids, scores, tokens
 
@@ -26,7 +26,7 @@ def _chain(method, n, info=LLAMA, b=1):
     held, found = torch.arange(n).expand(b, n), {}
     for step in method.checked_steps(info):
         view = View(tokens(0, held.shape[1], b=b), layout, held, n, {step.needs[0]: row.gather(1, held)})
-        held = held.gather(1, step.run(view, State())[0].reduction.index)
+        held = held.gather(1, step.act(view, State())[0].reduction.index)
         found[step.at.index] = held
     return row, found
 
@@ -51,7 +51,7 @@ def _best(reduce):
 
 
 def test_cut_on_plain_tensors():
-    _best(lambda view, k: PyramidDrop().cut(view, 8, Budget(k)))
+    _best(lambda view, k: PyramidDrop().cut(view, LMAttention(8), Budget(k)))
 
 
 @pytest.mark.parametrize("stub", STUBS)
@@ -85,7 +85,7 @@ def test_ratios_count_from_what_entered_the_lm_also_between_its_cuts():
     half, quarter, _ = PyramidDrop().checked_steps(LLAMA)
     for step, n, expected in ((half, 20, 10), (quarter, 10, 5), (half, 9, 9)):
         view = View.of(tokens(0, n), {step.needs[0]: scores(0, n)}, n_visual=30, n_lm=20)
-        assert step.run(view, State())[0].reduction.m == expected
+        assert step.act(view, State())[0].reduction.m == expected
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_default_cuts_at_any_depth(depth, layers):
 def test_on_one_layer_the_deepest_cut_holds():
     (step,) = PyramidDrop().checked_steps(ModelInfo(depth=1))
     view = View.of(tokens(0, 16), {step.needs[0]: scores(0, 16)})
-    assert step.run(view, State())[0].reduction.m == 2
+    assert step.act(view, State())[0].reduction.m == 2
 
 
 def test_layers_and_ratios_of_ones_own():
@@ -131,3 +131,32 @@ def test_wrong_settings(settings):
 def test_layer_beyond_the_model_is_refused():
     with pytest.raises(WinnowError, match="32 LM layers"):
         PyramidDrop(layers=(8, 16, 32)).checked_steps(LLAMA)
+
+
+@pytest.mark.parametrize("content", [256, 576, 2880, 25, 105])
+@pytest.mark.parametrize("budget", [13, 64, 192, 320, 640, "12.5%", 1])
+def test_at_a_budget_the_last_cut_keeps_exactly_that(budget, content):
+    method = PyramidDrop().at_budget(budget, content)
+    counts = [ratio.of(content) for ratio in method.ratios]
+    assert counts[-1] == (content // 8 if budget == "12.5%" else min(budget, content))
+    assert counts == sorted(counts, reverse=True)
+    _, found = _chain(method, content)
+    assert [held.shape[1] for held in found.values()] == counts
+    again = Plan.of(str(Plan((method,)))).methods[0]  # a plan string carries it
+    assert [ratio.of(content) for ratio in again.ratios] == counts
+
+
+def test_at_an_eighth_it_is_the_published_schedule():
+    assert [r.of(n) for n in (576, 2880) for r in PyramidDrop().at_budget("12.5%", 576).ratios] == [
+        *(288, 144, 72),
+        *(1440, 720, 360),
+    ]
+    assert [r.of(576) for r in PyramidDrop().at_budget(72, 576).ratios] == [288, 144, 72]
+    assert PyramidDrop((0.6, 0.3), (3, 9)).at_budget("25%", 100) == PyramidDrop(("50%", "25%"), (3, 9))
+
+
+def test_a_budget_that_may_leave_nothing():
+    counts = [ratio.of(100) for ratio in PyramidDrop().at_budget(Budget(0, allow_empty=True), 100).ratios]
+    assert counts[-1] == 0
+    assert min(counts) == 0
+    assert counts == sorted(counts, reverse=True)

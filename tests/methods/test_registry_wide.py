@@ -1,14 +1,17 @@
 """What every registered method promises, whatever it does. A new method is tested by being registered."""
 
-from __future__ import annotations
-
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import zoo
 
+import winnow
+from winnow.core import registry
 from winnow.core.registry import entries, method_class
-from winnow.testing import CHECKS, WITH_CLS, Picture, Subject, run
+from winnow.testing import CHECKS, WITH_CLS, Picture, Subject, check_method, run
 
 SLUGS = [entry.slug for entry in entries()]
 
@@ -58,3 +61,27 @@ def test_first_step_never_waits_for_the_device(slug):
 def on_device(view, device):
     signals = {signal: x.to(device) for signal, x in view.signals.items()}
     return replace(view, tokens=view.tokens.to(device), ids=view.ids.to(device), signals=signals, notes={})
+
+
+def test_the_signal_of_the_contract_page_runs_on_a_model(monkeypatch):
+    """The page's example: a signal and a method that looks at it, in one block of code."""
+    monkeypatch.setattr(registry, "_extra", dict(registry._extra))
+    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    page = (Path(__file__).parents[2] / "docs" / "contract.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {"__name__": "documentation"}
+    exec(compile(block, "docs/contract.md", "exec", dont_inherit=True), names)  # noqa: S102
+    check_method(names["MostChanged"])
+    model, (sample,) = zoo.model("llava_clip"), zoo.samples("llava_clip", zoo.SINGLE)
+    before_after = []
+    block = model.model.vision_tower.encoder.layers[1]
+    hook = block.register_forward_hook(lambda module, args, out: before_after.append((args[0], out)))
+    with torch.no_grad():
+        model(**sample)
+    hook.remove()
+    (before, after), keep = before_after[0], 6
+    after = after[0] if isinstance(after, tuple) else after
+    want = (after - before)[0, 1:].norm(dim=-1).topk(keep).indices.sort().values
+    with winnow.compress(model, f"most-changed:keep={keep},change=BlockChange(layer=1)") as handle, torch.no_grad():
+        model(**sample)
+        assert handle.last.items[0].kept.tolist() == want.tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,10 +15,13 @@ from winnow.core.reduction import Reduction
 from winnow.core.step import State
 from winnow.core.view import View
 from winnow.methods.fastervlm import FasterVLM
-from winnow.methods.visionzip import CLS_ROW, KEYS, VisionZip
+from winnow.methods.visionzip import VisionZip
+from winnow.signals.vision import VisionAttention, VisionKeys
 from winnow.testing import WITH_CLS, WITHOUT_CLS, Picture
 
 from .stubs import scores, tokens
+
+CLS_ROW, KEYS = VisionAttention(), VisionKeys()
 
 
 def _view(layout, seed=0, b=1, x=None, entry=None):
@@ -201,7 +206,9 @@ def test_letterbox_patches_are_neither_kept_nor_merged():
 def test_separators_are_dropped():
     (step,) = VisionZip().checked_steps(WITH_CLS)
     assert str(step.at) == "features"
-    action, _ = step.run(_view(Layout.grid(9, 9, cls=True)), State())
+    view = _view(Layout.grid(9, 9, cls=True))
+    view = replace(view, signals=dict(zip(step.needs, view.signals.values(), strict=True)))
+    action, _ = step.act(view, State())
     assert action.separators == "drop"
 
 
@@ -240,7 +247,7 @@ def test_representation_fails_for_a_stub(stub):
 
 
 def test_towers_without_cls_are_refused():
-    with pytest.raises(UnsupportedError, match="features"):
+    with pytest.raises(UnsupportedError, match=r"no \[CLS\]"):
         VisionZip().checked_steps(WITHOUT_CLS)
     with pytest.raises(WinnowError, match=r"\[CLS\]"):
         VisionZip().reduce(View.of(tokens(0, 9), {CLS_ROW: scores(0, 9), KEYS: tokens(0, 9)}, layout=Layout.grid(3, 3)))
@@ -271,3 +278,22 @@ def test_wrong_settings(settings):
 def test_weights_sum_to_two_in_a_contextual_token_and_one_in_a_dominant():
     reduction = VisionZip(dominant=5, contextual=3).reduce(_view(Layout.grid(8, 8, cls=True)))
     np.testing.assert_allclose(reduction.mass[0].numpy(), [1] * 5 + [2] * 3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [VisionZip(keep=64), VisionZip(dominant=54, contextual=10)])
+def test_at_another_budget_the_shares_stay(method):
+    other = method.at_budget(128, 576)
+    assert other.counts((576,), 576) == ((108, 20),)
+    assert VisionZip(merge="mean", order="thumbnail").at_budget(9, 576) == VisionZip(9, merge="mean", order="thumbnail")
+
+
+def test_all_of_the_thumbnail_may_come_first():
+    layout = Picture.tiled(2, 1, 2).tower
+    view = View.of(tokens(0, 15), {CLS_ROW: torch.ones(1, 12), KEYS: tokens(1, 15)}, layout=layout)
+    usual = VisionZip(dominant=2, contextual=2).reduce(view)
+    other = VisionZip(dominant=2, contextual=2, order="thumbnail").reduce(view)
+    assert other.anchors[0].tolist() == [0, 1, 2, 3, 6, 11, 5, 10, 7, 8, 12, 13]
+    rows = dict(zip(usual.anchors[0].tolist(), usual.apply(view.tokens)[0], strict=True))
+    assert all(
+        torch.equal(row, rows[a]) for a, row in zip(other.anchors[0].tolist(), other.apply(view.tokens)[0], strict=True)
+    )

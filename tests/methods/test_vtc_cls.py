@@ -9,10 +9,11 @@ import winnow
 from tests import zoo
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
-from winnow.signals.vision import VisionAttention
+from winnow.core.step import State
 from winnow.core.view import View
 from winnow.methods.fastervlm import FasterVLM
 from winnow.methods.vtc_cls import VtcCls
+from winnow.signals.vision import VisionAttention
 from winnow.testing import WITH_CLS, WITHOUT_CLS, Picture
 
 from .stubs import STUBS, ids, scores, tokens
@@ -56,11 +57,11 @@ def test_linearity_fails_for_a_stub(stub):
 @pytest.mark.system("vtc-cls", "exact")
 def test_started_at_the_feature_block_it_is_fastervlm():
     (step,) = VtcCls(keep=7, start=22).checked_steps(CLIP_L)
-    assert [s.block(CLIP_L) for s in step.needs] == [FasterVLM().attention.block(CLIP_L)] == [22]
+    assert [s.block(CLIP_L) for s in step.needs] == [FasterVLM().row.block(CLIP_L)] == [22]
     for layout in (Picture.grid(6, 5).lm, Picture.tiled(4, 2, 1).lm):
         row = scores(2, layout.n_content)
         view = View.of(tokens(0, layout.n_content), {step.needs[0]: row}, layout=layout)
-        action, _ = step.run(view, None)
+        action, _ = step.act(view, State())
         assert ids(action.reduction) == ids(FasterVLM(keep=7).reduce(View.of(view.tokens, row, layout=layout)))
 
 

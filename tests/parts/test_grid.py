@@ -22,7 +22,8 @@ def test_golden_3_by_3():
 def test_wrap_is_by_flat_index():
     table = neighbours(Layout.grid(3, 3), CPU, wrap=True)
     assert table[5].tolist() == [4, 6, 2, 8]  # 6 is the first of the next row
-    assert table[0].tolist() == [9, 1, 9, 3]
+    assert table[0].tolist() == [0, 1, 0, 3]  # what lies before the first is the first
+    assert table[7].tolist() == [6, 8, 4, 8]  # what lies behind the last is the last
 
 
 @pytest.mark.parametrize("layout", [Layout.grid(4, 3, 2), Picture.tiled(3, 2, 2).lm], ids=["video", "tiled"])

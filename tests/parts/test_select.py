@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from winnow.core.view import View
 from winnow.core.select import comparable, ranked, top_k
 from winnow.core.tiles import top_k_per_tile
+from winnow.core.view import View
 from winnow.testing import Picture
 
 VALUES = st.sampled_from([math.nan, -math.inf, -1.0, -0.0, 0.0, 0.5, 0.5000001, 2.0, math.inf])

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from winnow.core.budget import split_evenly
 from winnow.core.layout import Layout, grid_rows
-from winnow.core.view import View
 from winnow.core.tiles import in_thumbnail, n_tiles, quotas, rank_in_tile, tile_of, top_k_per_tile
+from winnow.core.view import View
 from winnow.testing import Picture
 
 TILED = Picture.tiled(4, 2, 1).lm  # 3 tiles of 16

@@ -77,6 +77,16 @@ class Budget:
             return Fraction(text)
         raise WinnowError(f"keep={value!r} cannot be read; {_ALLOWED}.")
 
+    @staticmethod
+    def parse(value: "Budget | int | float | str") -> "Budget":
+        """A budget as it is, or from its value."""
+        return value if isinstance(value, Budget) else Budget(value)
+
+    def share(self, n: int) -> Fraction:
+        """The share of n tokens that the budget is, before any rounding."""
+        number = self._number()
+        return Fraction(self.of(n), n) if isinstance(number, int) else number
+
     def rounded(self, rounding: Rounding) -> "Budget":
         """The same budget under another rule of rounding."""
         return self if rounding == self.rounding else replace(self, rounding=rounding)

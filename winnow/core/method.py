@@ -51,9 +51,17 @@ class Method:
 
     def __post_init__(self) -> None:
         owner = self.slug or type(self).__name__
-        for name, hint in types_of(type(self)).items():
+        for name, hint in types_of(self).items():
             value = checked(owner, name, hint, getattr(self, name))
             object.__setattr__(self, name, _rounded(value, self.rounding))
+        self.check()
+
+    def check(self) -> None:
+        """Raise a WinnowError where settings, each allowed by its type, do not go together."""
+
+    def replace(self, **changes: Any) -> Self:
+        """The same method with some settings changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
     def score(self, view: View) -> Tensor:
         """`[b, N]` how much each token matters, for a method that keeps the best."""
@@ -78,18 +86,18 @@ class Method:
     def resolve(self, info: ModelInfo) -> Self:
         """The method with settings that depend on the model made definite; by default, its signals."""
         changes: dict[str, Any] = {}
-        for name in types_of(type(self)):
+        for name in types_of(self):
             value = getattr(self, name)
             if isinstance(value, Signal):
                 changes[name] = value.resolve(info)
             elif isinstance(value, tuple) and any(isinstance(v, Signal) for v in value):
                 changes[name] = tuple(v.resolve(info) if isinstance(v, Signal) else v for v in value)
-        return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
+        return self.replace(**changes) if changes else self
 
     def signals(self) -> tuple[Signal, ...]:
         """The signals among the settings: what a one-step method looks at."""
         found: list[Signal] = []
-        for name in types_of(type(self)):
+        for name in types_of(self):
             value = getattr(self, name)
             found += [s for s in (value if isinstance(value, tuple) else (value,)) if isinstance(s, Signal)]
         return tuple(found)
@@ -118,7 +126,7 @@ class Method:
                 f"{self.slug} has no setting `keep`, so a budget says nothing to it; give it as a plan with its own "
                 f"settings: {self.slug}:{names}"
             )
-        return dataclasses.replace(self, keep=Budget(budget) if not isinstance(budget, Budget) else budget)  # type: ignore[type-var, call-arg]
+        return self.replace(keep=Budget.parse(budget))
 
     def bind(self, info: ModelInfo) -> tuple["Method", tuple[Step, ...]]:
         """The resolved method and its steps, after checking that this model has the points and signals they ask for."""
@@ -145,6 +153,17 @@ class Method:
     def settings(cls) -> dict[str, dataclasses.Field]:
         """The settings that a plan may name: the dataclass fields, less those marked `metadata={"setting": False}`."""
         return {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("setting", True)}  # type: ignore[arg-type]
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The default of each setting, as an instance holds it, where there is one that its type allows."""
+        found = {}
+        for name, hint in types_of(cls).items():
+            try:
+                found[name] = _rounded(checked(cls.slug, name, hint, cls.settings()[name].default), cls.rounding)
+            except WinnowError:
+                continue  # such a setting must be given
+        return found
 
     @classmethod
     def configured(cls, **values: Any) -> "Method":

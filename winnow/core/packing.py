@@ -49,8 +49,10 @@ class Packing:
 
         `kept` must be False for padding; `sizes` are its row sums, which the caller knows without asking the device.
         """
-        # Where nothing is dropped nothing moves, padding that all rows share included.
-        width = self.width if sizes == self.sizes else max(sizes)
+        if sizes == self.sizes:  # nothing is dropped, so nothing moves: not padding, and no hole in the mask
+            slots = torch.arange(self.width, device=kept.device).expand_as(kept)
+            return Packing(self.source, self.mask, self.real, sizes, self.logical, self.right), slots
+        width = max(sizes)
         key = kept.to(torch.uint8)
         order = torch.argsort(1 - key if self.right else key, dim=1, stable=True)
         slots = order[:, :width] if self.right else order[:, order.shape[1] - width :]

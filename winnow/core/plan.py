@@ -121,10 +121,10 @@ class Plan:
     def _text(self, all_settings: bool) -> str:
         parts = []
         for method in self.methods:
-            shown = []
-            for name, field in method.settings().items():
+            shown, defaults = [], method.defaults()
+            for name in method.settings():
                 value = getattr(method, name)
-                if all_settings or value != field.default:
+                if all_settings or name not in defaults or value != defaults[name]:
                     shown.append(f"{name}={_show(value)}")
             parts.append(method.slug + (":" + ",".join(shown) if shown else ""))
         text = " + ".join(parts) or FULL
@@ -185,6 +185,8 @@ def _value(text: str, whole: str) -> Any:
         if not text.endswith("]"):
             raise WinnowError(f"Unclosed bracket in {text!r} in the plan {whole!r}.")
         return tuple(_value(v.strip(), whole) for v in _split(text[1:-1], ",") if v.strip())
+    if re.match(r"[A-Za-z_]\w*\(", text) and not text.endswith(")"):
+        raise WinnowError(f"Unclosed bracket in {text!r} in the plan {whole!r}.")
     if call := re.fullmatch(r"([A-Za-z_]\w*)\((.*)\)", text):
         return _signal(call[1], _settings(call[2], whole), whole)
     try:
@@ -195,13 +197,12 @@ def _value(text: str, whole: str) -> Any:
 
 
 def _signal(name: str, values: dict[str, Any], whole: str) -> Signal:
-    # A class that is defined again (a cell of a notebook) takes the place of the one before.
-    known_kinds = {(kind.__module__, kind.__qualname__): kind for kind in _below(Signal)}
-    kinds = [kind for kind in known_kinds.values() if kind.__name__ == name]
+    known = _below(Signal)
+    kinds = {(kind.__module__, kind.__qualname__): kind for kind in known if kind.__name__ == name}  # a cell run twice
     if len(kinds) != 1:
-        known = ", ".join(sorted({kind.__name__ for kind in known_kinds.values()}))
-        raise WinnowError(f"The plan {whole!r} names the signal {name}; known, and known once, are: {known}.")
-    (kind,) = kinds
+        names = ", ".join(sorted({kind.__name__ for kind in known}))
+        raise WinnowError(f"The plan {whole!r} names the signal {name}; known, and known once, are: {names}.")
+    (kind,) = kinds.values()
     fields = {f.name for f in dataclasses.fields(kind)}
     if unknown := sorted(set(values) - fields):
         raise WinnowError(f"{name} has no setting {unknown[0]!r}; it has {', '.join(sorted(fields)) or 'none'}.")
@@ -209,5 +210,6 @@ def _signal(name: str, values: dict[str, Any], whole: str) -> Signal:
 
 
 def _below(kind: type) -> list[type]:
-    """All subclasses, at any depth; of one parent's, in the order in which they were defined."""
-    return [found for sub in kind.__subclasses__() for found in (sub, *_below(sub))]
+    """All subclasses, at any depth, in the order in which they were defined."""
+    below: list[type] = kind.__subclasses__()
+    return [found for sub in below for found in (sub, *_below(sub))]

@@ -7,6 +7,7 @@ overlay, evidence recall, FLOPs, bytes, unmerging and composition, for every met
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -123,8 +124,9 @@ class Reduction:
 
     def cpu(self) -> "Reduction":
         """The map with its tensors on the CPU."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Reduction(**{k: v.cpu() if isinstance(v, Tensor) else v for k, v in moved.items()})
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in given.items()}
+        return Reduction(**moved)
 
     def apply(self, x: Float[Tensor, "*lanes n d"]) -> Float[Tensor, "*lanes m d"]:
         """The output rows. A selection copies bits; sums run in the dtype of `x`."""

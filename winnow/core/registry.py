@@ -12,13 +12,14 @@ import importlib.metadata
 import json
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
 from winnow.core.errors import WinnowError
+from winnow.core.listing import described_class, read_class
 
 M = TypeVar("M", bound=type)
 METHODS_DIR = Path(__file__).resolve().parent.parent / "methods"
@@ -40,6 +41,8 @@ class Entry:
         arxiv: identifier of the source.
         summary: first line of the class docstring.
         name: of the class.
+        settings: name of each setting → its `type`, as written, and its `default` as plan strings write it.
+        released: the settings and the `positions` of the authors' released code, or None.
     """
 
     slug: str
@@ -50,6 +53,8 @@ class Entry:
     arxiv: str = ""
     summary: str = ""
     name: str = ""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    released: Mapping[str, Any] | None = None
 
 
 _extra: dict[str, Entry] = {}
@@ -71,19 +76,20 @@ def register(
         )
 
     def add(cls: M) -> M:
-        known, listed = _classes.get(slug), _builtin().get(slug)
+        known, listed = _classes.get(slug), built_in().get(slug)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise WinnowError(f"The slug {slug!r} is taken by {known.__module__}.{known.__qualname__}; choose another.")
         if listed is not None and listed.module != cls.__module__:  # also while nobody has imported it yet
             raise WinnowError(f"The slug {slug!r} is taken by {listed.module}; choose another.")
         if "__dataclass_fields__" not in cls.__dict__:
-            cls = dataclass(frozen=True)(cls)
+            cls = dataclass(frozen=True)(cls)  # type: ignore[assignment]
         cls.slug = slug  # type: ignore[attr-defined]
         _classes[slug] = cls
         if listed is None:
             summary = (cls.__doc__ or "").strip().split("\n")[0]
             source = arxiv or _source(getattr(sys.modules.get(cls.__module__), "__doc__", None))
-            _extra[slug] = Entry(slug, cls.__module__, "user", tuple(stages), kind, source, summary, cls.__name__)
+            facts = ("user", tuple(stages), kind, source, summary, cls.__name__)
+            _extra[slug] = Entry(slug, cls.__module__, *facts, *described_class(cls))
         return cls
 
     return add
@@ -107,7 +113,7 @@ def _read(path: Path) -> list[Entry]:
         if not isinstance(node, ast.ClassDef):
             continue
         for call in node.decorator_list:
-            if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "register":
+            if isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2] == "register":
                 slug = ast.literal_eval(call.args[0])
                 facts = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
                 row = _systems().get(slug, {})
@@ -115,12 +121,14 @@ def _read(path: Path) -> list[Entry]:
                 facts |= {"stages": tuple(row["stages"])} if "stages" in row else {}
                 facts["arxiv"] = _source(ast.get_docstring(tree)) or facts.get("arxiv", "")
                 summary = (ast.get_docstring(node) or "").split("\n")[0]
+                facts["settings"], facts["released"] = read_class(node)
                 entries.append(Entry(slug, f"winnow.methods.{path.stem}", summary=summary, name=node.name, **facts))
     return entries
 
 
 @functools.cache
-def _builtin() -> dict[str, Entry]:
+def built_in() -> dict[str, Entry]:
+    """The methods of this package, by slug."""
     entries = [entry for path in sorted(METHODS_DIR.glob("*.py")) for entry in _read(path)]
     return {entry.slug: entry for entry in entries}
 
@@ -135,13 +143,13 @@ def _from_entry_points() -> None:
 def entries() -> tuple[Entry, ...]:
     """All methods, sorted by slug: the built-in ones, installed plug-ins, and those registered by the user."""
     _from_entry_points()
-    return tuple(sorted((_builtin() | _extra).values(), key=lambda e: e.slug))
+    return tuple(sorted((built_in() | _extra).values(), key=lambda e: e.slug))
 
 
 def method_class(slug: str) -> Any:
     """The class of a slug; unknown slugs raise with the nearest names."""
-    if slug in _builtin():
-        importlib.import_module(_builtin()[slug].module)
+    if slug in built_in():
+        importlib.import_module(built_in()[slug].module)
     elif slug not in _classes:
         _from_entry_points()
     if slug not in _classes:

@@ -36,9 +36,13 @@ Block = int | Literal["feature"]
 """A block of the vision tower: 0-based, negative from the end, or the one whose output feeds the projector."""
 
 
+def types_of(method: Any) -> dict[str, Any]:
+    """The type of each setting of a method or its class, with what `Annotated` adds."""
+    return _types_of(method if isinstance(method, type) else type(method))
+
+
 @functools.cache
-def types_of(cls: type) -> dict[str, Any]:
-    """The type of each setting of a class, with what `Annotated` adds."""
+def _types_of(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.metadata.get("setting", True)}
 
@@ -49,6 +53,10 @@ def checked(owner: str, name: str, hint: Any, value: Any) -> Any:
         return _converted(hint, value)
     except _Mismatch:
         raise WinnowError(f"{owner}: {name}={value!r}; allowed: {described(hint)}.") from None
+    except WinnowError as error:  # a budget says what is wrong with it, not which setting it is
+        said = str(error).removeprefix("keep=")
+        shown = said if said.startswith(repr(value)) else f"{value!r}: {said}"
+        raise WinnowError(f"{owner}: {name}={shown}") from None
 
 
 def described(hint: Any) -> str:
@@ -102,7 +110,7 @@ def _converted(hint: Any, value: Any) -> Any:
         _need(isinstance(value, int) and not isinstance(value, bool))
         return value
     if isinstance(hint, type) and issubclass(hint, Budget):
-        return value if isinstance(value, Budget) else Budget(value)  # whose own message says what is allowed
+        return Budget.parse(value)  # whose own message says what is allowed
     if isinstance(hint, type):
         _need(isinstance(value, hint))
     return value

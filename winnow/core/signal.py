@@ -49,7 +49,8 @@ class Signal:
     reads_text: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, hint in signal_types(type(self)).items():
+        kind: Any = type(self)
+        for name, hint in signal_types(kind).items():
             value = getattr(self, name)
             if get_origin(hint) is Literal and value not in get_args(hint):
                 allowed = ", ".join(map(repr, get_args(hint)))
@@ -103,9 +104,13 @@ class Signal:
         return torch.randn(b, n, generator=generator).mul(2).softmax(-1)
 
 
-@functools.cache
-def signal_types(kind: type) -> dict[str, Any]:
+def signal_types(kind: Any) -> dict[str, Any]:
     """The types of a signal's settings."""
+    return _signal_types(kind)
+
+
+@functools.cache
+def _signal_types(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {f.name: hints[f.name] for f in fields(kind)}
 

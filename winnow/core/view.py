@@ -80,7 +80,7 @@ class View:
     def n(self) -> int:
         return self.tokens.shape[1]
 
-    def rand(self, *shape: int) -> Float[Tensor, "b *shape"]:
+    def rand(self, *shape: int) -> Float[Tensor, "..."]:
         """Uniform numbers in [0, 1), `[b, *shape]`: the same for every item, so that a batch equals its items."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.rand(*shape, generator=generator).to(self.tokens.device).expand(self.b, *shape)

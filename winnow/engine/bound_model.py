@@ -60,8 +60,11 @@ class BoundModel:
                     "compiled code does not see what is attached later. Load the model anew, compress it, and leave it "
                     "uncompiled: compression runs eagerly."
                 )
+        for module in (base, *lm.layers):
+            cache_keyword(module)  # refused here where it is not known
         info = family.info(model)
-        return BoundModel(model, base, lm, family, info, *parts, lm.layers, cache_keyword(lm.forward))  # type: ignore[arg-type]
+        tower, blocks, projector = parts
+        return BoundModel(model, base, lm, family, info, tower, blocks, projector, lm.layers, cache_keyword(lm))
 
     @property
     def token_ids(self) -> dict[str, int]:

@@ -26,7 +26,8 @@ def compress(
     """Make a vision-language model read fewer tokens; call `model(**inputs)` and `model.generate(**inputs)` as ever.
 
     Args:
-        model: a ForConditionalGeneration model of a supported family, PEFT-wrapped or not.
+        model: a ForConditionalGeneration model of a supported family, wrapped by PEFT or torch.compile or not. Compiled
+            callers stay right, and what is compressed runs eagerly inside them.
         plan: `"slug:key=value,… + slug:… | positions=keep"`, a Method or a Plan.
         keep: content tokens to keep of each item (64) or their share (0.25), with the default method: HiPrune. It
             runs on every supported family, reads no question, costs about 1 % of a prefill, and is best at 25 and

@@ -157,7 +157,7 @@ def run_features(request: Request) -> Tensor | None:
         return None
     if record.tower_output is None:
         raise UnsupportedError(
-            f"the tower of {bound.info.model} did not run before its projector, so there is nothing to reduce at features."
+            f"the tower of {bound.info.model} did not run before its projector: there is nothing to reduce at features."
         )
     with request.clock.phase("select"):
         record.items = _tower_items(bound, record)

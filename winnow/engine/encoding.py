@@ -65,7 +65,7 @@ class EncoderRecord(Encoding):
 
 
 @functools.cache
-def _marked(plain: type) -> type:
+def _marked(plain: Any) -> Any:
     """A class of outputs with a field for the record, so that copies, moves and tree maps keep it."""
     made = type(f"Compressed{plain.__name__}", (plain,), {"__annotations__": {"winnow": Any}, "winnow": None})
     return dataclasses.dataclass(made)
@@ -74,7 +74,8 @@ def _marked(plain: type) -> type:
 def mark(output: Any, record: EncoderRecord) -> Any:
     """The encoder's output with its record."""
     fields = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
-    return _marked(type(output))(**fields, winnow=record)
+    kind: Any = type(output)
+    return _marked(kind)(**fields, winnow=record)
 
 
 def record_of(output: Any) -> EncoderRecord | None:

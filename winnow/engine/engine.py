@@ -53,7 +53,8 @@ class Engine:
         self._plans: dict[tuple[Any, ...], BoundPlan] = {}
         self._removers: list[Callable[[], None]] = []
         self._tapped: set[Site] = set()
-        self._hooked_from: int | None = None
+        self._layer_hooks: dict[int, Any] = {}
+        self._layer_users = 0
         self._forward: ForwardMethod | None = None
         self.default = self.bind(plan)
 
@@ -124,7 +125,6 @@ class Engine:
         while self._removers:
             self._removers.pop()()
         self._tapped.clear()
-        self._hooked_from = None
         with _attached_lock:
             _attached.discard(self.bound.model)
 
@@ -157,8 +157,6 @@ class Engine:
             if Site("lm", layer) not in self._tapped:
                 self._tapped.add(Site("lm", layer))
                 self._removers.append(self._listener(Site("lm", layer)))
-        if plan.first_layer is not None:
-            self._hook_layers(plan.first_layer)
 
     def _listener(self, site: Site) -> Callable[[], None]:
         """What shows a site to its signals, and how to remove it."""
@@ -177,13 +175,29 @@ class Engine:
             case _:
                 return _nothing  # pixels and the projector are seen anyway
 
-    def _hook_layers(self, first: int) -> None:
-        """Layers from `first` on may hold fewer tokens than the LM was entered with; those before need no hook."""
-        last = len(self.bound.layers) if self._hooked_from is None else self._hooked_from
-        for index in range(first, last):
-            enter = functools.partial(self._enter_layer, index)
-            self._hook(self.bound.layers[index].register_forward_pre_hook(Hook(enter), with_kwargs=True))
-        self._hooked_from = min(first, last)
+    def _use_layers(self, request: Request, first: int) -> None:
+        """Hook the layers from `first` on while a pass needs them; most decoded tokens need none."""
+        with self._lock:
+            for index in range(first, len(self.bound.layers)):
+                if index not in self._layer_hooks:
+                    hook = Hook(functools.partial(self._enter_layer, index))
+                    # First in line: other hooks see what the layer is given.
+                    self._layer_hooks[index] = self.bound.layers[index].register_forward_pre_hook(
+                        hook, with_kwargs=True, prepend=True
+                    )
+            if not request.uses_layers:
+                self._layer_users += 1
+                request.uses_layers = True
+
+    def _leave_layers(self, request: Request) -> None:
+        if not request.uses_layers:
+            return
+        with self._lock:
+            request.uses_layers = False
+            self._layer_users -= 1
+            if not self._layer_users:
+                while self._layer_hooks:
+                    self._layer_hooks.popitem()[1].remove()
 
     @contextlib.contextmanager
     def _encoding(self) -> Iterator[Request | None]:
@@ -218,8 +232,8 @@ class Engine:
     def _check_forward(self, module: nn.Module, args: Any) -> None:
         if self._forward is not None and not self._forward.reached_by(module.__dict__.get("forward")):
             raise UnsupportedError(
-                f"the forward of {type(module).__name__} was replaced while the model was compressed, so the plan would "
-                "not hold; call detach() on its handle, replace it, and compress again."
+                f"the forward of {type(module).__name__} was replaced while the model was compressed, so the plan "
+                "would not hold; call detach() on its handle, replace it, and compress again."
             )
 
     def _run_forward(self, plain: Callable[..., Any], called: dict[str, Any]) -> Any:
@@ -239,12 +253,23 @@ class Engine:
             try:
                 with request.clock.phase("decode" if held else "prefill"):
                     output = plain(**called)
+                if not request.reached_lm and request.plan.plan.methods:
+                    self._explain_the_silence()
                 if request.ledger is not None:
                     self.ledgers.add(request.ledger)
                 return output
             finally:
+                self._leave_layers(request)
                 if request.lm is not None:
                     request.lm.close()
+
+    def _explain_the_silence(self) -> None:
+        """A forward that did not pass our hook on the language model has run as the plain model."""
+        self.bound.check_seams()
+        raise UnsupportedError(
+            f"{type(self.bound.base).__name__} did not call its language model, or the hooks on it were removed, so "
+            "nothing was compressed; call detach() on the handle and compress again."
+        )
 
     def _times(self, called: dict[str, Any], held: bool) -> dict[str, float] | None:
         """Where the times of this forward are summed: with its encoder's, or with its prefill's."""
@@ -271,21 +296,18 @@ class Engine:
 
     def _enter_lm(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         request = self._mine()
-        if request is None or kwargs.get("inputs_embeds") is None:
+        if request is None:
+            return None
+        request.reached_lm = True
+        if kwargs.get("inputs_embeds") is None:
             return None
         request.lm = start_lm(request, kwargs)
         if request.lm is None:
             return None
-        state = request.lm.state
-        if state is not None and state.layers:
-            differs = next((i for i, past in sorted(state.layers.items()) if past is not state.layers.get(0)), None)
-            if differs is not None and (self._hooked_from is None or differs < self._hooked_from):
-                with self._lock:
-                    self._hook_layers(differs)  # the cache was reduced under another plan
-        if "flash" in (module.config._attn_implementation or "") and self._hooked_from != 0:  # type: ignore[union-attr, operator]
-            with self._lock:
-                self._hook_layers(0)
         changed = request.lm.enter(kwargs)
+        first = request.lm.first_layer(kwargs if changed is None else changed)
+        if first is not None:
+            self._use_layers(request, first)
         return None if changed is None else (args, changed)
 
     def _leave_lm(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -294,18 +316,23 @@ class Engine:
         if request is None:
             return None
         lm, request.lm = request.lm, None
-        if lm is None:
-            request.ledger = write_ledger(request, None, kwargs) or request.ledger
-            return None
+        self._leave_layers(request)
         if isinstance(output, tuple):
             cache = next((x for x in output if hasattr(x, "get_seq_length")), None)
+        else:
+            cache = cache_of(output)
+        if lm is None:
+            if kwargs.get("inputs_embeds") is not None:
+                request.ledger = write_ledger(request, None, kwargs, cache)
+            return None
+        if isinstance(output, tuple):
             output = (lm.leave(output[0], cache), *output[1:])
         else:
-            output["last_hidden_state"] = lm.leave(output.last_hidden_state, cache_of(dict(output.items())))
+            output["last_hidden_state"] = lm.leave(output.last_hidden_state, cache)
             states = getattr(output, "hidden_states", None)
             if states is not None and lm.tokens.touched:
                 output["hidden_states"] = lm.logical_states(states)
-        request.ledger = write_ledger(request, lm, kwargs) or request.ledger
+        request.ledger = write_ledger(request, lm, kwargs, cache)
         return output
 
     def _enter_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -362,8 +389,8 @@ class Engine:
                 raise UnsupportedError("a signal of the projector cannot be read where a step reduces at features.")
             return encoder.take_projected(request.encoding, output)
         if request.plan.listeners.get(site):
-            shaped = [x[None] if x.ndim == 2 else x for x in (args[0], output)]
-            encoder.read(request, site, HiddenStates(*shaped))
+            before, after = (x[None] if x.ndim == 2 else x for x in (args[0], output))
+            encoder.read(request, site, HiddenStates(before, after))
         return None
 
     def parameters(self) -> dict[str, nn.Module]:

@@ -15,6 +15,7 @@ from winnow.engine.item_tokens import Span, find_spans
 from winnow.engine.lm_pass import LMPass
 from winnow.engine.request import Request
 from winnow.engine.spans import question_span
+from winnow.engine.versions import checkpoints_activations
 
 
 def encodings_of(called: dict[str, Any], plan: BoundPlan) -> dict[str, EncoderRecord]:
@@ -79,7 +80,7 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
 
 def check_training(model: Any) -> None:
     """Refuse gradient checkpointing, which runs layers again in the backward pass, outside any request."""
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    if model.training and checkpoints_activations(model):
         raise UnsupportedError(
             "compression does not run with gradient checkpointing: layers would be reduced twice. "
             "Call model.gradient_checkpointing_disable(), or train without compression."

@@ -9,7 +9,7 @@ from winnow.engine.packed import row_mask
 from winnow.engine.request import Request
 
 
-def write_ledger(request: Request, lm: LMPass | None, arguments: dict[str, Any]) -> Ledger | None:
+def write_ledger(request: Request, lm: LMPass | None, arguments: dict[str, Any], cache: Any) -> Ledger | None:
     """What happened to this request; None where its ledger stands already (a decoded token, a turn on its cache).
 
     Counts are known on the host; indices stay where they are.
@@ -17,14 +17,17 @@ def write_ledger(request: Request, lm: LMPass | None, arguments: dict[str, Any])
     Args:
         lm: the pass, where there was something to do.
         arguments: of the language model.
+        cache: that it returned, if any.
     """
     if lm is None or not lm.items:
-        cache = arguments.get(request.bound.cache_name)
+        cache = arguments.get(request.bound.cache_name) if cache is None else cache
         embeds = arguments["inputs_embeds"]
         rows, length = embeds.shape[:2]
         if lm is not None or (cache is not None and cache.get_seq_length() > length):
             return None
-        return _in_full(request, arguments, rows, length)
+        ledger = _in_full(request, arguments, rows, length)
+        _count_bytes(ledger, request, cache, rows * length)
+        return ledger
     for item in lm.items:
         item.record.ids = item.ids
     depth = len(request.bound.layers)
@@ -32,12 +35,18 @@ def write_ledger(request: Request, lm: LMPass | None, arguments: dict[str, Any])
     sizes = lm.tokens.initial.sizes
     ledger = _ledger(request, sizes, layers, lm.notes)
     ledger.items = tuple(item.record for item in lm.items)
-    if lm.cache is not None:
-        held = lm.cache.layers
-        ledger.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
-        each = kv_bytes_per_token(request.bound.lm.config, held[0].keys.element_size())
-        ledger.kv_bytes_full = len(sizes) * (lm.before + lm.tokens.initial.logical) * len(held) * each
+    _count_bytes(ledger, request, lm.cache, len(sizes) * (lm.before + lm.tokens.initial.logical))
     return ledger
+
+
+def _count_bytes(ledger: Ledger, request: Request, cache: Any, tokens: int) -> None:
+    """Bytes that a cache holds, and what it would hold if every layer held all of these tokens."""
+    held = [layer for layer in getattr(cache, "layers", ()) if getattr(layer, "keys", None) is not None]
+    if held:
+        ledger.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
+        ledger.kv_bytes_full = (
+            tokens * len(held) * kv_bytes_per_token(request.bound.lm.config, held[0].keys.element_size())
+        )
 
 
 def _ledger(

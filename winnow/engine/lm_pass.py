@@ -155,6 +155,22 @@ class LMPass:
             "position_ids": tokens.position_ids(past),
         }
 
+    def first_layer(self, arguments: dict[str, Any]) -> int | None:
+        """The first layer that must be told something before it runs; None where all go on as the LM is called.
+
+        Args:
+            arguments: with which the LM is called.
+        """
+        if "flash" in (self.bound.lm.config._attn_implementation or ""):
+            return 0 if self.tokens.touched or self.state is not None else self.plan.first_layer
+        first = [self.plan.first_layer] if self.items and self.plan.first_layer is not None else []
+        if self.state is not None:
+            held = self.state.layers
+            differ = [i for i in range(len(self.bound.layers)) if held.get(i) is not self._lm_past]
+            if any(not self._nothing_to_mask(held.get(i), arguments) for i in differ):
+                first.append(differ[0])
+        return min(first, default=None)
+
     def layer(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Any]] | None:
         """Before LM layer `index`: run its steps, then give it what belongs to its slots; None: nothing to change."""
         if self.cache is None:
@@ -305,8 +321,8 @@ class LMPass:
         return hidden
 
     def _tag(self) -> None:
-        check_cache(self.cache)
-        self.state = tag(self.cache, self.request.attachment, self.before)
+        check_cache(self.cache)  # type: ignore[arg-type]
+        self.state = tag(self.cache, self.request.attachment, self.before)  # type: ignore[arg-type]
         self.state.inside = True
 
     def _place_features(self, hidden: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class Request:
         encodings: modality → what was encoded for this forward.
         encoding: the encoder call that is running now.
         lm: the pass through the language model that is running now.
+        reached_lm: whether the language model was called.
+        uses_layers: whether the layers of the LM are hooked for this request.
         ledger: of this request, once its prefill is done.
     """
 
@@ -62,6 +64,8 @@ class Request:
     encodings: dict[str, EncoderRecord] = field(default_factory=dict)
     encoding: EncoderRecord | None = None
     lm: Any = None
+    reached_lm: bool = False
+    uses_layers: bool = False
     ledger: Ledger | None = None
 
 

@@ -1,28 +1,56 @@
-"""The names that a version of transformers gives to its seams. Found by signature, never by version number."""
+"""The names that changed between versions of transformers. Found by looking at the callables, never by the version."""
 
 import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-CACHE_NAMES = ("past_key_values", "cache")
+import transformers
+from torch import nn
+
+from winnow.core.errors import UnsupportedError
+
+CACHE_NAMES = ("cache", "past_key_values")  # newest first; 5.24 renamed the keyword
 
 
-def cache_keyword(function: Callable[..., Any]) -> str:
-    """The keyword under which a forward, a layer or a mask function takes the cache."""
-    function = getattr(function, "__func__", function)
-    return _cache_keyword(function)
+def cache_keyword(call: nn.Module | Callable[..., Any]) -> str:
+    """The keyword under which a module's forward, or a function, takes its KV cache.
+
+    Raises:
+        UnsupportedError: none of the known names is among the parameters.
+    """
+    # A module's class is asked: an instance may carry a wrapper of its own (accelerate) that hides the parameters.
+    function = type(call).forward if isinstance(call, nn.Module) else call
+    return _cache_keyword(getattr(function, "__func__", function))
 
 
 @functools.cache
 def _cache_keyword(function: Callable[..., Any]) -> str:
-    names = inspect.signature(function).parameters
-    return next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
-
-
-def cache_of(kwargs: dict[str, Any]) -> Any:
-    """The cache among keyword arguments, under whatever name."""
+    parameters = inspect.signature(function).parameters
     for name in CACHE_NAMES:
-        if kwargs.get(name) is not None:
-            return kwargs[name]
+        if name in parameters:
+            return name
+    raise UnsupportedError(
+        f"{function.__qualname__} of transformers {transformers.__version__} takes a KV cache under none of the names "
+        f"{', '.join(CACHE_NAMES)}; winnow does not know this version. Install one that it supports."
+    )
+
+
+def cache_of(values: dict[str, Any]) -> Any:
+    """The KV cache among keyword arguments, or in a model's output; None if there is none.
+
+    A hook sees the caller's old keyword, because transformers renames it inside the forward. Where both are given, the
+    new one counts there too.
+    """
+    for name in CACHE_NAMES:
+        if (found := dict.get(values, name, values)) is not values:  # an output's own `get` warns of old names
+            return found
     return None
+
+
+def checkpoints_activations(model: Any) -> bool:
+    """Whether some module runs again in the backward pass: gradient checkpointing, whose name changed in 5.23."""
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+        if hasattr(type(model), name):
+            return bool(getattr(model, name))
+    return False

@@ -5,7 +5,8 @@ table, O(k · V · D).
 
 Departs from the paper: nothing.
 Departs from the released code: a running minimum instead of a new one over all that is selected; distances in fp32, so
-that rounding cannot select a token twice; newlines are not in the pool, they are the layout's.
+that rounding cannot select a token twice. With tiles newlines are not in the pool: they belong to the layout, and stay.
+Positions are kept by default, as for all methods of winnow; the code numbers them anew.
 """
 
 import torch
@@ -20,12 +21,14 @@ class DivPrune(Method):
     """Keep mutually distant tokens (greedy max–min of cosine distance).
 
     Args:
-        keep: content tokens of the item; the released default is 9.8 %.
+        keep: content tokens of the item. The default is that of the code, as is that halves of a token round to even.
     """
 
     keep: Budget = Budget("9.8%")
 
     pairwise = True
+    rounding = "half-even"
+    released = {"positions": "compact"}
 
     def reduce(self, view: View) -> Reduction:
         x, broken = unit(view.tokens)

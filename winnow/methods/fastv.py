@@ -1,4 +1,4 @@
-"""FastV (arXiv 2403.06764): after K layers of the LM, drop the image tokens that the last prompt token attends to least.
+"""FastV (arXiv 2403.06764): after K layers of the LM, drop the image tokens that the last prompt token sees least.
 
 Looks at: one attention row of LM layer K − 1. Cost: O(H · S · D) for the row; the first K layers run in full.
 
@@ -23,11 +23,12 @@ class FastV(Method):
     layer: Layer = 2
 
     rounding = "half-even"
+    released = {"positions": "keep"}
 
-    def signals(self) -> tuple[LMAttention, ...]:
+    def signals(self):
         return (LMAttention(self.layer - 1),) if self.layer else ()
 
-    def steps(self, info: ModelInfo) -> tuple[Step, ...]:
+    def steps(self, info: ModelInfo):
         return (Step(Point("layers", info.lm_layer(self.layer)), self._one_step, self.signals()),)
 
     def score(self, view: View):

@@ -1,4 +1,4 @@
-"""ToDRE (arXiv 2505.18757): keep mutually dissimilar tokens before the LM, and none once its text stops looking at them.
+"""ToDRE (arXiv 2505.18757): keep dissimilar tokens before the LM, and none once its text stops looking at them.
 
 Looks at: the projected tokens, one [CLS] row of the last vision block for the first choice, and the attention between
 text and image in one LM layer. Cost: O(k · V · D), or O(V² · D) with a table where V ≤ D; one layer of column sums in
@@ -8,41 +8,22 @@ The paper's second version sums similarities; its first takes the maximum (k-cen
 Departs from the paper: kept tokens stay in raster order (it does not say); the LM attention is that of the layer before
 7/8 of the depth (28 of 32 layers have run; the paper's "layer 28" can be read so), and the answer covers all of an item
 or nothing. Where all text follows the image, attention from image to text is 0 by causality.
-Departs from the released code: none was found.
+Departs from the released code: no code has been released.
 """
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
 
-from winnow.contract import (
-    Action,
-    Budget,
-    Keep,
-    LMAttentionMass,
-    Method,
-    ModelInfo,
-    Point,
-    Reduce,
-    Reduction,
-    Share,
-    Step,
-    View,
-    VisionAttention,
-    comparable,
-    count_broken,
-    in_thumbnail,
-    register,
-)  # fmt: skip
+import winnow.contract as wn
 from winnow.parts.cosine import cosine_rows, unit
 from winnow.parts.greedy import greedy
 
-CLS_ROW = VisionAttention(layer=-1)
+CLS_ROW = wn.VisionAttention(layer=-1)
 
 
-@register("todre")
-class ToDRE(Method):
+@wn.register("todre")
+class ToDRE(wn.Method):
     """Keep dissimilar tokens before the LM; drop all in its last layers if text ignores them.
 
     Args:
@@ -54,46 +35,46 @@ class ToDRE(Method):
         tau: they are dropped where text gives the image, and the image text, less than this share of its attention.
     """
 
-    keep: Budget = Budget("10%")
+    keep: wn.Budget = wn.Budget("10%")
     criterion: Literal["sum", "max"] = "sum"
     pivot: Literal["auto", "cls", "random"] = "auto"
     stage2: bool = True
-    tau: Share = 0.10
+    tau: wn.Share = 0.10
 
     identity = {"keep": "100%", "stage2": False}
 
-    def resolve(self, info: ModelInfo) -> "ToDRE":
-        return self if self.pivot != "auto" else replace(self, pivot="cls" if info.has_cls else "random")
+    def resolve(self, info: wn.ModelInfo):
+        return self if self.pivot != "auto" else self.replace(pivot="cls" if info.has_cls else "random")
 
-    def steps(self, info: ModelInfo) -> tuple[Step, ...]:
+    def steps(self, info: wn.ModelInfo):
         row = () if self.pivot == "random" else (CLS_ROW,)
-        steps = (Step(Point("projected"), lambda view, state: self.reduce(view, *row), row),)
+        first = wn.Step(wn.Point("projected"), lambda view, state: self.reduce(view), row)
+        if not self.stage2 or info.depth == 1:  # with a single layer there is nothing to look at before it
+            return (first,)
         layer = max(1, info.at_depth(7 / 8))
-        if self.stage2 and layer < info.depth:  # with a single layer there is nothing to look at before it
-            masses = LMAttentionMass(layer - 1, "question", "items"), LMAttentionMass(layer - 1, "items", "question")
-            steps += (Step(Point("layers", layer), lambda view, state: self._forget(view, *masses), masses),)
-        return steps
+        masses = wn.LMAttentionMass(layer - 1, "question", "items"), wn.LMAttentionMass(layer - 1, "items", "question")
+        return first, wn.Step(wn.Point("layers", layer), lambda view, state: self._forget(view, *masses), masses)
 
-    def reduce(self, view: View, row: VisionAttention | None = CLS_ROW) -> Reduction:
+    def reduce(self, view: wn.View) -> wn.Reduction:
         x, broken = unit(view.tokens)
-        count_broken(broken, view)
+        wn.count_broken(broken, view)
         k = min(self.keep.of(view), view.n)
-        picks = greedy(cosine_rows(x), self._first(view, row, broken), k, criterion=self.criterion, broken=broken)
-        return Reduction.select(picks.sort(1).values, view.n)
+        picks = greedy(cosine_rows(x), self._first(view, broken), k, criterion=self.criterion, broken=broken)
+        return wn.Reduction.select(picks.sort(1).values, view.n)
 
-    def _first(self, view: View, row: VisionAttention | None, broken: torch.Tensor) -> torch.Tensor:
-        if self.pivot == "random" or row is None:
+    def _first(self, view: wn.View, broken: torch.Tensor) -> torch.Tensor:
+        if self.pivot == "random":
             score = view.rand(view.n)
         else:
-            score = comparable(view[row], view)
+            score = wn.comparable(view[CLS_ROW], view)
             lowest = torch.finfo(score.dtype).min
-            score = score.clamp_min(lowest).masked_fill(~in_thumbnail(view), lowest)
+            score = score.clamp_min(lowest).masked_fill(~wn.in_thumbnail(view), lowest)
         return score.masked_fill(broken, -torch.inf).argmax(1, keepdim=True)
 
-    def _forget(self, view: View, *masses: LMAttentionMass) -> Action:
+    def _forget(self, view: wn.View, *masses: wn.LMAttentionMass) -> wn.Keep | wn.Reduction:
         ignored = torch.stack([view[mass] < self.tau for mass in masses]).all(0)  # b
         gone = ignored.tolist()  # the one host read: how many tokens are left depends on the data
         if not any(gone):
-            return Keep()
+            return wn.Keep()
         kept = ~ignored[:, None].expand(view.b, view.n)
-        return Reduce(Reduction.select(kept, counts=tuple(0 if g else view.n for g in gone)))
+        return wn.Reduction.select(kept, counts=tuple(0 if g else view.n for g in gone))

@@ -6,7 +6,8 @@ O(V log V) to sort.
 Departs from the paper: nothing known; `start` has no published default, half of the tower's depth is taken here. With
 `start` at the feature block it selects what FasterVLM selects.
 Departs from the released code: any batch size, rows instead of whole attention maps, `max` and `min` beside the sum;
-with tiles the budget of the item is split equally over them (the code knows single tiles only).
+with tiles the budget of the item is split equally over them (the code knows single tiles only). Positions are kept by
+default, as for all methods of winnow; the code numbers them anew.
 """
 
 from functools import reduce
@@ -14,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from winnow.contract import Budget, Method, ModelInfo, View, VisionAttention, WinnowError, block_index, register
+from winnow.contract import Budget, Method, ModelInfo, View, VisionAttention, WinnowError, register
 
 _COMBINE = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
@@ -36,25 +37,23 @@ class VtcCls(Method):
     combine: Literal["sum", "max", "min"] = "sum"
 
     per_tile = True
+    released = {"combine": "sum", "positions": "compact"}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.layers is not None and self.start is not None:
             raise WinnowError(f"vtc-cls: layers={self.layers!r}; allowed: a list of vision blocks, without start.")
 
-    def resolve(self, info: ModelInfo) -> "VtcCls":
-        depth, tower = info.vision_depth, f"vtc-cls: the vision tower of {info.model}"
-        blocks = [block_index(layer, depth, tower) for layer in self.layers or ()]
-        if self.layers is None:
-            last = block_index(info.feature_layer, depth, tower)
-            start = min(depth // 2, last) if self.start is None else block_index(self.start, depth, tower)
-            if start > last:
-                raise WinnowError(f"vtc-cls: start={self.start} lies after the feature block, which is block {last}.")
-            blocks = list(range(start, last + 1))
-        return VtcCls(self.keep, None, tuple(blocks), self.combine)
+    def resolve(self, info: ModelInfo):
+        if self.layers is not None:
+            return self.replace(layers=tuple(VisionAttention(layer).block(info) for layer in self.layers))
+        last = VisionAttention().block(info)
+        start = min(info.vision_depth // 2, last) if self.start is None else VisionAttention(self.start).block(info)
+        if start > last:
+            raise WinnowError(f"vtc-cls: start={self.start} lies after the feature block, which is block {last}.")
+        return self.replace(start=None, layers=tuple(range(start, last + 1)))
 
-    def signals(self) -> tuple[VisionAttention, ...]:
+    def signals(self):
         return tuple(VisionAttention(layer) for layer in self.layers or ("feature",))  # type: ignore[arg-type]
 
     def score(self, view: View):
-        return reduce(_COMBINE[self.combine], (view[row] for row in self.signals()))
+        return reduce(_COMBINE[self.combine], (view[row] for row in self.signals()))  # type: ignore[call-overload]

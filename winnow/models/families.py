@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import re
 from typing import Any, TypeVar
 
-import transformers
 from torch import nn
 
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.models.family import Family
+from winnow.models.supported_versions import check_version
 
-OLDEST, NEXT_MAJOR = (5, 19), (6, 0)
 FAMILIES = {
     "llava": "winnow.models.llava:Llava",
     "llava_next": "winnow.models.llava_next:LlavaNext",
@@ -21,32 +19,22 @@ FAMILIES = {
 }
 
 
-def check_version() -> None:
-    """Refuse a transformers outside the range whose seams are known."""
-    version = transformers.__version__
-    known = re.match(r"(\d+)\.(\d+)", version)
-    if known is None or not OLDEST <= (int(known[1]), int(known[2])) < NEXT_MAJOR:
-        raise UnsupportedError(
-            f"transformers {version} is outside the range that winnow knows; install transformers ≥ 5.19, < 6."
-        )
-
-
 def unwrap(model: Any) -> nn.Module:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    while hasattr(model, "get_base_model") and type(model).__module__.startswith("peft"):
-        model = model.get_base_model()
-    return model
+    """The transformers model inside wrappers of PEFT and of torch.compile, or the model itself."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model") and type(model).__module__.startswith("peft"):
+            model = model.get_base_model()
+        else:
+            return model
 
 
 def family_of(model: Any) -> Family:
     """The adapter of a model; unsupported models raise with what is supported and how to add one."""
-    check_version()
+    check_version(type(model).__name__)
     if not isinstance(model, nn.Module):
         raise WinnowError(f"compress takes a transformers model, got {type(model).__name__}.")
-    if hasattr(model, "_orig_mod"):
-        raise UnsupportedError(
-            "a model under torch.compile cannot be compressed: compress the model that was compiled."
-        )
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         raise UnsupportedError(
             f"{type(model).__name__} is spread over several devices (hf_device_map); "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from winnow.core.errors import UnsupportedError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
+from winnow.models.supported_versions import RANGE
 
 
 @dataclass(eq=False)
@@ -94,7 +95,7 @@ def seam(root: nn.Module, path: str, model: Any) -> Any:
 
             raise UnsupportedError(
                 f"{type(model).__name__} has no {path!r} (missing {name!r}) in transformers "
-                f"{transformers.__version__}; winnow supports transformers ≥ 5.19, < 6."
+                f"{transformers.__version__}; winnow supports {RANGE}."
             )
         at = getattr(at, name)
     return at

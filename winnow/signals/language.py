@@ -82,10 +82,9 @@ class LMAttentionInputs:
 
     def _from_last(self) -> Float[Tensor, "b p"]:
         at = self.packing.last_slots()
-        one = self.q.shape[2] == 1
-        rows = (
-            self.q if one else self.q.gather(2, at[:, None, None, None].expand(-1, self.q.shape[1], 1, self.q.shape[3]))
-        )
+        rows = self.q
+        if rows.shape[2] > 1:
+            rows = rows.gather(2, at[:, None, None, None].expand(-1, rows.shape[1], 1, rows.shape[3]))
         seen = self._visible(at[:, None])[:, None]
         return attention_rows(rows, self.k, self.scaling, seen).mean(1)[:, 0, self.before :]
 

@@ -37,7 +37,7 @@ class TappedName(str):
         return hash(("winnow tap", str.__str__(self)))
 
     def __eq__(self, other: object) -> bool:
-        return str.__eq__(self, other)  # type: ignore[return-value]
+        return str.__eq__(self, other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -80,12 +80,13 @@ class _StandIn:
 
 
 @functools.cache
-def _stand_in_class(kind: type) -> type:
+def _stand_in_class(kind: Any) -> Any:
     return type(f"Tapped{kind.__name__}", (_StandIn, kind), {"__module__": __name__})
 
 
 def _stand_in(plain: Any, listener: Listener | None) -> Any:
-    kind = _stand_in_class(type(plain))
+    kind: Any = type(plain)
+    kind = _stand_in_class(kind)
     made = kind.__new__(kind)
     made.__dict__ = plain.__dict__  # every setting is shared
     _StandIn._winnow_plain.__set__(made, plain)  # type: ignore[attr-defined]
