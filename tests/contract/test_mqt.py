@@ -15,20 +15,15 @@ from winnow.core.layout import CONTENT, Layout
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
-from winnow.core.signal import Signal
 from winnow.core.step import Emit, State, Step
 from winnow.core.view import View
 
 from .interpreter import Interpreter
 from .layouts import picture
 from .sight import Sight, look_up, provides
+from .signals import TowerFeatures
 from .test_tome import ToMe
 from .toy import ToyVLM, randn
-
-
-@dataclass(frozen=True)
-class TowerFeatures(Signal):
-    """What the projector reads, at the item's content tokens: `[b, N, D of the tower]`."""
 
 
 @provides(TowerFeatures)
