@@ -124,8 +124,8 @@ class LMPass:
             item.states = dict(tower.states)
             if item.count < layout.n_content and not record.reduced:
                 # What was remembered of hidden tokens goes with them.
-                seen = Reduction.select(ids, layout.n_content)
-                item.states = {number: carried(state, seen) for number, state in item.states.items()}
+                left = Reduction.select(ids, layout.n_content)
+                item.states = {number: carried(state, left) for number, state in item.states.items()}
             ledger.reductions += tower.record.reductions
         item.encoded = record  # type: ignore[attr-defined]
         return item
