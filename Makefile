@@ -12,7 +12,7 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
 
-FAST   := -m "not full and not gpu" -n $(WORKERS)
+FAST   := -m "not full and not gpu" -n $(WORKERS) --dist loadgroup
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 # What depends on transformers, and so runs on the newest supported version as well.

@@ -35,7 +35,6 @@ class Lane:
     tiles: list[Flow] = field(default_factory=list)
     features: tuple[Tensor, Tensor] | None = None  # (ids, rows) as the projector read them
     ordered: bool = True  # outputs of the connector stand where their anchors stood
-    bare: bool = False  # and without separators
 
     def carry(self, reduction: Reduction) -> None:
         """Take every per-token field through a reduction, whoever made it."""
@@ -84,7 +83,7 @@ class Flow:
         self.x, self.lane, self.content = self.x[kept], self.lane[kept], self.content[kept]
         self.pos = None if self.pos is None else self.pos[kept]
 
-    def reduce(self, lane: Lane, reduction: Reduction, drop_separators: bool) -> None:
+    def reduce(self, lane: Lane, reduction: Reduction) -> None:
         """Outputs stand where their anchors stood, or in the item's first slots when they are not ordered."""
         slots, anchors = self.slots(lane), reduction.anchors
         if reduction.ordered and not bool((anchors.diff() > 0).all()):
@@ -95,7 +94,7 @@ class Flow:
         if self.pos is not None:
             self.pos = self.pos.index_copy(0, at, self.pos[slots[anchors]])
         mine = self.lane == self.lanes.index(lane)
-        kept = ~(mine & (self.content | drop_separators | (reduction.m == 0)))
+        kept = ~(mine & (self.content | (reduction.m == 0)))
         kept[at] = True
         self.keep(kept)
         lane.carry(reduction)

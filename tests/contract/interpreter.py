@@ -1,6 +1,7 @@
-"""A small interpreter that plays the engine on the toy model: one sequence at a time, grouped views, no speed.
+"""A small interpreter for what the engine does not do yet: Route, Emit, KVReduce, and steps in vision blocks.
 
-It shows what each Action means, so that a sketch in this folder proves that the contract can say what a paper does.
+It plays them on the toy model, one sequence at a time, grouped views, no speed, and shows what each Action means, so
+that a sketch in this folder proves that the contract can say what a paper does. What the engine does, it is asked itself.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from .toy import Picture, ToyVLM, causal
 class Interpreter:
     """A plan on a toy model. `requests` remembers State.request from call to call, for each row and method."""
 
-    def __init__(self, model: ToyVLM, *methods: Method, positions: str = "keep") -> None:
-        self.model, self.plan = model, Plan(methods, positions=positions)
+    def __init__(self, model: ToyVLM, *methods: Method) -> None:
+        self.model, self.plan = model, Plan(methods)
         self.steps = self.plan.steps(model.info)
         built = [method.build(model.info) for method in methods]
         self.modules = [m if m is None else m.to(torch.float64).requires_grad_(False) for m in built]
@@ -130,7 +131,7 @@ class Interpreter:
                 one, rows = next(encoded)
                 at = torch.as_tensor(part.lm.content)[one.ids]
                 breaks = torch.as_tensor((part.lm.kind != CONTENT).nonzero()[0])
-                breaks = breaks[:0] if one.bare or not len(at) else breaks
+                breaks = breaks if len(at) else breaks[:0]
                 own = torch.cat([at, breaks])
                 if one.ordered:
                     own = own.sort().values
@@ -146,13 +147,7 @@ class Interpreter:
             lane.append(item)
             pos.append(start + own)
             start += full
-        flow = Flow(torch.cat(x), lanes, torch.cat(lane), torch.cat(content), torch.cat(pos))
-        self._renumber(flow)
-        return flow
-
-    def _renumber(self, flow: Flow) -> None:
-        if self.plan.positions == "compact" and flow.pos is not None:
-            flow.pos = torch.arange(len(flow.x))
+        return Flow(torch.cat(x), lanes, torch.cat(lane), torch.cat(content), torch.cat(pos))
 
     def _attention(self, block: Any, i: int, flow: Flow) -> tuple[Tensor, Tensor] | None:
         """Attention of the rows that are computed; what the others become is remembered for `_mlp`."""
@@ -249,12 +244,11 @@ class Interpreter:
                 return
             case Reduce():
                 reduction = action.reduction.lane(i)
-                flow.reduce(lane, reduction, action.separators == "drop")
+                flow.reduce(lane, reduction)
                 if action.log_bias is not None:
                     lane.carried[("bias", number)] = action.log_bias[i]
                 if point.name == "features":
                     lane.ordered &= reduction.ordered
-                    lane.bare |= action.separators == "drop"
             case Route():
                 rows = action.rows.lane(i)
                 lane.carried[("route",)] = rows.kept
@@ -267,7 +261,6 @@ class Interpreter:
                 flow.emit(lane, action.tokens[i], action.layout, provenance)
             case _:
                 raise WinnowError(f"{type(action).__name__} cannot be done at {point}")
-        self._renumber(flow)
 
     def _act_kv(self, point: Point, flows: list[Flow]) -> None:
         """At `kv` a lane is the cache of one sample: text and items, every head with tokens of its own."""

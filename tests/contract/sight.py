@@ -15,11 +15,10 @@ from torch import Tensor
 
 from winnow.core.point import Point
 from winnow.core.signal import Signal
-from winnow.signals.language import LMAttention
 from winnow.signals.vision import VisionAttention, VisionKeys
 
 from .flow import Cache, Flow, Lane, Trace
-from .toy import ToyVLM, causal
+from .toy import ToyVLM
 
 PROVIDERS: dict[type[Signal], Callable[[Any, Sight], Tensor]] = {}
 
@@ -43,14 +42,6 @@ class Sight:
     flow: Flow
     lane: Lane | None = None
     cache: Cache | None = None
-
-    def lm(self, layer: int, read: Callable[[Trace], Tensor]) -> Tensor:
-        """Per-slot values of a trace of the LM, at the lane's tokens of now; a layer that has not run is probed."""
-        if layer not in self.flow.traces:
-            block = self.model.layers[layer]
-            u = block.norm1(self.flow.x)
-            return read(Trace(u, *block.qkv(u, self.flow.pos), bias=self.flow.bias()))[self.flow.slots(self.lane)]
-        return self._now(self.flow, layer, read)
 
     def tower(self, block: int, read: Callable[[Trace], Tensor]) -> Tensor:
         """The same for a vision block: at `blocks` of one tile, at `features` of all, later of the content tokens."""
@@ -100,18 +91,3 @@ def _vision_attention(signal: VisionAttention, sight: Sight) -> Tensor:
 @provides(VisionKeys)
 def _vision_keys(signal: VisionKeys, sight: Sight) -> Tensor:
     return sight.tower(signal.block(sight.model.info), lambda trace: trace.k.mean(0))
-
-
-@provides(LMAttention)
-def _lm_attention(signal: LMAttention, sight: Sight) -> Tensor:
-    flow = sight.flow
-    after = int((flow.lane >= 0).nonzero().max()) + 1
-    rows = slice(len(flow.x) - 1, None) if signal.rows == "last" else slice(after, None)
-
-    def read(trace: Trace) -> Tensor:
-        n = trace.q.shape[1]
-        mask = causal(n, n, trace.q.dtype)
-        bias = mask if trace.bias is None else mask + trace.bias
-        return sight.model.layers[0].weights(trace.q, trace.k, bias)[:, rows].mean((0, 1))
-
-    return sight.lm(signal.layer, read)

@@ -15,20 +15,15 @@ from winnow.core.layout import CONTENT, Layout
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
-from winnow.core.signal import Signal
 from winnow.core.step import Emit, State, Step
 from winnow.core.view import View
 
 from .interpreter import Interpreter
 from .layouts import picture
 from .sight import Sight, look_up, provides
+from .signals import TowerFeatures
 from .test_tome import ToMe
 from .toy import ToyVLM, randn
-
-
-@dataclass(frozen=True)
-class TowerFeatures(Signal):
-    """What the projector reads, at the item's content tokens: `[b, N, D of the tower]`."""
 
 
 @provides(TowerFeatures)
@@ -189,7 +184,7 @@ def test_one_module_serves_two_models_and_settings_stay_plain() -> None:
 
 
 def test_reads_what_the_encoder_merged_and_feeds_what_the_decoder_cuts() -> None:
-    """ToMe before it shortens what it reads, in the right places; a cut in the decoder takes some of its tokens."""
+    """ToMe before it shortens what it reads, in place of the right patches; a cut in the decoder follows."""
     model = ToyVLM(depth=8)
     interpreter = Interpreter(model, ToMe(2), MQT(8), FirstHalf())
     (flow,) = interpreter.prefill([TEXT, ITEM, QUESTION])

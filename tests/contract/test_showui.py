@@ -1,4 +1,4 @@
-"""ShowUI (arXiv 2411.17465): tokens that skip LM layers (`Route`), chosen by a signal on pixels that the core lacks."""
+"""ShowUI (arXiv 2411.17465): tokens that skip LM layers (`Route`), chosen by a signal of pixels that the core lacks."""
 
 from __future__ import annotations
 
@@ -12,31 +12,28 @@ from winnow.core.layout import Layout
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
-from winnow.core.signal import Signal
 from winnow.core.step import Action, Reduce, Route, State, Step
 from winnow.core.view import View
 
 from .interpreter import Interpreter
 from .layouts import clip_tower
 from .sight import Sight, provides
+from .signals import CellPixels
 from .toy import Picture, ToyVLM, randn
 
 
-@dataclass(frozen=True)
-class PixelComponents(Signal):
-    """Number of the patch of nearly equal pixels that a token belongs to, by first appearance: `[b, N]`, int64."""
-
-    delta: float = 1.0
+@provides(CellPixels)
+def _(signal: CellPixels, sight: Sight) -> Tensor:
+    return sight.lane.picture.pixels.flatten(0, 1)[sight.lane.ids]
 
 
-@provides(PixelComponents)
-def _(signal: PixelComponents, sight: Sight) -> Tensor:
-    lane = sight.lane
-    grid = lane.picture.pixels  # [h, w, values of a cell], normalised
-    h, w = grid.shape[:2]
+def components(pixels: Tensor, layout: Layout, delta: float) -> Tensor:
+    """`[N, values]` of a whole grid to the number of each token's area of nearly equal pixels, by first appearance."""
+    h, w = (int(size) + 1 for size in layout.place[layout.content][:, 2:].max(0))
+    grid = pixels.unflatten(0, (h, w))
     label = torch.arange(h * w).reshape(h, w)
-    right = (grid[:, 1:] - grid[:, :-1]).norm(dim=-1) < signal.delta
-    below = (grid[1:] - grid[:-1]).norm(dim=-1) < signal.delta
+    right = (grid[:, 1:] - grid[:, :-1]).norm(dim=-1) < delta
+    below = (grid[1:] - grid[:-1]).norm(dim=-1) < delta
     while True:  # the smallest label of a component reaches all of it
         new = label.clone()
         new[:, 1:] = torch.where(right, torch.minimum(new[:, 1:], new[:, :-1]), new[:, 1:])
@@ -44,9 +41,8 @@ def _(signal: PixelComponents, sight: Sight) -> Tensor:
         new[1:] = torch.where(below, torch.minimum(new[1:], new[:-1]), new[1:])
         new[:-1] = torch.where(below, torch.minimum(new[1:], new[:-1]), new[:-1])
         if torch.equal(new, label):
-            break
+            return label.flatten().unique(return_inverse=True)[1]
         label = new
-    return label.flatten().unique(return_inverse=True)[1][lane.ids]
 
 
 @dataclass(frozen=True)
@@ -58,12 +54,13 @@ class ShowUI(Method):
     every: int = 2
 
     def steps(self, info):
-        signal = PixelComponents(self.delta)
-        return tuple(Step(Point("layers", k), self.route, (signal,)) for k in range(0, info.depth, self.every))
+        steps = range(0, info.depth, self.every)
+        return tuple(Step(Point("layers", k), self.route, (CellPixels(),)) for k in steps)
 
     def route(self, view: View, state: State) -> tuple[Action, State]:
         if "retain" not in state.token:
-            retain = torch.stack([self.retain(labels) for labels in view[PixelComponents(self.delta)]])
+            areas = [components(pixels, view.layout, self.delta) for pixels in view[CellPixels()]]
+            retain = torch.stack([self.retain(labels) for labels in areas])
             state = replace(state, token=state.token | {"retain": retain})
         return Route(Reduction.select(state.token["retain"])), state
 

@@ -46,7 +46,7 @@ class Transition(LMSignal):
 
 
 def transition(u: Tensor, o: Tensor, real: Tensor) -> Tensor:
-    """`[…, n, D]` before and after a module, over the whole sequence; `real` is False for padding: `[…, n]`."""
+    """`[…, n, D]` before and after a module to `[…, n]`, over the whole sequence; what is not `real` is padding."""
     turn = (1 - cosine_similarity(u, o, dim=-1)).masked_fill(~real, -torch.inf)
     return o.norm(dim=-1) / u.norm(dim=-1) * turn.softmax(-1)
 

@@ -30,7 +30,7 @@ SHAPES_ONLY = world.Spec(
     things=(1, 3), group=0.2, shapes=1.0, labelled=(0.0,), chart=0.0, document=0.0, clutter=(0, 0), blobs=(0, 0)
 )
 SIMPLE = ("color", "place", "presence")
-MAIN_STEPS = 420
+MAIN_STEPS = 300
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def micro_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tower, "CROWDED", SHAPES_ONLY)
         patch.setattr(tower, "TEXT", SHAPES_ONLY)
-        patch.setattr(recipe, "tower_stages", lambda scale: curriculum.tower_stages(0.35))
+        patch.setattr(recipe, "tower_stages", lambda scale: curriculum.tower_stages(0.2))
         patch.setattr(recipe, "language_stages", lambda scale: easy_stages())
         return recipe.train("micro", tmp_path_factory.mktemp("run"), tower_batch=24, every=5, quiet=True)
 
@@ -51,8 +51,9 @@ def easy_stages() -> list[curriculum.LanguageStage]:
     return [replace(stage, steps=MAIN_STEPS) if stage.name == "finish" else stage for stage in stages]
 
 
-@pytest.mark.timeout(300)
-def test_a_run_of_a_minute_learns_a_simple_type(micro_run):
+# The run is a minute of one core that nobody else uses, and may be ten where others do.
+@pytest.mark.timeout(1500)
+def test_a_run_of_a_minute_learns_a_simple_type_and_leaves_a_model_that_answers(micro_run):
     rows = read(micro_run.parent / "log.jsonl")
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     assert stages == [stage.name for stage in (*curriculum.tower_stages(1), *curriculum.language_stages(1))]
@@ -69,9 +70,6 @@ def test_a_run_of_a_minute_learns_a_simple_type(micro_run):
     gain = {kind: seen[kind] - max(blind[kind], best[kind]) for kind in SIMPLE}
     assert max(gain.values()) > 0.15, (seen, blind, best)  # 150 questions: more than three standard errors
 
-
-def test_a_run_leaves_a_model_that_answers(micro_run):
-    model = LlavaForConditionalGeneration.from_pretrained(micro_run).float().eval()
     processor = AutoProcessor.from_pretrained(micro_run)
     drawn = world.scene(0, split="test")
     assert reference.answer(model, processor, drawn.image, drawn.questions[0].text)

@@ -242,4 +242,4 @@ def test_a_learned_method_gets_what_it_builds():
     subject = testing.Subject(Learned)
     checks.check_counts(subject)
     checks.check_pure(subject)
-    testing.check_broken(subject)
+    checks.check_broken(subject)

@@ -40,6 +40,10 @@ from winnow.signals.vision import VisionAttention
 BLIND = pytest.mark.parametrize("stub", [first_k, evenly, at_random])
 
 
+# The sample takes half a minute to make: one worker makes it, for all tests of this file.
+pytestmark = pytest.mark.xdist_group("samples")
+
+
 @pytest.fixture(scope="module")
 def samples():
     with directional.opened() as both:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from winnow.core.errors import UnsupportedError
 from winnow.core.ledger import ItemLedger
 from winnow.core.packing import Packing
+from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal, Site
 from winnow.engine.cache import CacheState, Past, check_cache, state_of, tag
 from winnow.engine.encoder import lm_signal, places
 from winnow.engine.encoding import EncoderRecord
-from winnow.engine.item_tokens import LMTokens, Span, content_mask
+from winnow.engine.item_tokens import LMTokens, Span, carried, content_mask
 from winnow.engine.packed import PackedSequence, packed_segments, row_mask
 from winnow.engine.probing import probe_layer
 from winnow.engine.request import Request
@@ -121,6 +122,10 @@ class LMPass:
         if record.items:
             tower = record.items[span.number]
             item.states = dict(tower.states)
+            if item.count < layout.n_content and not record.reduced:
+                # What was remembered of hidden tokens goes with them.
+                left = Reduction.select(ids, layout.n_content)
+                item.states = {number: carried(state, left) for number, state in item.states.items()}
             ledger.reductions += tower.record.reductions
         item.encoded = record  # type: ignore[attr-defined]
         return item
