@@ -1,4 +1,4 @@
-"""Processes that end with the process that started them, however that one ended."""
+"""Processes that end when their parent ends, even if it was killed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 
 
 def end_with_parent() -> None:
-    """Called in a child of `multiprocessing`: it is gone as soon as its parent is, as if killed with it."""
+    """Called in a child of `multiprocessing`: it dies as soon as its parent does."""
     threading.Thread(target=_wait, daemon=True).start()
 
 

@@ -75,7 +75,7 @@ def _root(
 def run(
     picture: Annotated[str, typer.Argument(help="A picture file, or world:SEED for a scene of the reference world.")],
     question: Annotated[
-        str | None, typer.Argument(help="The question; a scene brings its own.", show_default=False)
+        str | None, typer.Argument(help="The question; a scene has its own.", show_default=False)
     ] = None,
     model: Model = None,
     method: Annotated[
@@ -241,12 +241,12 @@ def train_reference(
     processes: Annotated[int, typer.Option(min=1, max=256, help="On a CPU: one for each core to use.")] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     scale: Annotated[float, typer.Option(help="Share of the full schedule.")] = 1.0,
-    dropout: Annotated[bool, typer.Option(help="Without: the language model is always shown all tokens.")] = True,
-    cls_objective: Annotated[bool, typer.Option(help="Without: the tower learns nothing from [CLS].")] = True,
-    tower: Annotated[Path | None, typer.Option(help="A run whose pretrained tower to begin with.")] = None,
+    dropout: Annotated[bool, typer.Option(help="Switch off: the language model always sees all tokens.")] = True,
+    cls_objective: Annotated[bool, typer.Option(help="Switch off: the tower learns from its patches alone.")] = True,
+    tower: Annotated[Path | None, typer.Option(help="Start from the pretrained tower of this run.")] = None,
     until: Annotated[str, typer.Option(help="The last stage to run now.", show_default="all")] = "",
 ) -> None:
-    """Train the reference model from nothing but its seed."""
+    """Train the reference model from scratch; its seed decides everything."""
     from winnow.learn.recipes.reference import train as fit
     from winnow.models.load import quiet
 

@@ -69,7 +69,7 @@ def subject(picture: str, question: str | None) -> Subject:
         drawn = _scene_of(picture, image)
     asked = (question or "").strip()
     if not asked and (question is not None or not (drawn and drawn.questions)):
-        raise WinnowError(f'What shall be asked about {picture}? Say winnow run {picture} "QUESTION".')
+        raise WinnowError(f'What do you want to ask about {picture}? Say winnow run {picture} "QUESTION".')
     if drawn is None:
         return Subject(picture, image, asked)
     known = next((q for q in drawn.questions if asked in ("", q.text)), None)
@@ -91,7 +91,7 @@ def _scene_of(path: str, image: Image.Image) -> Scene | None:
 
 
 def warnings(asked: Subject) -> list[str]:
-    """What must be said when the bundled model answers: it knows one world and some three hundred words."""
+    """Warnings about answers of the bundled model, which knows one world and about three hundred words."""
     unknown = unknown_words(asked.question)
     found = [] if asked.bundled else [FOREIGN]
     if unknown and asked.bundled:

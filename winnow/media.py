@@ -1,4 +1,4 @@
-"""The single door for untrusted pictures: an upright RGB ``PIL.Image`` comes out, or a ``MediaError``.
+"""Open untrusted pictures: the result is an upright RGB ``PIL.Image``, or a ``MediaError``.
 
 Nothing else in winnow opens a picture, and processors only ever see what this module has decoded.
 
@@ -190,7 +190,7 @@ def _read(source: Any, limits: Limits) -> bytes:
             "bad_url",
         )
     if isinstance(source, (str, os.PathLike)):
-        unreadable = MediaError("there is no readable file at the given path", "unreadable_file")
+        unreadable = MediaError("the given path is not a readable file", "unreadable_file")
         return _attempt(lambda: _read_path(source, limits), unreadable)
     if hasattr(source, "read"):
         unreadable = MediaError("the file object cannot be read", "unreadable_file")
@@ -244,7 +244,7 @@ def _decode(data: bytes, limits: Limits) -> Image.Image:
     if name is None:
         if foreign := foreign_format(data):
             raise MediaError(f"{foreign} is not supported: give {_ALLOWED}", "unsupported_format")
-        raise MediaError(f"this is no picture ({len(data)} bytes): give {_ALLOWED}")
+        raise MediaError(f"this is not a picture ({len(data)} bytes): give {_ALLOWED}")
     size = _attempt(lambda: header_size(data, name), MediaError(f"the {name} header of the picture cannot be read"))
     _check_size(*size, limits)
     damaged = MediaError("the picture is cut off or damaged", "truncated_image")

@@ -1,4 +1,4 @@
-"""What an encoded picture says of itself, read without a decoder: its format and its size in pixels.
+"""Format and size in pixels of an encoded picture, read from its header without a decoder.
 
 ``winnow.media`` asks here before Pillow sees a byte, so that a bomb is refused by its header. Each walk visits the
 blocks that Pillow would visit before the first frame, takes the largest size that any of them states (a GIF frame may

@@ -114,7 +114,7 @@ def overlay(
     """Draw what was kept of a picture.
 
     Kept tokens stay clear inside a thin line, tokens merged into them are half clear, dropped ones are grey and dim,
-    and what the model was not shown is darker still. An item with several grids (thumbnail and tiles) gets a panel for
+    and what the model never saw is darker still. An item with several grids (thumbnail and tiles) gets a panel for
     each.
 
     Args:

@@ -1,7 +1,8 @@
 """A small interpreter for what the engine does not do yet: Route, Emit, KVReduce, and steps in vision blocks.
 
 It plays them on the toy model, one sequence at a time, grouped views, no speed, and shows what each Action means, so
-that a sketch in this folder proves that the contract can say what a paper does. What the engine does, it is asked itself.
+that a sketch in this folder proves that the contract can say what a paper does.
+What the engine does is asked of the engine.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 - `uniform`: M tokens evenly spread over the grid.
 - `downsample`: the grid average-pooled to at most M cells, which is the picture made smaller after the tower.
 - `ceiling`: the tokens of the question's evidence, then tokens of other things in the picture, then any: what a method
-  could do that knew where to look, among the usual company.
-- `oracle`: the evidence and nothing else. A diagnostic, not a ceiling: with the distractors it removes the difficulty.
+  could do if it knew where to look.
+- `oracle`: the evidence and nothing else. A diagnostic, not a ceiling: without distractors the task is easier.
 
 Choices that depend on the question come with the request (`Choice`), never from the model or the method.
 """
@@ -52,7 +52,7 @@ def choosing(choices: Sequence[Choice] | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Chosen(Method):
-    """Keep what the request says (`choosing`). The name and the budget only tell baselines apart."""
+    """Keep what the request chose (`choosing`). The name and the budget only identify the baseline."""
 
     name: str = ""
     keep: Budget = Budget(64)
@@ -165,7 +165,7 @@ def _grids(layout: Layout) -> list[np.ndarray]:
         table = np.full((row.max() - row.min() + 1, col.max() - col.min() + 1), -1)
         table[row - row.min(), col - col.min()] = mine
         if (table < 0).any():
-            raise WinnowError("This layout is no full grid, so it cannot be sampled evenly or pooled.")
+            raise WinnowError("This layout is not a full grid, so it cannot be sampled evenly or pooled.")
         found.append(table)
     return found
 

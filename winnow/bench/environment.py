@@ -1,4 +1,4 @@
-"""What a run ran with: the settings that could change a result, and the machine."""
+"""The settings of a run that could change its results, and the machine it ran on."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def model_settings(model: Any, processor: Any, name: str) -> dict[str, Any]:
 
 
 def code_settings() -> dict[str, Any]:
-    """Versions, and the code of winnow itself: a method that was edited is another method."""
+    """Versions, and a hash of winnow's own code: an edited method is another method."""
     return {
         "winnow": winnow.__version__,
         "torch": torch.__version__,

@@ -20,7 +20,7 @@ REFUSAL = re.compile(r"^(i('m| am)? (sorry|cannot|can't|can not|unable|not able)
 
 
 def normal(text: str) -> str:
-    """Case, outer punctuation and runs of blanks do not count."""
+    """Case, outer punctuation and repeated blanks are ignored."""
     return " ".join(text.casefold().split()).strip(" .,;:!?\"'")
 
 
@@ -28,7 +28,7 @@ def judge(answer: str, truth: str, *, cut: bool = False) -> tuple[bool, str]:
     """Whether an answer is right, and its status: `ok`, or why it is counted apart (and as wrong).
 
     Args:
-        cut: the answer was still going on at the limit.
+        cut: the answer had not ended when it reached the limit.
     """
     said = normal(answer)
     if not said:
@@ -85,7 +85,7 @@ class Cost:
 
 
 def cost(ledger: Ledger, row: int, config: Any, itemsize: int) -> Cost:
-    """The cost of one sample alone, whatever batch it was in.
+    """The cost of one sample alone, independent of its batch.
 
     Args:
         config: of the language model.
@@ -119,7 +119,7 @@ def merged_into(item: ItemLedger) -> tuple[tuple[int, ...], dict[int, tuple[int,
 def counted_flops(run: Callable[[], object], module: str = "") -> int:
     """FLOPs that torch counts while `run` runs, in the convention of `winnow.engine.flops` (attention is full N²).
 
-    torch's counter knows nothing of the CPU's fused attention; it is told here.
+    torch's counter does not know the CPU's fused attention, so a formula for it is registered here.
 
     Args:
         module: count inside this submodule only, by its name in the model (`model.language_model`); default: all.

@@ -28,7 +28,7 @@ class Sweep:
 
     Attributes:
         model: a Hub id or a folder; None is the bundled reference model.
-        data: a file of the user's; None is winnow's own world, of which split, start and size are told.
+        data: the user's file; None means winnow's own world, with the given split, start and size.
         threads: of each process; None leaves torch's choice.
         code: hash of the code that the first process runs; the others must run the same.
     """
@@ -128,7 +128,7 @@ def run_all(
 
 
 def _quiet(sweep: Sweep) -> None:
-    """A share in a process of its own: what went wrong is told by its exit code. It ends with the first process."""
+    """A share in a separate process. Its exit code says what went wrong; it ends when the first process ends."""
     end_with_parent()  # a batch is written whole or not at all
     quiet()
     try:

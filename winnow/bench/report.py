@@ -70,7 +70,7 @@ def write_report(
 
 
 def _write(path: Path, content: bytes) -> Path:
-    """All of the file or nothing of it."""
+    """Write the whole file or nothing."""
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(content)
     os.replace(part, path)

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing from anywhere: styles, script, charts and pictures are in it."""
+"""The report as one self-contained HTML page: styles, script, charts and pictures are inside."""
 
 from __future__ import annotations
 

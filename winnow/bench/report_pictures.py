@@ -52,7 +52,7 @@ class Album:
     missing: set[str]
 
     def picture(self, question: Question) -> Image.Image:
-        """The picture of a question, upright; a grey one where it is no longer there."""
+        """The picture of a question, upright; a grey one if the file is gone."""
         try:
             return _picture(question.image, self.folder)
         except (ValueError, OSError):

@@ -1,7 +1,7 @@
 """One encoding of a batch's pictures for many plans.
 
 What the vision tower computes does not depend on the plan, unless the plan acts at `features`; so a sweep encodes once,
-listening to everything that any plan wants to hear. Timings never do this, and `runner` checks it against `generate`.
+recording every signal that any plan needs. Timings never do this, and `runner` checks it against `generate`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from winnow.engine.handle import Handle
 
 @dataclass(frozen=True)
 class Listen(Method):
-    """Changes nothing, and hears these signals of the tower."""
+    """Changes nothing and records these signals of the tower."""
 
     heard: tuple[Signal, ...] = ()
 
@@ -44,7 +44,7 @@ def _look(view: View, state: State) -> tuple[Keep, State]:
 
 
 def listening(handle: Handle, plans: list[Plan]) -> Plan:
-    """A plan that hears what all of these need from the tower."""
+    """A plan that records what all of these need from the tower."""
     signals: set[Signal] = set()
     for plan in plans:
         signals.update(handle.bind(plan).tower_signals)

@@ -1,4 +1,4 @@
-"""bench: methods × budgets × questions into a store. Killed anywhere, it goes on where it was."""
+"""bench: methods × budgets × questions into a store. A killed run resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def bench(
     Args:
         methods, budgets: see `plans.jobs`.
         name: of the model, for readers; its weights are hashed.
-        batch: questions in a forward; it changes no answer and is no part of the key.
+        batch: questions in a forward; it changes no answer and is not part of the key.
         seed: of the baselines' draws.
         shard: (i, n): every n-th batch from the i-th on, so that n processes can share a store.
         resume: keep what the store has of this run; otherwise it is measured anew.
         progress: show a bar with the time left on stderr.
-        say: told of rows that cannot be used.
+        say: called with a message about rows that cannot be used.
 
     Raises:
         WinnowError: bad settings; or a check failed, in which case the cell's status is `mismatch`.

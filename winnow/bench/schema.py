@@ -50,7 +50,7 @@ class Cell:
         plan: a plan's key, or `baseline:<name>:<budget>`.
         label: what tables call it: the slug, or the baseline's name.
         kind: method or baseline.
-        budget: as it was given ("64", "25%"; "" for the full model).
+        budget: as the user wrote it ("64", "25%"; "" for the full model).
         keep: content tokens that the budget means for this model, where that is one number.
         status: `ok`; `mismatch`: the sweep's answers are not those of `model.generate`, so they must not be used;
             `error:<code>`: no question could be asked. `note` says more.

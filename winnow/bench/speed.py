@@ -62,8 +62,8 @@ def speed(
 
     Args:
         sizes: questions in a batch; `ragged` adds a batch of `RAGGED` questions of unequal lengths, left-padded.
-        new_tokens: length of every answer, whatever the model says; at least 2.
-        allow_busy: time on a busy machine; such a run is marked, and no speed-up may be read off it.
+        new_tokens: length of every answer, even if the model would stop earlier; at least 2.
+        allow_busy: time on a busy machine; such a run is marked, and no speed-up is computed from it.
 
     Raises:
         WinnowError: bad settings, a red correctness check, a busy machine, or times that scatter too much.

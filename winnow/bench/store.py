@@ -1,4 +1,4 @@
-"""Store: results in one SQLite file (WAL). Writes are whole batches or nothing, so a killed sweep goes on where it was.
+"""Store: results in one SQLite file (WAL). Writes are whole batches or nothing, so a killed sweep can resume.
 
 store = Store("runs.sqlite")
 for cell in store.cells(store.runs()[0].key):
@@ -31,7 +31,7 @@ class Store:
         path: of the file; with `create` it is made where it does not exist.
 
     Raises:
-        WinnowError: there is no such file, or it is no store of this version.
+        WinnowError: the file does not exist, or is not a store of this version.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
@@ -59,7 +59,7 @@ class Store:
         except sqlite3.OperationalError:
             broken = "cannot be opened here"
         except sqlite3.DatabaseError:
-            broken = "is no SQLite file, or it is damaged"
+            broken = "is not an SQLite file, or it is damaged"
         self._db.close()
         raise WinnowError(f"{self.path} {broken}; give another path with --store.")
 
@@ -81,7 +81,7 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """All that is written inside is kept, or none of it."""
+        """One transaction: everything written inside is kept, or nothing."""
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -168,7 +168,7 @@ class Store:
             self._insert("timings", "OR REPLACE", [dataclasses.asdict(t) for t in timings])
 
     def answered(self, cell: int) -> set[str]:
-        """Questions that need not be asked again: an error is no answer."""
+        """Questions that need not be asked again; an error does not count as an answer."""
         found = self._db.execute("SELECT question FROM answers WHERE cell = ? AND status NOT LIKE 'error:%'", (cell,))
         return {row[0] for row in found}
 

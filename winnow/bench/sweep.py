@@ -50,7 +50,7 @@ class Sweeper:
     """Asks batches of questions.
 
     Attributes:
-        ears: hears what any of the plans needs from the tower.
+        ears: the plan that records what any of the plans needs from the tower.
         drawn: ids of the questions whose overlays are kept.
     """
 

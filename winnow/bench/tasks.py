@@ -117,7 +117,7 @@ def _scene(seed: int, size: int, split: str) -> Scene:
 
 
 def data_task(path: str | Path, count: int | None = None) -> Task:
-    """The first `count` usable rows of a data file (see the module); rows that cannot be used are named in `bad`.
+    """The first `count` usable rows of a data file (format: see above); `bad` lists the others.
 
     Every picture is opened once, so that a bad one is known before the sweep begins.
     """
@@ -171,7 +171,7 @@ def _of_row(raw: bytes, name: str, folder: Path) -> tuple[Ask, str]:
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
-        raise WinnowError("it is no JSON object")
+        raise WinnowError("it is not a JSON object")
     image, text = (_text(row, key) for key in ("image", "question"))
     truth = row.get("answer")
     if isinstance(truth, int | float) and not isinstance(truth, bool):
@@ -203,7 +203,7 @@ def _boxes(given: Any, width: int, height: int) -> Boxes:
     for box in given if isinstance(given, list) else [given]:
         numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
         if not numbers or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
-            raise WinnowError(f"its evidence {box!r} is no box [x0, y0, x1, y1] in its {width} × {height} pixels")
+            raise WinnowError(f"its evidence {box!r} is not a box [x0, y0, x1, y1] in its {width} × {height} pixels")
         found.append((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
     return tuple(found)
 

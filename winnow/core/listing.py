@@ -60,7 +60,7 @@ def _call(name: str, given: dict[str, Any]) -> str:
 
 
 def _hidden(item: ast.AnnAssign) -> bool:
-    """Whether an annotated name is a class attribute, or a field that is no setting."""
+    """Whether an annotated name is a class attribute, or a field that is not a setting."""
     text = "" if item.value is None else ast.unparse(item.value)
     return "ClassVar" in ast.unparse(item.annotation) or re.search(r"'setting': False", text) is not None
 

@@ -53,7 +53,7 @@ class View:
         n_lm: int = 0,
         seed: int = 0,
     ) -> "View":
-        """A view on plain tensors, with no model at hand; a single tensor answers for whatever signal is asked."""
+        """A view on plain tensors, without a model; a single tensor is returned for every signal."""
         if tokens.ndim != 3:
             raise WinnowError(f"View.of takes tokens of shape [b, N, D]; got {tuple(tokens.shape)}.")
         b, n, _ = tokens.shape

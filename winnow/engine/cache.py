@@ -1,6 +1,6 @@
 """The logical face of a reduced cache, and what the engine remembers on it between forwards.
 
-Outside, a cache tells its logical length, so that `generate`, multi-turn use and stepping by hand work unchanged.
+To callers, a cache reports its logical length, so that `generate`, multi-turn use and stepping by hand work unchanged.
 Inside, each layer holds only what survived, and masks are made from those physical lengths.
 """
 
@@ -43,7 +43,7 @@ class CacheState:
 
     Attributes:
         attachment: of the plan that reduced it; a cache must not go on without it.
-        inside: the language model is running: it is told what each layer really holds.
+        inside: while the language model runs, the cache gives the lengths that each layer really holds.
         logical: tokens seen so far, as the caller counts them.
         prompt: where the last reduced item ends; what lies before cannot be cropped.
         layers: by LM layer; a layer without entry holds everything.

@@ -23,7 +23,7 @@ def compress(
     processor: Any = None,
     positions: str | None = None,
 ) -> Handle:
-    """Make a vision-language model read fewer tokens; call `model(**inputs)` and `model.generate(**inputs)` as ever.
+    """Make a vision-language model read fewer tokens; call `model(**inputs)` and `model.generate(**inputs)` as usual.
 
     Args:
         model: a ForConditionalGeneration model of a supported family, wrapped by PEFT or torch.compile or not. Compiled
@@ -32,7 +32,7 @@ def compress(
         keep: content tokens to keep of each item (64) or their share (0.25), with the default method: HiPrune. It
             runs on every supported family, reads no question, costs about 1 % of a prefill, and is best at 25 and
             12.5 % on the shipped model and its twin (`make measured` holds it to that rule).
-        processor: its chat template tells where the question ends. Without it, what the template adds behind the
+        processor: its chat template shows where the question ends. Without it, what the template adds behind the
             question counts as part of it, and plans that read the question warn.
         positions: `keep` or `compact`; overrides the plan's.
 

@@ -32,7 +32,7 @@ class Handle:
 
     @property
     def model(self) -> Any:
-        """The model itself; call it as ever."""
+        """The model itself; call it as usual."""
         return self._engine.bound.model
 
     @property

@@ -29,7 +29,7 @@ from winnow.signals.tap import scaling_of
 
 
 class LMPass:
-    """See the module.
+    """One forward of the language model.
 
     Args:
         request: to which it belongs.

@@ -19,7 +19,7 @@ from winnow.engine.versions import cache_keyword
 
 
 class PackedSequence:
-    """See the module.
+    """Tokens in slots, their positions and their masks.
 
     Args:
         packing: as the caller gave the tokens.

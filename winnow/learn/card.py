@@ -39,7 +39,7 @@ def make(
     """Measure the model in `folder` and write card.json there, and a readable page if asked for.
 
     `log` is the log.jsonl of its training run, `note` what else must be said about that. Nothing about the model is
-    taken on trust but the fields of "training". What `runs`, `dense` and `stores` are is said by `controls.measure`.
+    copied, except "training". What `runs`, `dense` and `stores` are is said by `controls.measure`.
     """
     folder = Path(folder)
     model, processor = load(folder, device="cpu", dtype="float32")

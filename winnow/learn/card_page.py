@@ -15,7 +15,7 @@ def page(card: dict[str, Any]) -> str:
             part
             for part in (
                 f"# The reference model `{card['preset']}`",
-                "Written by `python -m winnow.learn.card`; every number is measured by it and lies in `card.json`.",
+                "Written by `python -m winnow.learn.card`; every number is measured and stored in `card.json`.",
                 _what(card),
                 _accuracy(card),
                 _labels(card),
@@ -87,7 +87,7 @@ def _depth(card: dict[str, Any]) -> str:
     layers = list(depth["before_layer"].items())
     return (
         "## Depth of use\n\nAccuracy when all visual tokens leave the language model before layer l "
-        f"({depth['questions']} questions; the last column is no removal). Where it is already high at small l, "
+        f"({depth['questions']} questions; the last column removes nothing). Where it is already high at small l, "
         "methods that prune inside the language model look free.\n\n"
         + table(["l", *(layer for layer, _ in layers)], [["accuracy", *(value for _, value in layers)]])
         + f"\n\nLeaving before layer 2 costs {100 * depth['cost_before_layer_2']:.0f} % of what no picture costs."

@@ -94,7 +94,7 @@ def towers(
     run without the [CLS] objective.
     """
     if read_checkpoint(dense / "checkpoint.pt")["variant"]["cls_objective"]:
-        raise WinnowError(f"{dense} is no control: train it with --no-cls-objective")
+        raise WinnowError(f"{dense} is not a control: train it with --no-cls-objective")
     visual = tokens.shape[1]
     grid = round(visual**0.5)
     generator = torch.Generator().manual_seed(0)

@@ -58,7 +58,7 @@ def scores(sample: Sample, full: list[list[bool]], none: list[list[bool]]) -> di
 
 
 def depth(model: LlavaForConditionalGeneration, sample: Sample, tokens: Tensor, share: float) -> dict[str, Any]:
-    """Accuracy when all visual tokens leave before layer l, on a share of the scenes; the last l is no removal."""
+    """Accuracy when all visual tokens leave before layer l, on a share of the scenes; the last l removes nothing."""
     part = max(1, int(len(sample.scenes) * share + 1e-9))
     some = Sample(sample.scenes[:part], sample.questions[:part])
     layers = len(model.model.language_model.layers)

@@ -45,7 +45,7 @@ def load(
         trust_remote_code: run Python code that comes with the checkpoint. Without it, such a checkpoint is refused.
 
     Raises:
-        WinnowError: the checkpoint is not there, is not complete, is not in safetensors or wants to run code.
+        WinnowError: the checkpoint does not exist, is incomplete, is not in safetensors, or wants to run code.
         UnsupportedError: it is not a vision-language model.
     """
     where, precision = device_of(device), _dtype(dtype)
@@ -91,7 +91,7 @@ def _placed(built: nn.Module, where: torch.device, precision: str | torch.dtype 
 
 
 def _attempt(what: str, step: Any, how: str = "") -> Any:
-    """Run a step of transformers; its failure becomes one line of ours, without the library's text."""
+    """Run a step of transformers; if it fails, raise one line of winnow's own without the library's text."""
     try:
         return step()
     except Exception as error:

@@ -46,7 +46,7 @@ def greedy(
 
 
 def greedy_naive(similarity: Sequence[Sequence[float]], first: int, k: int, criterion: str = "max") -> list[int]:
-    """The same for one item, as it is written in papers. The truth that `greedy` is tested against."""
+    """The same for one item, written as in the papers: the reference that `greedy` is tested against."""
     closeness: Callable[[Iterable[float]], float] = max if criterion == "max" else sum
     chosen = [first]
     while len(chosen) < k:

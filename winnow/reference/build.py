@@ -1,4 +1,4 @@
-"""Build a reference model and its processor from a preset: plain transformers classes, nothing of winnow inside."""
+"""Build a reference model and its processor from a preset: plain transformers classes without any winnow code."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Questions about a scene, their answers, and the things an answer depends on.
 
 Answers are balanced within each type: yes and no are drawn before the thing asked about, counts are drawn uniformly
-from the counts at hand, and absent things come from the same distribution as present ones (half of them are neighbours
+from the counts, and absent things come from the same distribution as present ones (half of them are neighbours
 of a present thing in the sheet, which is sorted by subject: the traps).
 """
 

@@ -81,7 +81,7 @@ def train(
     for batch in (options.tower_batch, *(stage.batch for stage in stages if isinstance(stage, LanguageStage))):
         if batch % processes:
             raise WinnowError(f"batches of {batch} scenes cannot be shared by {processes} processes; use a divisor")
-    _start(sizes, options)  # here too, so that a mistake is told by the process that the user started
+    _start(sizes, options)  # here too, so that the process that the user started reports a mistake
     folder.mkdir(parents=True, exist_ok=True)
     launch(_run, processes, sizes, options)
     return folder / "model"
