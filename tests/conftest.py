@@ -13,8 +13,8 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# While tests run, every call in these rooms checks its arguments and its result against their annotations: the shapes of
-# tensors included. WINNOW_CHECK_SHAPES=0 switches it off, for tests that time something.
+# While tests run, every call in these rooms checks its arguments and its result against their annotations: the
+# shapes of tensors included. WINNOW_CHECK_SHAPES=0 switches it off, for tests that time something.
 CHECKED = ("winnow.core", "winnow.parts", "winnow.signals", "winnow.methods", "winnow.engine")
 if os.environ.get("WINNOW_CHECK_SHAPES", "1") != "0":
     install_import_hook(CHECKED, "shapes.checked")

@@ -229,7 +229,6 @@ MAY_NAME = {
     "winnow/engine/compress.py": "the default method, the one constant",
     "winnow/core/plan.py": "an example of a plan, in messages",
     "winnow/cli_run.py": "an example of a Hub id, in the help",
-    "winnow/engine/doctor.py": "plans that it runs, as a user would",
     "winnow/learn/controls.py": "an experiment of the reference model's card is about one method",
 }
 

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import TypeCheckError
 
 from winnow.core.layout import Layout
-from winnow.core.select import top_k
+from winnow.core.select import ranked, top_k
 from winnow.core.view import View
 from winnow.engine.packed import packed_segments
-from winnow.methods.visionzip import zip_tile
 from winnow.parts.cosine import product
+from winnow.parts.merge import strided_clusters
 from winnow.signals.attention import attention_rows
 
 pytestmark = pytest.mark.skipif(
@@ -30,14 +30,13 @@ def view():
     "call",
     [
         lambda: top_k(torch.rand(3), 1),  # no axis of items
-        lambda: top_k(torch.zeros(1, 3, dtype=torch.int64), 1),  # not a floating dtype
+        lambda: ranked(torch.zeros(1, 3, dtype=torch.int64)),  # not a floating dtype
         view,
         lambda: product([torch.rand(3, 8)], [torch.rand(4)]),
         lambda: attention_rows(torch.rand(1, 2, 1, 8), torch.rand(2, 5, 8), 1.0),
-        lambda: zip_tile(torch.rand(1, 6), [torch.rand(5, 8)], 1, 1),
-        lambda: zip_tile(torch.rand(6), [torch.rand(6, 8)], 1, 1),
+        lambda: strided_clusters(torch.zeros(5, dtype=torch.int64), [torch.rand(6, 8)], 1),
     ],
-    ids=["axis", "dtype", "dataclass", "parts", "signals", "methods", "methods-axis"],
+    ids=["axis", "dtype", "dataclass", "parts", "signals", "parts-merge"],
 )
 def test_a_tensor_of_another_shape_is_an_error(call):
     with pytest.raises(TypeCheckError):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 import zoo
@@ -13,11 +16,13 @@ from winnow.contract import Budget, Method, ModelInfo, Reduction, State, Step, V
 from winnow.core.point import Point
 
 
+@dataclass(frozen=True)
 class Mixer(Method):
     """Learned queries read the tokens: M rows, each a softmax mixture."""
 
     rows: int = 4
-    identity = None
+    slug: ClassVar[str] = "mixer-of-the-tests"
+    identity: ClassVar[None] = None
 
     def build(self, info: ModelInfo) -> nn.Module:
         torch.manual_seed(7)
@@ -27,9 +32,6 @@ class Mixer(Method):
         weights = view.module(view.tokens).transpose(1, 2).softmax(-1)
         anchor = torch.arange(self.rows).expand(view.b, -1)
         return Reduction.mix(weights, anchor=anchor)
-
-
-Mixer = winnow.register("mixer-of-the-tests")(Mixer)
 
 
 def test_what_is_built_has_the_models_dtype_and_no_gradient_by_default():
@@ -82,13 +84,16 @@ def test_what_was_built_is_saved_and_loaded(tmp_path):
         handle.load(tmp_path / "nowhere")
 
 
+SIX = Budget(6)
 SEEN: list[tuple[torch.Tensor, State]] = []
 
 
+@dataclass(frozen=True)
 class Sorter(Method):
     """Drops tokens of the tower and remembers, at `features`, what its step in the LM reads."""
 
-    keep: Budget = Budget(6)
+    keep: Budget = SIX
+    slug: ClassVar[str] = "sorter-of-the-tests"
 
     def steps(self, info: ModelInfo) -> tuple[Step, ...]:
         return Step(Point("features"), self.remember), Step(Point("layers", 2), self.recall)
@@ -102,9 +107,6 @@ class Sorter(Method):
         SEEN.append((view.ids, state))
         lowest = state.token["rank"].argsort(1)[:, : self.keep.of(view)].sort(1).values
         return Reduction.select(lowest, view.n)
-
-
-Sorter = winnow.register("sorter-of-the-tests")(Sorter)
 
 
 def test_state_from_features_reaches_the_steps_at_layers():

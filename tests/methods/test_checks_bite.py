@@ -18,6 +18,7 @@ from winnow.core.select import top_k
 from winnow.core.signal import Signal
 from winnow.core.step import Step
 from winnow.signals.vision import VisionAttention
+from winnow.testing import checks
 
 ROW = VisionAttention("feature", query="all")
 
@@ -141,7 +142,7 @@ BROKEN = [
 def test_check_fails_for_a_broken_method(kind, check):
     kind.__doc__ = kind.__doc__ or "A broken method."
     with pytest.raises(AssertionError, match="good"):
-        getattr(testing, check)(testing.Subject(kind))
+        getattr(checks, check)(testing.Subject(kind))
 
 
 @pytest.fixture
@@ -220,7 +221,7 @@ def test_a_plug_in_brings_its_own_signals():
 def test_a_method_that_no_model_supports_is_found():
     nowhere = replace(testing.WITH_CLS, points=("blocks",))
     with pytest.raises(AssertionError, match="runs on none"):
-        testing.check_counts(testing.Subject(Good, infos=(nowhere,)))
+        checks.check_counts(testing.Subject(Good, infos=(nowhere,)))
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,6 @@ class Learned(Good):
 
 def test_a_learned_method_gets_what_it_builds():
     subject = testing.Subject(Learned)
-    testing.check_counts(subject)
-    testing.check_pure(subject)
-    testing.check_broken(subject)
+    checks.check_counts(subject)
+    checks.check_pure(subject)
+    checks.check_broken(subject)

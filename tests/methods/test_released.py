@@ -7,11 +7,11 @@ The references loop over lists and know nothing of winnow but the layout of thei
 import pytest
 import torch
 import zoo
-from byhand import Reference
-from byhand_methods import _feature_block, keeping
+from byhand import Reference, keeping
 from torch.nn.functional import normalize
 
 import winnow
+from methods.byhand import feature_block
 from winnow.core.info import ModelInfo
 from winnow.core.plan import Plan
 from winnow.core.registry import built_in, method_class
@@ -266,7 +266,7 @@ def test_tiles_on_a_model_choose_among_all_patches_and_lose_what_unpadding_remov
     model = zoo.model("llava_next")
     reference, (sample,) = Reference(model), zoo.samples("llava_next", (row,))
     side, cells = 5, reference.cells
-    vision, feature, keep = reference.vision(sample), _feature_block(reference), 45
+    vision, feature, keep = reference.vision(sample), feature_block(reference), 45
 
     def choose(number, tile, tiles):
         own = slice(tile * cells, (tile + 1) * cells)
