@@ -9,7 +9,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from winnow.core.layout import Layout
-from winnow.core.select import top_k
+from winnow.core.select import ranked, top_k
 from winnow.core.view import View
 from winnow.engine.packed import packed_segments
 from winnow.parts.cosine import product
@@ -30,7 +30,7 @@ def view():
     "call",
     [
         lambda: top_k(torch.rand(3), 1),  # no axis of items
-        lambda: top_k(torch.zeros(1, 3, dtype=torch.int64), 1),  # not a floating dtype
+        lambda: ranked(torch.zeros(1, 3, dtype=torch.int64)),  # not a floating dtype
         view,
         lambda: product([torch.rand(3, 8)], [torch.rand(4)]),
         lambda: attention_rows(torch.rand(1, 2, 1, 8), torch.rand(2, 5, 8), 1.0),

@@ -1,7 +1,7 @@
 """Selection by score: the same tokens on every device, whatever the ties and the broken values."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from winnow.core.reduction import Reduction
@@ -14,7 +14,7 @@ def count_broken(broken: Tensor, view: View | None) -> None:
         view.notes["nan_scores"] = broken.sum() + view.notes.get("nan_scores", 0)
 
 
-def comparable(scores: Float[Tensor, "b n"], view: View | None = None) -> Float[Tensor, "b n"]:
+def comparable(scores: Num[Tensor, "b n"], view: View | None = None) -> Float[Tensor, "b n"]:
     """Scores that can be sorted: at least fp32, and NaN, which sorts above everything, as −inf (counted)."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     broken = scores.isnan()
@@ -27,7 +27,7 @@ def ranked(scores: Float[Tensor, "b n"]) -> Int[Tensor, "b n"]:
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices
 
 
-def top_k(scores: Float[Tensor, "b n"], k: int, view: View | None = None) -> Reduction:
+def top_k(scores: Num[Tensor, "b n"], k: int, view: View | None = None) -> Reduction:
     """Keep the k tokens with the highest scores (all, if there are fewer), in the order in which they stand.
 
     Ties go to the lowest index; a NaN is never kept while anything else remains. No host read.

@@ -45,7 +45,7 @@ class View:
 
     @staticmethod
     def of(
-        tokens: Float[Tensor, "b n d"],
+        tokens: Tensor,
         signal: Tensor | Mapping[Signal, Tensor] | None = None,
         *,
         layout: Layout | None = None,
