@@ -18,7 +18,7 @@ from winnow.core.point import Point
 from winnow.core.reduction import Reduction
 from winnow.core.select import top_k
 from winnow.core.signal import Signal
-from winnow.core.step import Action, Keep, Reduce, State, Step
+from winnow.core.step import Action, Observe, Reduce, State, Step
 from winnow.core.view import View
 from winnow.signals.language import LMAttention, LMAttentionMass
 from winnow.signals.vision import VisionAttention
@@ -65,7 +65,7 @@ class Halve(Method):
         cluster = (torch.arange(view.n) // 2).expand(view.b, -1)
         size = torch.bincount(cluster[0], minlength=m)
         weight = (1 / size.float())[cluster]
-        return Reduction.assign(cluster, weight, m=m, anchor=(2 * torch.arange(m)).expand(view.b, -1))
+        return Reduction.assign(cluster, weight, m=m, representative=(2 * torch.arange(m)).expand(view.b, -1))
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ class Folded(Method):
         m = (view.n + 1) // 2
         cluster = (m - 1 - torch.arange(view.n) // 2).expand(view.b, -1)
         size = torch.bincount(cluster[0], minlength=m)
-        anchor = (2 * torch.arange(m - 1, -1, -1)).expand(view.b, -1)
-        return Reduction.assign(cluster, (1 / size.float())[cluster], m=m, anchor=anchor, ordered=False)
+        representative = (2 * torch.arange(m - 1, -1, -1)).expand(view.b, -1)
+        return Reduction.assign(cluster, (1 / size.float())[cluster], m=m, representative=representative, ordered=False)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Look(Method):
 
     def _look(self, view: View, state: State) -> tuple[Action, State]:
         self.views.append(view)
-        return Keep(), state
+        return Observe(), state
 
     def seen(self, signal: Signal) -> list[Tensor]:
         """The signal for each item, in the order in which the engine showed them."""
@@ -194,7 +194,7 @@ class Call(Method):
 
     def _call(self, view: View, state: State) -> tuple[Action, State]:
         self.function(view)
-        return Keep(), state
+        return Observe(), state
 
 
 @dataclass(frozen=True)

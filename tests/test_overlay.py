@@ -66,7 +66,7 @@ def test_a_thin_line_surrounds_what_is_kept_and_nothing_else():
 
 def test_merged_sources_lie_between_kept_and_dropped():
     layout = Layout.grid(2, 2)
-    provenance = Reduction.assign(torch.tensor([0, 0, -1, 1]), m=2, anchor=torch.tensor([0, 3]))
+    provenance = Reduction.assign(torch.tensor([0, 0, -1, 1]), m=2, representative=torch.tensor([0, 3]))
     assert levels(layout, provenance).tolist() == [KEPT, MERGED, DROPPED, KEPT]
     drawn = overlay(Image.new("RGB", (448, 448), ORANGE), layout, provenance)
     red = [centre(drawn, token // 2, token % 2, 2)[0] for token in range(4)]
@@ -168,7 +168,9 @@ def test_provenance_of_a_step_on_the_towers_tokens_is_in_content_tokens(has_cls,
 
 def test_an_output_of_cls_alone_stands_for_no_content_token():
     """[CLS] of the first tile, and the third tile's second cell with the first tile's second merged into it."""
-    merged = Reduction.edges(torch.tensor([0, 2, 12]), torch.tensor([0, 1, 1]), n=15, m=2, anchor=torch.tensor([0, 12]))
+    merged = Reduction.edges(
+        torch.tensor([0, 2, 12]), torch.tensor([0, 1, 1]), n=15, m=2, representative=torch.tensor([0, 12])
+    )
     provenance = tower_item(True, merged, [0, 7]).provenance()
     assert provenance.sourced.tolist() == [False, True]
     assert levels(TILED, provenance).tolist() == [DROPPED, MERGED, *[DROPPED] * 5, KEPT]

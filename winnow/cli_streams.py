@@ -49,7 +49,7 @@ def mistake(error: Exception) -> str | None:
         return f"{error.strerror or type(error).__name__}{named}"
     if isinstance(error, sqlite3.Error):
         return (
-            "The store cannot be opened, read or written: it is not a store, it is read-only, or another process holds it."
+            "The store cannot be opened, read or written: it is not one, it is read-only, or another process holds it."
         )
     if isinstance(error, MemoryError) or ("torch" in sys.modules and _of_torch(error)):
         return "Memory ran out; use a smaller picture, batch or model, or --dtype bfloat16."

@@ -89,7 +89,7 @@ def levels(layout: Layout, kept: Reduction | Sequence[int] | np.ndarray | Any) -
                 f"The overlay takes a map of one item with {v} content tokens; got {kept.n}, lanes {kept.lanes}."
             )
         found[kept.kept.cpu().numpy()] = MERGED
-        found[kept.anchors[kept.sourced].cpu().numpy()] = KEPT
+        found[kept.representatives[kept.sourced].cpu().numpy()] = KEPT
         return found
     ids = np.asarray(kept.cpu() if hasattr(kept, "cpu") else kept)
     if ids.dtype == bool:

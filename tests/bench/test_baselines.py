@@ -55,8 +55,8 @@ def test_downsample_means_by_area_and_stays_within_the_budget(h, w, data):
     reduction = Downsample(Budget(m)).reduce(View.of(x, layout=Layout.grid(h, w)))
     assert 1 <= reduction.m <= m
     assert reduction.is_stochastic
-    anchors = reduction.anchors[0].tolist()
-    assert anchors == sorted(set(anchors))
+    representatives = reduction.representatives[0].tolist()
+    assert representatives == sorted(set(representatives))
     # Every patch weighs the same in the whole, as it does in a picture made smaller.
     assert torch.allclose(reduction.to_matrix(torch.float64).mean(-2), torch.tensor(1 / (h * w), dtype=torch.float64))
 

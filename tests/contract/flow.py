@@ -20,8 +20,8 @@ Key = tuple[object, ...]  # (number of the method, name); or ("route",) and the 
 class Lane:
     """One item (in the tower: one tile of it) as it stands.
 
-    `carried` and `summed` hold `[n, …]` for each token: after a reduction an output has what its anchor had, or the
-    sum over its sources. This is where State.token and State.summed live between steps.
+    `carried` and `summed` hold `[n, …]` for each token: after a reduction an output has what its representative had, or
+    the sum over its sources. This is where State.token and State.summed live between steps.
     """
 
     picture: Picture
@@ -34,14 +34,14 @@ class Lane:
     item: dict[Key, Tensor] = field(default_factory=dict)
     tiles: list[Flow] = field(default_factory=list)
     features: tuple[Tensor, Tensor] | None = None  # (ids, rows) as the projector read them
-    ordered: bool = True  # outputs of the connector stand where their anchors stood
+    ordered: bool = True  # outputs of the connector stand where their representatives stood
 
     def carry(self, reduction: Reduction) -> None:
         """Take every per-token field through a reduction, whoever made it."""
         feeds = (reduction.to_matrix() != 0).double()
-        self.carried = {k: v[reduction.anchors] for k, v in self.carried.items()}
+        self.carried = {k: v[reduction.representatives] for k, v in self.carried.items()}
         self.summed = {k: torch.einsum("mn,n...->m...", feeds, v) for k, v in self.summed.items()}
-        self.ids = self.ids[reduction.anchors]
+        self.ids = self.ids[reduction.representatives]
 
 
 @dataclass(eq=False)
@@ -84,15 +84,15 @@ class Flow:
         self.pos = None if self.pos is None else self.pos[kept]
 
     def reduce(self, lane: Lane, reduction: Reduction) -> None:
-        """Outputs stand where their anchors stood, or in the item's first slots when they are not ordered."""
-        slots, anchors = self.slots(lane), reduction.anchors
-        if reduction.ordered and not bool((anchors.diff() > 0).all()):
-            raise WinnowError("the anchors of an ordered reduction must ascend")
-        at = slots[anchors] if reduction.ordered else slots[: reduction.m]
+        """Outputs stand where their representatives stood, or in the item's first slots when they are not ordered."""
+        slots, representatives = self.slots(lane), reduction.representatives
+        if reduction.ordered and not bool((representatives.diff() > 0).all()):
+            raise WinnowError("the representatives of an ordered reduction must ascend")
+        at = slots[representatives] if reduction.ordered else slots[: reduction.m]
         rows = reduction.apply(self.x[slots])
         self.x = self.x.index_copy(0, at, rows)
         if self.pos is not None:
-            self.pos = self.pos.index_copy(0, at, self.pos[slots[anchors]])
+            self.pos = self.pos.index_copy(0, at, self.pos[slots[representatives]])
         mine = self.lane == self.lanes.index(lane)
         kept = ~(mine & (self.content | (reduction.m == 0)))
         kept[at] = True
@@ -167,13 +167,13 @@ class Cache:
     def reduce(self, k: Reduction, v: Reduction, log_bias: Tensor | None) -> None:
         """Fields follow the map of the values; `[H, n, …]`, each head by itself."""
         heads = torch.arange(self.k.shape[0])[:, None]
-        if not torch.equal(k.anchors, v.anchors):
+        if not torch.equal(k.representatives, v.representatives):
             raise WinnowError("slot j of the keys and of the values must stand for one position")
         feeds = (v.to_matrix() != 0).double()
         self.k, self.v = k.apply(self.k), v.apply(self.v)
-        self.carried = {key: x[heads, v.anchors] for key, x in self.carried.items()}
+        self.carried = {key: x[heads, v.representatives] for key, x in self.carried.items()}
         self.summed = {key: torch.einsum("hmn,hn...->hm...", feeds, x) for key, x in self.summed.items()}
         if log_bias is not None:
             self.bias = log_bias
         elif self.bias is not None:
-            self.bias = self.bias[heads, v.anchors]
+            self.bias = self.bias[heads, v.representatives]

@@ -18,7 +18,7 @@ from winnow.core.layout import CONTENT, Layout
 from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.point import Point
-from winnow.core.step import Action, Emit, Keep, KVReduce, Reduce, Route, State
+from winnow.core.step import Action, Emit, KVReduce, Observe, Reduce, Route, State
 from winnow.core.view import View
 
 from .flow import Cache, Flow, Lane, Trace
@@ -111,7 +111,7 @@ class Interpreter:
         ids = [place.get(int(tower.cell[i]), -1) if tower.kind[i] == CONTENT else -1 for i in lane.ids]
         stays = torch.tensor([j for j, i in enumerate(ids) if i >= 0], dtype=torch.int64)
         now = torch.tensor([i for i in ids if i >= 0], dtype=torch.int64)
-        if lane.ordered:  # outputs stand where their anchors stood: in the LM's order
+        if lane.ordered:  # outputs stand where their representatives stood: in the LM's order
             order = torch.argsort(now)
             stays, now = stays[order], now[order]
         lane.features = (lane.ids, flow.x)
@@ -241,7 +241,7 @@ class Interpreter:
 
     def _dispatch(self, number: int, point: Point, action: Action, i: int, flow: Flow, lane: Lane) -> None:
         match action:
-            case Keep():
+            case Observe():
                 return
             case Reduce():
                 reduction = action.reduction.lane(i)
@@ -280,6 +280,6 @@ class Interpreter:
                 if isinstance(action, KVReduce):
                     bias = None if action.log_bias is None else action.log_bias[0]
                     cache.reduce(action.k.lane(0), action.v.lane(0), bias)
-                elif not isinstance(action, Keep):
+                elif not isinstance(action, Observe):
                     raise WinnowError(f"{type(action).__name__} cannot be done at {point}")
                 self.log.append((str(point), cache, action))

@@ -15,7 +15,7 @@ from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal
-from winnow.core.step import Action, Keep, KVReduce, State, Step
+from winnow.core.step import Action, KVReduce, Observe, State, Step
 from winnow.core.view import View
 
 from .interpreter import Interpreter
@@ -85,9 +85,9 @@ class EMS(Method):
             size = state.summed["size"].clamp_min(1)  # new tokens came with zeros
             state = replace(state, summed={"score": state.summed["score"] + view[Received(k)], "size": size})
         if view.n <= self.budget + (0 if first else self.window):
-            return Keep(), state
-        cluster, anchor = self.classes(keys, state.summed["score"])
-        return self.merge(cluster, anchor, state), state
+            return Observe(), state
+        cluster, representative = self.classes(keys, state.summed["score"])
+        return self.merge(cluster, representative, state), state
 
     def importance(self, everywhere: Tensor, local: Tensor) -> Tensor:
         """`[b, H, N]`: the larger of the two after their sums are made equal, pooled along positions."""
@@ -112,15 +112,17 @@ class EMS(Method):
         joins = torch.zeros_like(candidate).scatter(-1, order, candidate) & (near < c)
         cluster = torch.full(keys.shape[:3], -1)
         cluster[..., : n - self.window] = torch.where(joins, near, -1)
-        anchor = torch.cat([centre, torch.arange(n - self.window, n).expand(*centre.shape[:2], -1)], -1)
-        return cluster.scatter(-1, anchor, torch.arange(self.budget).expand_as(anchor)), anchor
+        representative = torch.cat([centre, torch.arange(n - self.window, n).expand(*centre.shape[:2], -1)], -1)
+        return cluster.scatter(-1, representative, torch.arange(self.budget).expand_as(representative)), representative
 
-    def merge(self, cluster: Tensor, anchor: Tensor, state: State) -> KVReduce:
+    def merge(self, cluster: Tensor, representative: Tensor, state: State) -> KVReduce:
         live, to = cluster >= 0, cluster.clamp_min(0)
-        sums = {name: x.new_zeros(anchor.shape).scatter_add(-1, to, x * live) for name, x in state.summed.items()}
+        sums = {
+            name: x.new_zeros(representative.shape).scatter_add(-1, to, x * live) for name, x in state.summed.items()
+        }
         weight = state.summed["score"] / sums["score"].gather(-1, to)
-        merged = Reduction.assign(cluster, weight, m=self.budget, anchor=anchor)
-        keys = merged if self.merge_keys else Reduction.select(anchor, cluster.shape[-1])
+        merged = Reduction.assign(cluster, weight, m=self.budget, representative=representative)
+        keys = merged if self.merge_keys else Reduction.select(representative, cluster.shape[-1])
         return KVReduce(keys, merged, sums["size"].log() if self.log_mass else None)
 
 
@@ -218,7 +220,7 @@ def test_max_of_global_and_local_keeps_both_needles_and_each_alone_loses_one() -
         method = EMS(budget=10, window=w, kernel=1, score=score)
         view = view_of(randn(1, 1, n, 8), everywhere[None, None], local[None, None], method)
         action, _ = method.act(0, view, State())
-        kept[score] = {early, late} & set(action.k.anchors.flatten().tolist())
+        kept[score] = {early, late} & set(action.k.representatives.flatten().tolist())
     assert kept == {"both": {early, late}, "global": {early}, "local": {late}}
 
 
@@ -291,7 +293,7 @@ def test_every_token_is_a_centre_a_member_or_dropped() -> None:
     assert bool((outside > 0).any())
     assert len(set(outside.flatten().tolist())) > 1  # every head merges another number
     assert action.v.is_stochastic
-    assert torch.equal(action.v.anchors, action.k.anchors)
+    assert torch.equal(action.v.representatives, action.k.representatives)
 
 
 def test_duplicates_with_a_log_mass_bias_give_the_full_attention() -> None:

@@ -15,7 +15,7 @@ from probes import generate
 from torch import Tensor
 
 import winnow
-from winnow.contract import Action, Budget, Keep, LMAttention, Method, Point, Reduction, State, Step, View
+from winnow.contract import Action, Budget, LMAttention, Method, Observe, Point, Reduction, State, Step, View
 from winnow.core.plan import Plan
 
 
@@ -38,7 +38,7 @@ class PyramidDrop(Method):
     @staticmethod
     def enter(view: View, state: State) -> tuple[Action, State]:
         """What enters the LM: behind any step at the connector. `view.n_lm` would say it, too."""
-        return Keep(), replace(state, item=state.item | {"entered": torch.full((view.b,), view.n)})
+        return Observe(), replace(state, item=state.item | {"entered": torch.full((view.b,), view.n)})
 
     @staticmethod
     def cut(attention: LMAttention, ratio: Budget, view: View, state: State) -> tuple[Reduction, State]:

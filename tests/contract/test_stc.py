@@ -15,7 +15,7 @@ from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal
-from winnow.core.step import Action, Keep, Reduce, Route, State, Step
+from winnow.core.step import Action, Observe, Reduce, Route, State, Step
 from winnow.core.view import View
 
 from .flow import Trace
@@ -82,9 +82,9 @@ class STC(Method):
                 frame = view.n // (1 + int(view.layout.tile.max())) if joined else view.n
                 last = {part: view[BlockPart(i - 1, part)][-1, -frame:] for part in PARTS}
                 memory["reference"] = memory.get("reference", {}) | {i - 1: last}
-            return Keep(), replace(state, request=memory)
+            return Observe(), replace(state, request=memory)
         if joined:  # nothing is left to route
-            return Keep(), replace(state, request=memory)
+            return Observe(), replace(state, request=memory)
         reference, keys = memory["reference"][i], view[BlockPart(i, "k")]
         similar = cosine_similarity(keys, reference["k"], dim=-1)
         u = max(1, int(view.n * self.ratio))
@@ -236,7 +236,7 @@ def test_the_pruner_equals_its_scores_by_hand() -> None:
             unit = frame / frame.norm(dim=-1, keepdim=True)
             scores = []
             for token in unit:
-                apart = [((token - anchor) ** 2).sum() for anchor in (unit.mean(0), past)]
+                apart = [((token - representative) ** 2).sum() for representative in (unit.mean(0), past)]
                 scores.append(sum(torch.exp(-d / (2 * a)).item() for d in apart for a in (1 / 8, 1 / 4, 1 / 2, 1, 2)))
             expected += [t * H * W + j for j in sorted(sorted(range(H * W), key=lambda j: scores[j])[:6])]
         assert kept == expected

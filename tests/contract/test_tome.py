@@ -15,7 +15,7 @@ from winnow.core.layout import CLS
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
-from winnow.core.step import Action, Keep, Reduce, State, Step
+from winnow.core.step import Action, Observe, Reduce, State, Step
 from winnow.core.view import View
 from winnow.signals.vision import VisionAttention, VisionKeys
 
@@ -42,7 +42,7 @@ class ToMe(Method):
         size = state.summed.get("size", torch.ones(view.b, view.n, dtype=view.tokens.dtype))
         state = replace(state, summed=state.summed | {"size": size})
         if r <= 0:
-            return Keep(), state
+            return Observe(), state
         k = normalize(view[keys], dim=-1)
         even, odd = torch.arange(0, view.n, 2), torch.arange(1, view.n, 2)
         scores = k[:, even] @ k[:, odd].transpose(1, 2)
@@ -58,9 +58,9 @@ class ToMe(Method):
         cluster[:, even] = into
         m = view.n - r
         total = torch.zeros(view.b, m, dtype=size.dtype).scatter_add(-1, cluster, size)
-        anchor = torch.cat([even[stays], odd.expand(view.b, -1)], -1)
+        representative = torch.cat([even[stays], odd.expand(view.b, -1)], -1)
         weight = size / total.gather(-1, cluster)
-        reduction = Reduction.assign(cluster, weight, m=m, anchor=anchor, ordered=False)
+        reduction = Reduction.assign(cluster, weight, m=m, representative=representative, ordered=False)
         return Reduce(reduction, log_bias=total.log() if self.proportional else None), state
 
 
@@ -179,7 +179,7 @@ def test_duplicates_merge_first() -> None:
 
 
 def test_the_rest_of_the_model_reads_what_is_left() -> None:
-    """One tower step later: [CLS] goes, and merged tokens stand at their anchors, in the LM's order."""
+    """One tower step later: [CLS] goes, and merged tokens stand at their representatives, in the LM's order."""
     (flow,) = Interpreter(ToyVLM(), ToMe(4)).prefill([picture(5, 5), randn(2, 16)])
     lane = flow.lanes[0]
     assert len(lane.ids) == 25 - 3 * 4
@@ -187,7 +187,7 @@ def test_the_rest_of_the_model_reads_what_is_left() -> None:
 
 
 def test_signals_of_the_tower_follow_what_was_merged_since() -> None:
-    """A token that was merged after block 1 has the attention that its anchor received there."""
+    """A token that was merged after block 1 has the attention that its representative received there."""
     (flow,) = Interpreter(ToyVLM(vision_depth=4), ToMe(3), Seen()).prefill([ITEM, randn(2, 16)])
     lane, score = flow.lanes[0], {}
     for t, tile in enumerate(lane.tiles):

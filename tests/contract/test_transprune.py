@@ -19,10 +19,10 @@ import winnow
 from winnow.contract import (
     Action,
     Budget,
-    Keep,
     LMAttention,
     LMSignal,
     Method,
+    Observe,
     Point,
     Reduce,
     Reduction,
@@ -78,7 +78,7 @@ class TransPrune(Method):
             total = total + view[Transition(n - 1)]
         state = replace(state, token=state.token | {"ttv": total})
         if n not in self.prune:
-            return Keep(), state
+            return Observe(), state
         score = total / total.sum(-1, keepdim=True)
         if self.attention:
             looked = view[LMAttention(n, rows="question")]

@@ -63,20 +63,21 @@ class VisionZip(Method):
         else:  # the thumbnail by itself; then dominant patches in the mosaic's order, the tiles' [CLS], contextual ones
             order = [*parts[0], self._raster(view, [p[1] for p in parts[1:]])]
             order += [p[0] for p in parts[1:]] + [p[2] for p in parts[1:]]
-        index, target, weight, anchor = [], [], [], []
+        index, target, weight, representative = [], [], [], []
         for source, into, scale, stands in order:
-            target.append(into + sum(a.shape[-1] for a in anchor))
+            target.append(into + sum(a.shape[-1] for a in representative))
             index.append(source)
             weight.append(scale)
-            anchor.append(stands)
-        sizes = {"n": view.n, "m": sum(a.shape[-1] for a in anchor)}
+            representative.append(stands)
+        sizes = {"n": view.n, "m": sum(a.shape[-1] for a in representative)}
         edges = (torch.cat(x, -1) for x in (index, target, weight))
         return Reduce(
-            Reduction.edges(*edges, **sizes, anchor=torch.cat(anchor, -1), ordered=False), separators="drop"
+            Reduction.edges(*edges, **sizes, representative=torch.cat(representative, -1), ordered=False),
+            separators="drop",
         ), state
 
     def _tile(self, view: View, cls: int, patches: Tensor) -> list[tuple[Tensor, ...]]:
-        """Three groups of (sources, outputs from 0, weights, anchors): [CLS], dominant, contextual."""
+        """Three groups of (sources, outputs from 0, weights, representatives): [CLS], dominant, contextual."""
         content = torch.as_tensor(view.layout.content)
         score = view[self.row][:, torch.searchsorted(content, patches)]  # which has values for the patches alone
         d, c = self.dominant - 1, self.contextual
@@ -183,7 +184,7 @@ def test_each_patch_goes_to_one_output_and_each_output_has_a_place_of_its_own():
         (point, slug, reduction), *_ = handle.last.items[0].reductions
     assert (point, slug) == ("features", "zip")
     assert bool(((reduction.to_matrix() != 0).sum(0) <= 1).all())
-    assert len(set(reduction.anchors.tolist())) == reduction.m  # every output has a place of its own
+    assert len(set(reduction.representatives.tolist())) == reduction.m  # every output has a place of its own
     assert not reduction.is_stochastic  # a sum of target and mean, not a mean
 
 

@@ -14,7 +14,7 @@ from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal
-from winnow.core.step import Keep, Reduce, State, Step
+from winnow.core.step import Observe, Reduce, State, Step
 from winnow.core.view import View
 from winnow.signals.language import LMAttention, LMAttentionMass
 from winnow.signals.vision import VisionAttention, VisionKeys
@@ -151,8 +151,8 @@ def test_a_step_may_return_a_bare_reduction_an_action_or_either_with_a_state():
         assert isinstance(action, Reduce)
         assert action.reduction is reduction
         assert state is after
-    action, state = Step(Point("projected"), lambda view, state: Keep()).act(view, old)
-    assert isinstance(action, Keep)
+    action, state = Step(Point("projected"), lambda view, state: Observe()).act(view, old)
+    assert isinstance(action, Observe)
     assert state is old
 
 
@@ -230,7 +230,7 @@ def test_B8_steps_are_checked_against_the_model(at, needs, error, message):
     @dataclass(frozen=True)
     class Acts(Method):
         def steps(self, info):
-            return (Step(at, lambda view, state: Keep(), needs),)
+            return (Step(at, lambda view, state: Observe(), needs),)
 
     with pytest.raises(error, match=message):
         Acts().checked_steps(INFO)

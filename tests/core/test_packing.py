@@ -44,7 +44,7 @@ def test_keep_holds_what_was_kept_in_order(batch):
     packing, generator, share = batch
     for _ in range(2):
         kept, sizes = _kept(packing, generator, share)
-        new, slots = packing.keep(kept, sizes)
+        new, slots = packing.select(kept, sizes)
         want = [row[k].tolist() for row, k in zip(packing.source, kept, strict=True)]
         assert _held(new) == want
         assert new.width == max(sizes)
@@ -61,7 +61,7 @@ def test_keep_holds_what_was_kept_in_order(batch):
 def test_arrivals_are_where_kept_slots_went(batch):
     packing, generator, share = batch
     kept, sizes = _kept(packing, generator, share)
-    new, slots = packing.keep(kept, sizes)
+    new, slots = packing.select(kept, sizes)
     arrivals = packing.arrivals(slots)
     for row in range(len(sizes)):
         for slot in range(packing.width):
@@ -88,13 +88,13 @@ def test_to_logical_repeats_the_survivor_before(batch):
                     assert index[row, position] == held[max(survivors)]
                 else:
                     assert 0 <= index[row, position] < packing.width  # nothing read so far: any state will do
-        packing, _ = packing.keep(*_kept(packing, generator, share))
+        packing, _ = packing.select(*_kept(packing, generator, share))
 
 
 @given(batches())
 def test_keeping_all_moves_nothing(batch):
     packing, _, _ = batch
-    new, slots = packing.keep(packing.mask, packing.sizes)
+    new, slots = packing.select(packing.mask, packing.sizes)
     assert torch.equal(new.source[new.mask], packing.source[packing.mask])
     assert torch.equal(new.mask, packing.mask)
     assert torch.equal(slots[new.mask], torch.arange(packing.width).expand_as(slots)[new.mask])
@@ -105,7 +105,7 @@ def test_order_holds_in_long_rows():
     mask = torch.ones(2, 1000, dtype=torch.bool)
     kept = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0)) < 0.3
     for right in (False, True):
-        new, _ = Packing.of(mask, (1000, 1000), right).keep(kept, tuple(kept.sum(1).tolist()))
+        new, _ = Packing.of(mask, (1000, 1000), right).select(kept, tuple(kept.sum(1).tolist()))
         assert _held(new) == [row.nonzero()[:, 0].tolist() for row in kept]
 
 
@@ -117,10 +117,10 @@ def test_padded():
 def test_golden_left_and_right():
     mask = torch.tensor([[False, True, True, True], [True, True, True, True]])
     kept = torch.tensor([[False, True, False, True], [True, False, True, True]])
-    new, slots = Packing.of(mask, (3, 4)).keep(kept, (2, 3))
+    new, slots = Packing.of(mask, (3, 4)).select(kept, (2, 3))
     assert new.mask.tolist() == [[False, True, True], [True, True, True]]
     assert [r[-2:] for r in slots.tolist()] == [[1, 3], [2, 3]]
     assert new.to_logical()[1].tolist() == [0, 0, 1, 2]
-    right, _ = Packing.of(mask.flip(1), (3, 4), right=True).keep(kept.flip(1), (2, 3))
+    right, _ = Packing.of(mask.flip(1), (3, 4), right=True).select(kept.flip(1), (2, 3))
     assert right.source[0, :2].tolist() == [0, 2]
     assert right.mask.tolist() == [[True, True, False], [True, True, True]]

@@ -99,7 +99,7 @@ def test_composition_is_one_map_after_the_other(pair, seed):
     assert (both.n, both.m) == (first.n, second.m)
     x = torch.randn(first.lanes[0], first.n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     torch.testing.assert_close(both.apply(x), second.apply(first.apply(x)), rtol=1e-5, atol=1e-5)
-    assert torch.equal(both.anchors, first.anchors.gather(1, second.anchors))
+    assert torch.equal(both.representatives, first.representatives.gather(1, second.representatives))
     assert both.ordered == (first.ordered and second.ordered)
 
 
@@ -174,7 +174,7 @@ def test_a_lane_is_the_map_of_that_item(r):
         rows = r.m if r.counts is None else r.counts[lane]
         assert own.m == rows
         torch.testing.assert_close(own.to_matrix(), r.to_matrix()[lane, :rows])
-        assert torch.equal(own.anchors, r.anchors[lane, :rows])
+        assert torch.equal(own.representatives, r.representatives[lane, :rows])
         x = torch.randn(r.n, 2, generator=torch.Generator().manual_seed(lane))
         stacked = torch.zeros(r.lanes[0], r.n, 2)
         stacked[lane] = x
@@ -193,9 +193,9 @@ def test_what_follows_from_the_matrix(r):
 
 def test_anchors_are_the_heaviest_source_the_first_among_equals_or_the_one_given():
     matrix = torch.tensor([[[0.5, 0.5, 0.0], [0.1, 0.2, 0.7]]])
-    assert Reduction.mix(matrix).anchors.tolist() == [[0, 2]]
-    assert Reduction.mix(matrix, anchor=torch.tensor([[1, 2]])).anchors.tolist() == [[1, 2]]
-    assert Reduction.assign(torch.tensor([[1, 0, 1]]), m=2).anchors.tolist() == [[1, 0]]
+    assert Reduction.mix(matrix).representatives.tolist() == [[0, 2]]
+    assert Reduction.mix(matrix, representative=torch.tensor([[1, 2]])).representatives.tolist() == [[1, 2]]
+    assert Reduction.assign(torch.tensor([[1, 0, 1]]), m=2).representatives.tolist() == [[1, 0]]
 
 
 def test_stochastic_is_a_weighted_mean():

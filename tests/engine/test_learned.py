@@ -30,8 +30,8 @@ class Mixer(Method):
 
     def reduce(self, view: View) -> Reduction:
         weights = view.module(view.tokens).transpose(1, 2).softmax(-1)
-        anchor = torch.arange(self.rows).expand(view.b, -1)
-        return Reduction.mix(weights, anchor=anchor)
+        representative = torch.arange(self.rows).expand(view.b, -1)
+        return Reduction.mix(weights, representative=representative)
 
 
 def test_what_is_built_has_the_models_dtype_and_no_gradient_by_default():

@@ -71,7 +71,7 @@ def test_two_steps_at_one_point_are_their_composition(build):
         assert [point for point, _, _ in item.reductions] == ["projected", "projected"]
         composed = item.provenance()
         assert (composed.n, composed.m) == (item.n_visual, 4)
-        assert torch.equal(composed.anchors, item.kept)
+        assert torch.equal(composed.representatives, item.kept)
 
 
 @pytest.mark.parametrize("build", zoo.BUILDS)
@@ -104,9 +104,9 @@ def test_a_merge_and_then_a_selection_compose(build):
     for item in ledger.items:
         composed = item.provenance()
         assert (composed.n, composed.m) == (item.n_visual, 3)
-        assert torch.equal(composed.anchors, item.kept)
-        for row, anchor in enumerate(item.kept.tolist()):
-            pair = [anchor, anchor + 1] if anchor + 1 < item.n_visual else [anchor]
+        assert torch.equal(composed.representatives, item.kept)
+        for row, representative in enumerate(item.kept.tolist()):
+            pair = [representative, representative + 1] if representative + 1 < item.n_visual else [representative]
             assert composed.sources(row).tolist() == pair
 
 

@@ -13,7 +13,7 @@ from cases import TOWERS
 from probes import Halve, Pick, forward
 
 import winnow
-from winnow.contract import CONTENT, Action, Keep, Method, Point, Reduce, Reduction, State, Step, View
+from winnow.contract import CONTENT, Action, Method, Observe, Point, Reduce, Reduction, State, Step, View
 from winnow.core.plan import Plan
 
 
@@ -32,11 +32,11 @@ class Noting(Method):
     def _note(self, view: View, state: State) -> tuple[Action, State]:
         cell = torch.from_numpy(view.layout.cell)[view.ids]
         state = replace(state, token={"cell": cell}, item={"rows": torch.full((view.b,), view.n)})
-        return Keep(), replace(state, summed={"patches": torch.ones(view.b, view.n)}, request={"told": "once"})
+        return Observe(), replace(state, summed={"patches": torch.ones(view.b, view.n)}, request={"told": "once"})
 
     def _look(self, view: View, state: State) -> tuple[Action, State]:
         self.seen.append((view, state))
-        return Keep(), state
+        return Observe(), state
 
 
 @pytest.mark.parametrize("build", TOWERS)
@@ -59,7 +59,7 @@ def test_state_from_features_reaches_the_layers(build):
 
 @pytest.mark.parametrize("build", TOWERS)
 def test_state_from_features_follows_the_reductions_of_others(build):
-    """A selection at `features`, pairs at `projected`, a selection inside the LM: cells of anchors, sums of patches."""
+    """Selected at `features`, paired at `projected`, selected in the LM: cells of representatives, sums of patches."""
     noting, model, inputs = Noting(later=("layers[2]",)), zoo.model(build), zoo.inputs(build, ("3 C 6", "2 C 4"))
     plan = Plan((noting, Pick(keep=20, at="features"), Halve(), Pick(keep=4, at="layers[2]"), noting))
     with winnow.compress(model, plan):

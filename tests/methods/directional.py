@@ -33,7 +33,7 @@ from winnow.core.plan import Plan
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal
-from winnow.core.step import Action, Keep, Reduce, State, Step
+from winnow.core.step import Action, Observe, Reduce, State, Step
 from winnow.core.view import View
 from winnow.engine.compress import compress
 from winnow.engine.handle import Handle
@@ -76,7 +76,7 @@ class Ear(Method):
 
     def _hear(self, point: str, view: View, state: State) -> tuple[Action, State]:
         self.heard.setdefault(point, []).append(view)
-        return Keep(), state
+        return Observe(), state
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def test_every_method(slug, check):
 
 
 NOT_THE_LOWEST = {
-    "hiprune": "neighbours of the anchor, the token below it among them, come before the third token",
+    "hiprune": "neighbours of the representative, the token below it among them, come before the third token",
     "visionzip": "keeps [CLS] and merges the rest",
 }
 
@@ -55,7 +55,7 @@ def test_first_step_never_waits_for_the_device(slug):
             found = run(step, view)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert found.anchors.tolist() == want.anchors.tolist()
+        assert found.representatives.tolist() == want.representatives.tolist()
 
 
 def on_device(view, device):

@@ -7,7 +7,7 @@ import torch
 
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
-from winnow.core.step import Keep, Reduce, State
+from winnow.core.step import Observe, Reduce, State
 from winnow.core.view import View
 from winnow.methods.todre import CLS_ROW, ToDRE
 from winnow.parts.greedy import greedy_naive
@@ -190,9 +190,9 @@ def test_second_stage_fires_for_each_item_whose_two_masses_are_low():
 @pytest.mark.system("todre", "exact")
 def test_second_stage_drops_everything_or_leaves_all():
     assert _second([0.01, 0.02], [0.0, 0.0]).reduction.m == 0
-    assert isinstance(_second([0.1, 0.5], [0.0, 0.0]), Keep)  # τ itself is not below τ
-    assert isinstance(_second([0.0], [0.0], tau=0.0), Keep)
-    assert isinstance(_second([float("nan")], [0.0]), Keep)
+    assert isinstance(_second([0.1, 0.5], [0.0, 0.0]), Observe)  # τ itself is not below τ
+    assert isinstance(_second([0.0], [0.0], tau=0.0), Observe)
+    assert isinstance(_second([float("nan")], [0.0]), Observe)
 
 
 def test_the_sum_may_pick_neighbours_where_the_max_does_not():

@@ -128,7 +128,7 @@ def test_each_source_goes_to_exactly_one_output(picture):
 def test_without_contextual_tokens_it_is_fastervlm_and_cls():
     layout = Layout.grid(6, 7, cls=True)
     view = _view(layout)
-    rows = VisionZip(keep=9, contextual=0).reduce(view).anchors[0].tolist()
+    rows = VisionZip(keep=9, contextual=0).reduce(view).representatives[0].tolist()
     patches = FasterVLM(keep=8).reduce(View.of(view.tokens[:, 1:], view[CLS_ROW])).index[0]
     assert rows == [0, *(patches + 1).tolist()]
 
@@ -167,16 +167,16 @@ def test_targets_are_not_merged_into_each_other():
     view = _view(layout)
     view.signals[KEYS].fill_(1.0)
     reduction = VisionZip(dominant=1, contextual=3).reduce(view)
-    assert reduction.anchors[0].tolist() == [0, 1, 5, 9]
+    assert reduction.representatives[0].tolist() == [0, 1, 5, 9]
     assert [len(reduction.lane(0).sources(j)) for j in range(4)] == [1, 10, 1, 1]
 
 
 def test_order_of_a_single_tile_is_cls_patches_contextual():
     reduction = VisionZip(dominant=4, contextual=2).reduce(_view(Layout.grid(4, 5, cls=True)))
-    anchors = reduction.anchors[0].tolist()
-    assert anchors[0] == 0
-    assert anchors[1:4] == sorted(anchors[1:4])
-    assert anchors[4] < anchors[5]
+    representatives = reduction.representatives[0].tolist()
+    assert representatives[0] == 0
+    assert representatives[1:4] == sorted(representatives[1:4])
+    assert representatives[4] < representatives[5]
     assert not reduction.ordered
 
 
@@ -188,9 +188,9 @@ def test_order_of_tiles_reads_the_mosaic_row_by_row():
     view = View.of(tokens(0, 15), {CLS_ROW: row, KEYS: tokens(1, 15)}, layout=layout)
     reduction = VisionZip(dominant=4, contextual=0).reduce(view)
     # Three patches of each tile: 1, 2, 3 of the thumbnail; 6, 7 | 11, 12 in the first mosaic row, 8 | 13 in the second.
-    assert reduction.anchors[0].tolist() == [0, 1, 2, 3, 6, 7, 11, 12, 8, 13, 5, 10]
+    assert reduction.representatives[0].tolist() == [0, 1, 2, 3, 6, 7, 11, 12, 8, 13, 5, 10]
     reduction = VisionZip(dominant=2, contextual=2).reduce(view)
-    assert reduction.anchors[0].tolist() == [0, 1, 6, 11, 5, 10, 2, 3, 7, 8, 12, 13]
+    assert reduction.representatives[0].tolist() == [0, 1, 6, 11, 5, 10, 2, 3, 7, 8, 12, 13]
 
 
 def test_letterbox_patches_are_neither_kept_nor_merged():
@@ -292,8 +292,9 @@ def test_all_of_the_thumbnail_may_come_first():
     view = View.of(tokens(0, 15), {CLS_ROW: torch.ones(1, 12), KEYS: tokens(1, 15)}, layout=layout)
     usual = VisionZip(dominant=2, contextual=2).reduce(view)
     other = VisionZip(dominant=2, contextual=2, order="thumbnail").reduce(view)
-    assert other.anchors[0].tolist() == [0, 1, 2, 3, 6, 11, 5, 10, 7, 8, 12, 13]
-    rows = dict(zip(usual.anchors[0].tolist(), usual.apply(view.tokens)[0], strict=True))
+    assert other.representatives[0].tolist() == [0, 1, 2, 3, 6, 11, 5, 10, 7, 8, 12, 13]
+    rows = dict(zip(usual.representatives[0].tolist(), usual.apply(view.tokens)[0], strict=True))
     assert all(
-        torch.equal(row, rows[a]) for a, row in zip(other.anchors[0].tolist(), other.apply(view.tokens)[0], strict=True)
+        torch.equal(row, rows[a])
+        for a, row in zip(other.representatives[0].tolist(), other.apply(view.tokens)[0], strict=True)
     )

@@ -94,9 +94,9 @@ class Downsample(Method):
     slug: ClassVar[str] = "baseline-downsample"
 
     def reduce(self, view: View) -> Reduction:
-        matrix, anchor = _pooling(view.layout, self.keep.of(view))
+        matrix, representative = _pooling(view.layout, self.keep.of(view))
         weights = matrix.to(view.tokens.device).expand(view.b, -1, -1)
-        return Reduction.mix(weights, anchor=anchor.to(view.tokens.device).expand(view.b, -1))
+        return Reduction.mix(weights, representative=representative.to(view.tokens.device).expand(view.b, -1))
 
 
 BASELINES = ("random", "uniform", "downsample", "ceiling", "oracle")
@@ -172,10 +172,10 @@ def _grids(layout: Layout) -> list[np.ndarray]:
 
 @lru_cache(maxsize=64)
 def _pooling(layout: Layout, m: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[M', V]` weights and `[M']` anchors of the pooled cells, M' ≤ M."""
+    """`[M', V]` weights and `[M']` representatives of the pooled cells, M' ≤ M."""
     grids = _grids(layout)
     blocks: list[np.ndarray] = []
-    anchors: list[int] = []
+    representatives: list[int] = []
     for ids, share in zip(grids, split_evenly(m, [g.size for g in grids]), strict=True):
         if not share:
             continue
@@ -188,9 +188,9 @@ def _pooling(layout: Layout, m: int) -> tuple[torch.Tensor, torch.Tensor]:
         block[:, ids.reshape(-1)] = weights
         blocks.append(block)
         middle = [ids[int((i + 0.5) * h / rows), int((j + 0.5) * w / cols)] for i in range(rows) for j in range(cols)]
-        anchors += map(int, middle)
-    order = np.argsort(anchors, kind="stable")
-    return torch.from_numpy(np.concatenate(blocks)[order]), torch.tensor(anchors)[torch.from_numpy(order)]
+        representatives += map(int, middle)
+    order = np.argsort(representatives, kind="stable")
+    return torch.from_numpy(np.concatenate(blocks)[order]), torch.tensor(representatives)[torch.from_numpy(order)]
 
 
 def _areas(n: int, m: int) -> Float[np.ndarray, "m n"]:

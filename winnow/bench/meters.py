@@ -68,7 +68,7 @@ def read_by_layer(item: ItemLedger, depth: int) -> list[np.ndarray]:
     for point, _, reduction in item.reductions:
         found += [ids] * ((Point.of(point).index or 0) - len(found))
         total = reduction.cpu() if total is None else reduction.cpu() @ total
-        ids = np.where(total.sourced, total.anchors, -1)
+        ids = np.where(total.sourced, total.representatives, -1)
     return found + [ids] * (depth - len(found))
 
 
@@ -108,12 +108,17 @@ def merged_into(item: ItemLedger) -> tuple[tuple[int, ...], dict[int, tuple[int,
     """Content ids that are left of an item, and for each those that feed it; None where every one is a copy."""
     total = item.provenance()
     sourced = total.sourced
-    anchors = tuple(total.anchors[sourced].tolist())
+    representatives = tuple(total.representatives[sourced].tolist())
     if total.is_selection:
-        return anchors, None
+        return representatives, None
     used = total.to_matrix()[sourced] != 0
-    found = {anchor: tuple(row.nonzero()[:, 0].tolist()) for anchor, row in zip(anchors, used, strict=True)}
-    return anchors, None if all(sources == (anchor,) for anchor, sources in found.items()) else found
+    found = {
+        representative: tuple(row.nonzero()[:, 0].tolist())
+        for representative, row in zip(representatives, used, strict=True)
+    }
+    return representatives, None if all(
+        sources == (representative,) for representative, sources in found.items()
+    ) else found
 
 
 def counted_flops(run: Callable[[], object], module: str = "") -> int:

@@ -136,7 +136,7 @@ def reduction(kept: Overlay) -> Reduction:
     pairs = set(slot.items())
     pairs |= {(s, slot[to]) for to, sources in kept.merged.items() if to in slot for s in sources if 0 <= s < n}
     edges = torch.tensor(sorted(pairs), dtype=torch.int64).reshape(-1, 2)
-    return Reduction.edges(edges[:, 0], edges[:, 1], n=n, m=len(slot), anchor=anchor, ordered=False)
+    return Reduction.edges(edges[:, 0], edges[:, 1], n=n, m=len(slot), representative=anchor, ordered=False)
 
 
 def clusters(kept: Overlay) -> list[tuple[tuple[float, float], list[tuple[float, float]]]]:

@@ -21,7 +21,7 @@ from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.point import Point
 from winnow.core.signal import Signal
-from winnow.core.step import Keep, State, Step
+from winnow.core.step import Observe, State, Step
 from winnow.core.view import View
 from winnow.engine.encoding import record_of
 from winnow.engine.handle import Handle
@@ -31,16 +31,16 @@ from winnow.engine.handle import Handle
 class Listen(Method):
     """Changes nothing and records these signals of the tower."""
 
-    heard: tuple[Signal, ...] = ()
+    wanted: tuple[Signal, ...] = ()
 
     slug: ClassVar[str] = "bench-listen"
 
     def steps(self, info: ModelInfo) -> tuple[Step, ...]:
-        return (Step(Point("projected"), _look, self.heard),)
+        return (Step(Point("projected"), _look, self.wanted),)
 
 
-def _look(view: View, state: State) -> tuple[Keep, State]:
-    return Keep(), state
+def _look(view: View, state: State) -> tuple[Observe, State]:
+    return Observe(), state
 
 
 def listening(handle: Handle, plans: list[Plan]) -> Plan:
@@ -55,15 +55,15 @@ class Encoded:
     """The encoder outputs of one batch.
 
     Args:
-        ears: from `listening`.
+        reader: from `listening`.
         inputs: of the batch, pixels included.
     """
 
-    def __init__(self, handle: Handle, ears: Plan, inputs: dict[str, Tensor]) -> None:
+    def __init__(self, handle: Handle, reader: Plan, inputs: dict[str, Tensor]) -> None:
         self.bound = handle.bound
         self.handle, self.inputs = handle, inputs
         self._own: dict[str, Any] = {}
-        self._heard = self._encode(ears)
+        self._output = self._encode(reader)
 
     def _encode(self, plan: Plan) -> Any:
         base = self.bound.base
@@ -77,14 +77,14 @@ class Encoded:
     @property
     def layouts(self) -> tuple[Layout, ...]:
         """The layout of each picture in the LM's sequence."""
-        return record_of(self._heard).layouts  # type: ignore[union-attr]
+        return record_of(self._output).layouts  # type: ignore[union-attr]
 
     def under(self, plan: Plan) -> Any:
         """Encoder outputs for `mm_encoder_outputs={"image": …}` inside `using(plan)`."""
         bound = self.handle.bind(plan)
         if bound.features:
             return self._encode(plan)
-        return dataclasses.replace(self._heard, winnow=dataclasses.replace(record_of(self._heard), plan=bound))  # type: ignore[type-var]
+        return dataclasses.replace(self._output, winnow=dataclasses.replace(record_of(self._output), plan=bound))  # type: ignore[type-var]
 
 
 def check_one_picture_each(layouts: tuple[Layout, ...], rows: int) -> None:

@@ -50,20 +50,20 @@ class Sweeper:
     """Asks batches of questions.
 
     Attributes:
-        ears: the plan that records what any of the plans needs from the tower.
+        reader: the plan that records what any of the plans needs from the tower.
         drawn: ids of the questions whose overlays are kept.
     """
 
     handle: Handle
     processor: Any
-    ears: Plan
+    reader: Plan
     max_new_tokens: int
     seed: int = 0
     drawn: frozenset[str] = frozenset()
 
     def shared(self, requests: Sequence[Request]) -> Callable[[], Encoded]:
         """The encoder outputs of a batch, made when they are first needed."""
-        return functools.cache(lambda: Encoded(self.handle, self.ears, joined(requests)))
+        return functools.cache(lambda: Encoded(self.handle, self.reader, joined(requests)))
 
     def run(
         self, job: Job, cell: int, requests: Sequence[Request], encoded: Callable[[], Encoded], check: bool

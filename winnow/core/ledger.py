@@ -21,7 +21,7 @@ class ItemLedger:
         n_visual: content tokens as the encoder gave them.
         reductions: (point, slug, map) in the order in which they were applied; the first map takes the item's content
             tokens, each later one the rows of the one before.
-        ids: `[M]` content ids of what is left (a merged token: its anchor), on the device that made them.
+        ids: `[M]` content ids of what is left (a merged token: its representative), on the device that made them.
     """
 
     row: int
@@ -59,12 +59,12 @@ class ItemLedger:
         if not self.reductions:
             return
         point, slug, first = self.reductions[0]
-        at = content[first.anchors].clamp_min(0)
+        at = content[first.representatives].clamp_min(0)
         if first.matrix is not None:
             there = content >= 0
             columns = first.matrix.new_zeros(first.m, layout.n_content)
             columns = columns.index_add(1, content[there], first.matrix[:, there])
-            moved = Reduction.mix(columns, anchor=at, ordered=first.ordered)
+            moved = Reduction.mix(columns, representative=at, ordered=first.ordered)
         else:
             target = first.target
             if target is None:
@@ -76,7 +76,7 @@ class ItemLedger:
                 first.weight,
                 n=layout.n_content,
                 m=first.m,
-                anchor=at,
+                representative=at,
                 ordered=first.ordered,
             )
         self.reductions[0] = (point, slug, moved)

@@ -44,7 +44,7 @@ class Packing:
     def padded(self) -> bool:
         return any(size != self.width for size in self.sizes)
 
-    def keep(self, kept: Bool[Tensor, "b p"], sizes: tuple[int, ...]) -> tuple["Packing", Int[Tensor, "b q"]]:
+    def select(self, kept: Bool[Tensor, "b p"], sizes: tuple[int, ...]) -> tuple["Packing", Int[Tensor, "b q"]]:
         """Drop slots. Returns the new packing and, for each new slot, the old one that it holds (padding: any).
 
         `kept` must be False for padding; `sizes` are its row sums, which the caller knows without asking the device.
@@ -62,7 +62,7 @@ class Packing:
         return Packing(self.source.gather(1, slots), mask, self.real, sizes, self.logical, self.right), slots
 
     def arrivals(self, slots: Int[Tensor, "b q"]) -> Int[Tensor, "b p"]:
-        """For each slot of this packing, its slot in the packing that `keep` made with `slots` (dropped ones: 0)."""
+        """For each slot of this packing, its slot in the packing that `select` made with `slots` (dropped ones: 0)."""
         new = torch.arange(slots.shape[1], device=slots.device).expand_as(slots)
         return torch.zeros_like(self.source).scatter(1, slots, new)
 

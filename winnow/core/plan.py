@@ -30,8 +30,8 @@ class Plan:
 
     Args:
         methods: applied along the data; at one point, in this order. None of them: the model in full ("full").
-        positions: `keep` (each survivor keeps its true position, a merged token its anchor's) or `compact` (survivors
-            and what follows them are renumbered, as several papers' code does; 1-D positions only).
+        positions: `keep` (each survivor keeps its true position, a merged token its representative's) or `compact`
+            (survivors and what follows them are renumbered, as several papers' code does; 1-D positions only).
         seed: of the methods' own random numbers.
     """
 

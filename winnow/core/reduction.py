@@ -28,8 +28,8 @@ class Reduction:
         n: source tokens.
         m: output rows; the largest over the lanes when they are ragged.
         counts: rows of each lane, known on the host, when lanes are ragged; rows beyond a lane's count are padding.
-        anchor: `[*, M]` the source whose place and position an output takes; derived when not given.
-        ordered: whether the anchors ascend, so that outputs can stand where their anchors stood.
+        representative: `[*, M]` the source whose place and position an output takes; derived when not given.
+        ordered: whether the representatives ascend, so that outputs can stand where their representatives stood.
     """
 
     n: int
@@ -39,7 +39,7 @@ class Reduction:
     weight: Float[Tensor, "*lanes e"] | None = None
     matrix: Float[Tensor, "*lanes m n"] | None = None
     counts: tuple[int, ...] | None = None
-    anchor: Int[Tensor, "*lanes m"] | None = None
+    representative: Int[Tensor, "*lanes m"] | None = None
     ordered: bool = True
 
     @staticmethod
@@ -77,13 +77,13 @@ class Reduction:
         weight: Float[Tensor, "*lanes n"] | None = None,
         *,
         m: int,
-        anchor: Int[Tensor, "*lanes m"] | None = None,
+        representative: Int[Tensor, "*lanes m"] | None = None,
         ordered: bool = True,
     ) -> "Reduction":
         """Each source goes to one cluster in [0, m), or is dropped (−1), with a weight (default: 1)."""
         n = cluster.shape[-1]
         index = torch.arange(n, device=cluster.device).expand_as(cluster)
-        return Reduction(n, m, index, cluster, weight, anchor=anchor, ordered=ordered)
+        return Reduction(n, m, index, cluster, weight, representative=representative, ordered=ordered)
 
     @staticmethod
     def edges(
@@ -93,16 +93,20 @@ class Reduction:
         *,
         n: int,
         m: int,
-        anchor: Int[Tensor, "*lanes m"] | None = None,
+        representative: Int[Tensor, "*lanes m"] | None = None,
         ordered: bool = True,
     ) -> "Reduction":
         """The general sparse map: a source may feed several outputs (VisionZip's targets feed one, PruMerge's many)."""
-        return Reduction(n, m, index, target, weight, anchor=anchor, ordered=ordered)
+        return Reduction(n, m, index, target, weight, representative=representative, ordered=ordered)
 
     @staticmethod
-    def mix(matrix: Float[Tensor, "*lanes m n"], *, anchor: Tensor | None = None, ordered: bool = True) -> "Reduction":
+    def mix(
+        matrix: Float[Tensor, "*lanes m n"], *, representative: Tensor | None = None, ordered: bool = True
+    ) -> "Reduction":
         """Many-to-many: output = matrix @ tokens. Leading lanes may be items or heads."""
-        return Reduction(matrix.shape[-1], matrix.shape[-2], matrix=matrix, anchor=anchor, ordered=ordered)
+        return Reduction(
+            matrix.shape[-1], matrix.shape[-2], matrix=matrix, representative=representative, ordered=ordered
+        )
 
     @property
     def is_selection(self) -> bool:
@@ -180,17 +184,21 @@ class Reduction:
         if self.is_selection and first.is_selection and first.counts is None:
             index = first.index.gather(-1, self.index)  # type: ignore[union-attr,arg-type]
             return Reduction(first.n, self.m, index, counts=self.counts, ordered=self.ordered and first.ordered)
-        anchor = first.anchors.gather(-1, self.anchors)
+        representative = first.representatives.gather(-1, self.representatives)
         return replace(
-            Reduction.mix(self.to_matrix() @ first.to_matrix(), anchor=anchor, ordered=self.ordered and first.ordered),
+            Reduction.mix(
+                self.to_matrix() @ first.to_matrix(),
+                representative=representative,
+                ordered=self.ordered and first.ordered,
+            ),
             counts=self.counts,
         )
 
     @property
-    def anchors(self) -> Int[Tensor, "*lanes m"]:
+    def representatives(self) -> Int[Tensor, "*lanes m"]:
         """The source that stands for each output: the one given, else the heaviest, the first among equals."""
-        if self.anchor is not None:
-            return self.anchor
+        if self.representative is not None:
+            return self.representative
         if self.is_selection:
             return self.index  # type: ignore[return-value]
         matrix = self.to_matrix()
@@ -250,7 +258,9 @@ class Reduction:
 
         if self.matrix is not None:
             matrix = self.matrix[i][..., :m, :]
-            return Reduction(self.n, m, matrix=matrix, counts=counts, anchor=cut(self.anchor), ordered=self.ordered)
+            return Reduction(
+                self.n, m, matrix=matrix, counts=counts, representative=cut(self.representative), ordered=self.ordered
+            )
         return Reduction(
             self.n,
             m,
@@ -258,6 +268,6 @@ class Reduction:
             take(self.target),
             take(self.weight),
             counts=counts,
-            anchor=cut(self.anchor),
+            representative=cut(self.representative),
             ordered=self.ordered,
         )

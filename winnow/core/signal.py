@@ -92,7 +92,7 @@ class Signal:
 
     def carry(self, values: Tensor, reduction: Reduction) -> Tensor:
         """The values `[N, …]` of one item after a reduction: an output has those of its representative."""
-        return values[reduction.anchors] if self.per == "token" else values
+        return values[reduction.representatives] if self.per == "token" else values
 
     def sample(self, generator: torch.Generator, b: int, n: int) -> Tensor:
         """Random values for tests without a model: `[b, n, …]`, or `[b, …]` where the signal is `per` item.

@@ -21,7 +21,7 @@ class State:
 
     Attributes:
         token: `[b, N, …]` per token; the engine carries these through every reduction (a merged token gets what its
-            anchor had), whoever made it.
+            representative had), whoever made it.
         item: `[b, …]` per item.
         request: anything else that belongs to the request (a streaming history); shared by its items. A method that
             uses it declares `streaming`.
@@ -46,7 +46,8 @@ class Reduce(Action):
     """N → M rows. `separators="drop"` also removes the item's newlines; they go as well when nothing is kept.
 
     `log_bias`, `[b, M]`, is added to the attention logits of each output as a key, in every later module of the same
-    stack (tower or LM); outputs of later reductions have that of their anchor. It replaces this method's earlier one.
+    stack (tower or LM); outputs of later reductions have that of their representative. It replaces the method's
+    earlier one.
     """
 
     reduction: Reduction
@@ -55,7 +56,7 @@ class Reduce(Action):
 
 
 @dataclass(frozen=True)
-class Keep(Action):
+class Observe(Action):
     """Nothing changes here; the step only looked (and perhaps remembered)."""
 
 

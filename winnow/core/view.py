@@ -20,7 +20,7 @@ class View:
     Attributes:
         tokens: `[b, N, D]` content tokens at this point ([CLS] included at `features`).
         layout: the item's layout at this point (the tower's at `features`, else as it entered the LM).
-        ids: `[b, N]` absolute ids: which content token of `layout` each one is (a merged token: its anchor).
+        ids: `[b, N]` absolute ids: which content token of `layout` each one is (a merged token: its representative).
         n_visual: content tokens of the item as the encoder gave it, the denominator of budgets.
         n_lm: content tokens with which it entered the LM, behind the connector's steps; `n_visual` before that.
         signals: what the step listed in `needs`; read it with `view[signal]`.

@@ -14,7 +14,7 @@ from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal
-from winnow.core.step import Action, Keep, Reduce, State, Step
+from winnow.core.step import Action, Observe, Reduce, State, Step
 from winnow.core.view import View
 from winnow.engine.compress import compress
 from winnow.engine.versions import cache_keyword, cache_of
@@ -61,7 +61,7 @@ class Listen(Method):
 
     def _note(self, view: View, state: State) -> tuple[Action, State]:
         view.notes["attention"] = [(view[s].amin().item(), view[s].sum(-1).amax().item()) for s in self.looks]
-        return Keep(), state
+        return Observe(), state
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def run_features(request: Request) -> Tensor | None:
 
 
 def _apply(item: TowerTokens, reduction: Reduction, rows: Tensor | None, separators: bool) -> None:
-    item.rows = item.rows[reduction.anchors] if rows is None else rows
+    item.rows = item.rows[reduction.representatives] if rows is None else rows
     item.in_place = item.in_place and reduction.is_selection and reduction.ordered
     item.separators = item.separators and separators
     item.reduced = True

@@ -24,7 +24,7 @@ from winnow.engine.encoding import record_of
 from winnow.engine.forward import encodings_of, positions_of_later_turn, start_lm
 from winnow.engine.hooks import ForwardMethod, Hook
 from winnow.engine.ledgers import write_ledger
-from winnow.engine.request import Attachment, Ledgers, Override, Request, current
+from winnow.engine.request import Attachment, Ledgers, Override, Request, request_now
 from winnow.engine.versions import cache_of
 from winnow.engine.watch import LayerWatch
 from winnow.models.family import Family
@@ -202,7 +202,7 @@ class Engine:
     @contextlib.contextmanager
     def _encoding(self) -> Iterator[Request | None]:
         """The request that an encoder call belongs to: `generate` encodes before its first forward."""
-        request = current.get()
+        request = request_now.get()
         if not self.attached:
             yield None
         elif request is not None and request.bound is self.bound:
@@ -221,11 +221,11 @@ class Engine:
         me, name = threading.get_ident(), threading.current_thread().name
         outer = self._running.get(me)
         self._running[me] = name
-        token = current.set(request)
+        token = request_now.set(request)
         try:
             yield request
         finally:
-            current.reset(token)
+            request_now.reset(token)
             if outer is None:
                 self._running.pop(me, None)
 
@@ -287,7 +287,7 @@ class Engine:
 
     def _mine(self) -> Request | None:
         """The request that is running in this context on this model; parts called alone have none."""
-        request = current.get()
+        request = request_now.get()
         return request if request is not None and request.bound is self.bound else None
 
     def _lm_pass(self) -> Any:

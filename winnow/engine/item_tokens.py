@@ -47,7 +47,7 @@ class ItemTokens:
 
     def follow(self, reduction: Reduction) -> None:
         """Ids, states and signals after a reduction of this item, whoever asked for it."""
-        self.ids = self.ids[reduction.anchors]
+        self.ids = self.ids[reduction.representatives]
         self.states = {number: carried(state, reduction) for number, state in self.states.items()}
         self.signals = {signal: signal.carry(value, reduction) for signal, value in self.signals.items()}
 
@@ -96,7 +96,7 @@ def carried(state: State, reduction: Reduction) -> State:
     """
 
     def take(x: Tensor) -> Tensor:
-        return x[:, reduction.anchors]
+        return x[:, reduction.representatives]
 
     def add(x: Tensor) -> Tensor:
         feeds = (reduction.to_matrix() != 0).to(x.dtype)

@@ -288,8 +288,8 @@ class LMPass:
             item: LMTokens = change.item  # type: ignore[assignment]
             reduction = change.reduction
             was = item.slots
-            own = was[reduction.anchors]
-            unique = reduction.is_selection or reduction.anchor is not None
+            own = was[reduction.representatives]
+            unique = reduction.is_selection or reduction.representative is not None
             at = own.sort().values if unique else was[: reduction.m]
             kept[item.row, was] = False
             kept[item.row, at] = True
@@ -314,7 +314,7 @@ class LMPass:
     def _repack(self, hidden: Tensor, kept: Tensor, sizes: tuple[int, ...]) -> Tensor:
         if self.cache is not None and not self.tokens.touched:
             self._tag()
-        hidden, arrivals = self.tokens.keep(hidden, kept, sizes)
+        hidden, arrivals = self.tokens.select(hidden, kept, sizes)
         for item in self.items:
             item.slots = arrivals[item.row, item.slots]
             item.separator_slots = arrivals[item.row, item.separator_slots]

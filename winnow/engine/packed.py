@@ -63,13 +63,13 @@ class PackedSequence:
             self.lm_slot_of = self.lm_slot_of.clone()
             self.lm_slot_of[row, slots] = self.lm_slot_of[row, position_from]
 
-    def keep(
+    def select(
         self, hidden: Float[Tensor, "b p d"], kept: Bool[Tensor, "b p"], sizes: tuple[int, ...]
     ) -> tuple[Float[Tensor, "b q d"], Int[Tensor, "b p"]]:
         """Drop slots. Returns the rows that are left, and for each old slot its new one."""
         self.touched = True
         old = self.packing
-        self.packing, slots = old.keep(kept, sizes)
+        self.packing, slots = old.select(kept, sizes)
         self.position_of = self.position_of.gather(1, slots)
         if self.lm_slot_of is not None:
             self.lm_slot_of = self.lm_slot_of.gather(1, slots)

@@ -69,7 +69,7 @@ class Request:
     ledger: Ledger | None = None
 
 
-current: ContextVar[Request | None] = ContextVar("winnow_request", default=None)
+request_now: ContextVar[Request | None] = ContextVar("winnow_request", default=None)
 
 
 class Ledgers:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.reduction import Reduction
-from winnow.core.step import Keep, Reduce, State, Step
+from winnow.core.step import Observe, Reduce, State, Step
 from winnow.core.view import View
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.item_tokens import ItemTokens
@@ -68,7 +68,7 @@ class StepRunner:
             self.note(view.notes)
             for item, own in zip(group, _split(after, len(group)), strict=True):
                 item.states[number] = own
-            if isinstance(action, Keep):
+            if isinstance(action, Observe):
                 continue
             reduce = _checked(action, view, step, method.slug)
             changes += self._changes(group, view, reduce, step, method.slug)

@@ -71,10 +71,10 @@ class ToDRE(wn.Method):
             score = score.clamp_min(lowest).masked_fill(~wn.in_thumbnail(view), lowest)
         return score.masked_fill(broken, -torch.inf).argmax(1, keepdim=True)
 
-    def _forget(self, view: wn.View, *masses: wn.LMAttentionMass) -> wn.Keep | wn.Reduction:
+    def _forget(self, view: wn.View, *masses: wn.LMAttentionMass) -> wn.Observe | wn.Reduction:
         ignored = torch.stack([view[mass] < self.tau for mass in masses]).all(0)  # b
         gone = ignored.tolist()  # the one host read: how many tokens are left depends on the data
         if not any(gone):
-            return wn.Keep()
+            return wn.Observe()
         kept = ~ignored[:, None].expand(view.b, view.n)
         return wn.Reduction.select(kept, counts=tuple(0 if g else view.n for g in gone))

@@ -92,26 +92,26 @@ class VisionZip(wn.Method):
         first = torch.cat(dominant, 1)
         first = first.gather(1, tower.rank[first].argsort(1))
         cluster.scatter_(1, first, torch.arange(first.shape[1], device=first.device).expand_as(first))
-        anchor = torch.cat([first, *targets], 1)
-        weights = self._weights(cluster, anchor)
+        representative = torch.cat([first, *targets], 1)
+        weights = self._weights(cluster, representative)
         if self.order == "thumbnail":
-            order = _thumbnail_first(counts, anchor)
-            anchor, cluster = anchor[:, order], torch.where(cluster < 0, -1, order.argsort()[cluster])
-        return wn.Reduction.assign(cluster, weights, m=rows, anchor=anchor, ordered=False)
+            order = _thumbnail_first(counts, representative)
+            representative, cluster = representative[:, order], torch.where(cluster < 0, -1, order.argsort()[cluster])
+        return wn.Reduction.assign(cluster, weights, m=rows, representative=representative, ordered=False)
 
     def _weights(
-        self, cluster: Int[torch.Tensor, "b n"], anchor: Int[torch.Tensor, "b m"]
+        self, cluster: Int[torch.Tensor, "b n"], representative: Int[torch.Tensor, "b m"]
     ) -> Float[torch.Tensor, "b n"]:
         live = (cluster >= 0).float()
-        size = live.new_zeros(anchor.shape).scatter_add_(1, cluster.clamp_min(0), live)
+        size = live.new_zeros(representative.shape).scatter_add_(1, cluster.clamp_min(0), live)
         if self.merge == "mean":
             return live / size.gather(1, cluster.clamp_min(0))
         others = (size - 1).clamp_min(1).gather(1, cluster.clamp_min(0))
-        return (live / others).scatter_(1, anchor, 1.0)
+        return (live / others).scatter_(1, representative, 1.0)
 
 
-def _thumbnail_first(counts: tuple[tuple[int, int], ...], anchor: torch.Tensor) -> Int[torch.Tensor, " m"]:
+def _thumbnail_first(counts: tuple[tuple[int, int], ...], representative: torch.Tensor) -> Int[torch.Tensor, " m"]:
     """The outputs, dominant before contextual, with all of the first tile's ahead of the others."""
     (d, c), dominant = counts[0], sum(d for d, _ in counts)
-    place = torch.arange(anchor.shape[1], device=anchor.device)
+    place = torch.arange(representative.shape[1], device=representative.device)
     return torch.cat([place[:d], place[dominant : dominant + c], place[d:dominant], place[dominant + c :]])

@@ -107,6 +107,6 @@ def feature_block(vision_feature_layer: int | Sequence[int]) -> int:
     return layer if layer < 0 else layer - 1
 
 
-def join_tiles(heard: Sequence[Tensor]) -> Tensor:
+def join_tiles(values: Sequence[Tensor]) -> Tensor:
     """`[calls][tiles, N, …]` → `[tiles · N, …]`."""
-    return torch.cat([h.flatten(0, 1) for h in heard])
+    return torch.cat([x.flatten(0, 1) for x in values])

@@ -56,7 +56,7 @@ def among_all_patches(method: Method) -> Step:
         content = _content(view.layout, view.tokens.device)
         ids = torch.arange(len(content), device=content.device).expand(view.b, -1)
         patches = replace(view, tokens=view.tokens[:, content], ids=ids, n_visual=len(content))
-        return Reduction.select(content[method.reduce(patches).anchors], view.n)
+        return Reduction.select(content[method.reduce(patches).representatives], view.n)
 
     return Step(Point("features"), run, method.signals())
 

@@ -64,14 +64,26 @@ def check_form(found: Reduction | None, view: View, where: str = "") -> None:
         return
     expect(found.n == view.n and tuple(found.lanes) == (view.b,), f"{where}: n {found.n}, lanes {tuple(found.lanes)}")
     expect(found.m <= view.n, f"{where}: {found.m} rows from {view.n} tokens")
-    expect(found.anchors.shape == (view.b, found.m), f"{where}: anchors of shape {tuple(found.anchors.shape)}")
+    expect(
+        found.representatives.shape == (view.b, found.m),
+        f"{where}: representatives of shape {tuple(found.representatives.shape)}",
+    )
     for i in range(view.b):
         lane = found.lane(i)
-        anchors = lane.anchors.tolist()
-        expect(lane.anchors.dtype == torch.int64, f"{where}: anchors are {lane.anchors.dtype}")
-        expect(all(0 <= a < view.n for a in anchors), f"{where}: an anchor is out of range: {anchors}")
-        expect(len(set(anchors)) == len(anchors), f"{where}: an anchor comes twice: {anchors}")
-        expect(not lane.ordered or anchors == sorted(anchors), f"{where}: 'ordered', but anchors are {anchors}")
+        representatives = lane.representatives.tolist()
+        expect(lane.representatives.dtype == torch.int64, f"{where}: representatives are {lane.representatives.dtype}")
+        expect(
+            all(0 <= a < view.n for a in representatives),
+            f"{where}: a representative is out of range: {representatives}",
+        )
+        expect(
+            len(set(representatives)) == len(representatives),
+            f"{where}: a representative comes twice: {representatives}",
+        )
+        expect(
+            not lane.ordered or representatives == sorted(representatives),
+            f"{where}: 'ordered', but representatives are {representatives}",
+        )
         expect(bool(lane.to_matrix().isfinite().all()), f"{where}: weights are not finite")
         expect(bool((lane.to_matrix() != 0).any(-1).all()), f"{where}: a row has no source")
 

@@ -15,7 +15,7 @@ from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal
-from winnow.core.step import Keep, Reduce, State, Step
+from winnow.core.step import Observe, Reduce, State, Step
 from winnow.core.view import View
 from winnow.testing.pictures import WITH_CLS
 
@@ -89,12 +89,12 @@ def run_step(
         module=resolved.build(info),
     )
     action, after = acts.act(view, state or State())
-    if isinstance(action, Keep):
+    if isinstance(action, Observe):
         return StepResult(list(view.ids), list(tokens), after, None, view.notes)
     if not isinstance(action, Reduce):
-        raise WinnowError(f"run_step knows Reduce and Keep; {method.slug} asks for {type(action).__name__}.")
+        raise WinnowError(f"run_step knows Reduce and Observe; {method.slug} asks for {type(action).__name__}.")
     made, lanes = action.reduction.apply(tokens), [action.reduction.lane(i) for i in range(view.b)]
-    kept = [own[lane.anchors] for own, lane in zip(view.ids, lanes, strict=True)]
+    kept = [own[lane.representatives] for own, lane in zip(view.ids, lanes, strict=True)]
     rows = [own[: lane.m] for own, lane in zip(made, lanes, strict=True)]
     return StepResult(kept, rows, after, action.reduction, view.notes)
 

@@ -12,7 +12,7 @@ from winnow.core.errors import UnsupportedError
 from winnow.core.info import ModelInfo
 from winnow.core.method import Method
 from winnow.core.reduction import Reduction
-from winnow.core.step import Keep, Reduce, State, Step
+from winnow.core.step import Observe, Reduce, State, Step
 from winnow.core.view import View
 from winnow.testing.pictures import WITH_CLS, WITHOUT_CLS, Picture
 
@@ -87,7 +87,7 @@ class Subject:
 def run(step: Step, view: View, state: State | None = None) -> Reduction | None:
     """What a step asks for: its map, or None if it only looked."""
     action, _ = step.act(view, state or State())
-    if isinstance(action, Keep):
+    if isinstance(action, Observe):
         return None
-    expect(isinstance(action, Reduce), f"these checks know Reduce and Keep, not {type(action).__name__}")
+    expect(isinstance(action, Reduce), f"these checks know Reduce and Observe, not {type(action).__name__}")
     return action.reduction  # type: ignore[attr-defined]
