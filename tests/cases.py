@@ -141,6 +141,9 @@ CASES = {
     "forgotten": Case(Forgotten(), partial(forgotten, keep=9, tau=0.5)),
 }
 
+# Before the LM by a signal, merged and out of order, in three cuts: for what does not depend on how a choice is made.
+SOME = ("received", "folded", "probed")
+
 # What three users say next.
 TURN = torch.randint(10, 200, (3, 5), generator=torch.Generator().manual_seed(3))
 

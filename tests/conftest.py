@@ -13,9 +13,16 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# While tests run, every call in these rooms checks its arguments and its result against their annotations: the
-# shapes of tensors included. WINNOW_CHECK_SHAPES=0 switches it off, for tests that time something.
-CHECKED = ("winnow.core", "winnow.parts", "winnow.signals", "winnow.methods", "winnow.engine")
+# While tests run, every call in these rooms checks its arguments and its result against the shapes in their annotations.
+# WINNOW_CHECK_SHAPES=0 switches it off, for tests that time something. Modules without shapes are left
+# alone, because the check of each call costs time.
+PACKAGE = Path(__file__).resolve().parent.parent / "winnow"
+CHECKED = [
+    f"winnow.{room}.{path.stem}"
+    for room in ("core", "parts", "signals", "methods", "engine")
+    for path in sorted((PACKAGE / room).glob("*.py"))
+    if "from jaxtyping import" in path.read_text(encoding="utf-8")
+]
 if os.environ.get("WINNOW_CHECK_SHAPES", "1") != "0":
     install_import_hook(CHECKED, "shapes.checked")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import zoo
 from byhand import Hand, cut
-from cases import CASES, check_against_hand, pairs, picking, same
+from cases import CASES, SOME, check_against_hand, pairs, picking, same
 from probes import Look, Pick, forward, generate, new_tokens, step_logits
 
 import winnow
@@ -15,7 +15,6 @@ from winnow.core.plan import Plan
 from winnow.signals.language import LMAttention
 from winnow.signals.vision import VisionAttention
 
-SOME = ("received", "folded", "probed")  # by a signal of the tower, merged, and in three cuts
 CROWD = ("3 A 6", "11", "3 B 9", "2 B 4 C 5", "3 A 6", "1 A 1 A 2", "7 C 1", "2 A")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from cases import CASES, pairs
+from cases import CASES, SOME, pairs
 from probes import Pick, Probed, Received, Tapped, forward, generate
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -37,7 +37,7 @@ def test_flops_of_the_full_model_are_what_torch_counts(build, rows, implementati
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize(("kind", "build"), pairs())
+@pytest.mark.parametrize(("kind", "build"), pairs(SOME))
 def test_flops_of_a_compressed_model_are_what_torch_counts(kind, build, implementation):
     """Within 1 %, for what the LM itself computes: the layers, on as many tokens as each of them read.
 
@@ -75,7 +75,7 @@ def test_the_whole_language_model_does_no_more_than_its_layers(kind, build):
 
 
 @pytest.mark.parametrize("rows", [zoo.SINGLE, zoo.RAGGED, zoo.MIXED], ids=["single", "ragged", "mixed"])
-@pytest.mark.parametrize(("kind", "build"), pairs())
+@pytest.mark.parametrize(("kind", "build"), pairs(SOME))
 def test_kv_bytes_are_the_bytes_of_the_tensors_in_the_cache(kind, build, rows):
     """Of their storages: nothing dropped is still held behind a view."""
     model, inputs = zoo.model(build), zoo.inputs(build, rows)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 from byhand import Reference
-from cases import CASES, identities, pairs, same
+from cases import CASES, SOME, identities, pairs, same
 from probes import Drawn, Halve, Pick, Probed, forward, generate, new_tokens, step_logits
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -16,10 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 import winnow
 from winnow.core.plan import Plan
 
-PROBES = ("received", "folded", "probed")  # before the LM, merged, and in three cuts
 
-
-@pytest.mark.parametrize(("kind", "build"), pairs(PROBES))
+@pytest.mark.parametrize(("kind", "build"), pairs(SOME))
 def test_beams_score_what_they_say_by_hand(kind, build):
     """Three beams, two returned: the score of each sequence is the sum of its own log-probabilities, worked by hand."""
     model, parts = zoo.model(build), zoo.samples(build, zoo.MIXED)
@@ -38,7 +36,7 @@ def test_beams_score_what_they_say_by_hand(kind, build):
         assert abs(float(total - output.sequences_scores[row])) <= 1e-4
 
 
-@pytest.mark.parametrize(("kind", "build"), pairs(PROBES))
+@pytest.mark.parametrize(("kind", "build"), pairs(SOME))
 def test_beams_of_a_batch_are_those_of_each_sample_alone(kind, build):
     model, parts = zoo.model(build), zoo.samples(build, zoo.MIXED)
     inputs = zoo.collate(parts)
@@ -74,7 +72,7 @@ def test_sampling_with_a_seed_is_bit_identical_under_identity(build):
             assert same(generate(model, inputs, **options), plain), plan
 
 
-@pytest.mark.parametrize(("kind", "build"), pairs(PROBES))
+@pytest.mark.parametrize(("kind", "build"), pairs(SOME))
 def test_sampled_logits_equal_by_hand(kind, build):
     """Two sampled continuations of each row: the batch is repeated before the prompt is read, pictures are not."""
     model, parts = zoo.model(build), zoo.samples(build, zoo.MIXED)
@@ -107,7 +105,7 @@ class Collector(BaseStreamer):
         self.ended = True
 
 
-@pytest.mark.parametrize(("kind", "build"), pairs(PROBES))
+@pytest.mark.parametrize(("kind", "build"), pairs(SOME))
 def test_a_streaming_thread_sees_the_plan(kind, build):
     """`Thread(target=model.generate)` is how text is streamed: the plan is the model's, not that of one thread."""
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.SINGLE)

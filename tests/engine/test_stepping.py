@@ -7,17 +7,15 @@ import copy
 import pytest
 import torch
 import zoo
-from cases import CASES, TURN, pairs, prolonged, same
+from cases import CASES, SOME, TURN, pairs, prolonged, same
 from probes import STEPS, Pick, Probed, forward, generate, new_tokens, step_logits
 from transformers import DynamicCache
 
 import winnow
 
-PROBES = ("received", "picked", "folded", "forgotten", "probed")
-
 
 @pytest.mark.parametrize("given", ["nothing", "mask", "positions", "mask and positions"])
-@pytest.mark.parametrize(("kind", "build"), pairs(PROBES))
+@pytest.mark.parametrize(("kind", "build"), pairs(SOME))
 def test_stepping_by_hand_equals_generate(kind, build, given):
     """`model(next_token, past_key_values=…)`, with or without the mask and the positions that `generate` would pass.
 
@@ -52,7 +50,7 @@ def _next_position(build, model, inputs):
     return positions.amax((0, 2))[None, :, None].expand(3, -1, -1) + 1
 
 
-@pytest.mark.parametrize(("kind", "build"), pairs(PROBES))
+@pytest.mark.parametrize(("kind", "build"), pairs(SOME))
 def test_stepping_by_hand_over_a_padded_batch_with_its_mask_equals_generate(kind, build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
     with winnow.compress(model, CASES[kind].plan):
