@@ -331,7 +331,7 @@ def _nearest(x: Float[Tensor, "b n d"], to: Float[Tensor, "b m d"]) -> Float[Ten
 def lost(view: View, reduction: Reduction) -> PerScene:
     """The mean cosine distance of a dropped patch to the nearest output, at `features` ([CLS] first)."""
     patches = view.tokens[:, 1:]
-    dropped = ~mask_of(reduction.anchors, view.n)[:, 1:]
+    dropped = ~mask_of(reduction.representatives, view.n)[:, 1:]
     error = (1 - _nearest(patches, reduction.apply(view.tokens))) * dropped
     return (error.sum(1) / dropped.sum(1)).double().numpy()
 
