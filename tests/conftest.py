@@ -13,9 +13,9 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# While tests run, every call in these rooms checks its arguments and its result against the shapes in their annotations.
-# WINNOW_CHECK_SHAPES=0 switches it off, for tests that time something. Modules without shapes are left
-# alone, because the check of each call costs time.
+# While tests run, every call in these rooms checks its arguments and its result against the shapes in its annotations.
+# WINNOW_CHECK_SHAPES=0 switches it off, for tests that time something. Modules without shapes are left alone, because
+# the check of each call costs time.
 PACKAGE = Path(__file__).resolve().parent.parent / "winnow"
 CHECKED = [
     f"winnow.{room}.{path.stem}"

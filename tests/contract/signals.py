@@ -38,7 +38,7 @@ class BlockValues(VisionSignal):
 
 
 @dataclass(frozen=True)
-class BlockChange(VisionSignal):
+class BlockMove(VisionSignal):
     """How far a vision block moves each token, `[b, N]`, from its input and its output."""
 
     def site(self, info):

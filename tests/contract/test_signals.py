@@ -15,7 +15,7 @@ from torch import Tensor
 import winnow
 from winnow.contract import Signal, View
 
-from .signals import BlockChange, BlockValues, CellPixels, MLPOutput, TowerFeatures
+from .signals import BlockMove, BlockValues, CellPixels, MLPOutput, TowerFeatures
 
 ROWS = ("3 A 6", "2 B 4 C 5")
 
@@ -92,7 +92,7 @@ def test_values_and_changes_of_a_vision_block(build):
             values.append(v[:, prefix:].flatten(0, 1)[cells])
             changes.append(change[:, prefix:].flatten()[cells])
     match(in_a_batch(build, BlockValues(layer=1)), values)
-    match(in_a_batch(build, BlockChange(layer=1)), changes)
+    match(in_a_batch(build, BlockMove(layer=1)), changes)
 
 
 @pytest.mark.parametrize("build", zoo.BUILDS)
