@@ -144,7 +144,7 @@ def test_json_loses_nothing_in_any_encoding(encoding, whole, tmp_path):
 
 def test_names_that_are_not_text_are_shown_as_far_as_they_can_be(whole, tmp_path):
     said = call("run", "no\udcffwhere.png", "what?", "--model", whole).stderr
-    assert "no readable file" in said
+    assert "not a readable file" in said
     Image.new("RGB", (90, 90)).save(tmp_path / "strange\udcff.png")
     arguments = ("--model", whole, "--runs", 1, "--max-new-tokens", 1)
     shown = call("run", tmp_path / "strange\udcff.png", "what?", *arguments, code=0).stdout

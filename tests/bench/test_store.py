@@ -109,7 +109,7 @@ def test_what_is_no_store_is_refused_and_left_as_it_is(tmp_path):
     text.write_text("a shopping list, long enough to be no database\n" * 40)
     before = text.read_bytes()
     for create in (False, True):
-        with pytest.raises(WinnowError, match="no SQLite file"):
+        with pytest.raises(WinnowError, match="not an SQLite file"):
             Store(text, create=create)
     assert text.read_bytes() == before
     other = tmp_path / "other.sqlite"

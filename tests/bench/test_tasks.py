@@ -43,10 +43,10 @@ def test_a_row_becomes_a_question(folder):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        (b"{not json", "line 2: it is no JSON object"),
-        (b"\xff\xfe{}", "line 2: it is no JSON object"),
-        (b"[" * 100_000, "line 2: it is no JSON object"),
-        ([1, 2], "line 2: it is no JSON object"),
+        (b"{not json", "line 2: it is not a JSON object"),
+        (b"\xff\xfe{}", "line 2: it is not a JSON object"),
+        (b"[" * 100_000, "line 2: it is not a JSON object"),
+        ([1, 2], "line 2: it is not a JSON object"),
         ({"question": "a", "answer": "b"}, "line 2: its image is None"),
         (GOOD | {"question": " "}, "line 2: its question is ' '"),
         (GOOD | {"answer": None}, "line 2: its answer is None"),
@@ -55,11 +55,11 @@ def test_a_row_becomes_a_question(folder):
         (GOOD | {"image": "half.png"}, "line 2: the picture cannot be used"),
         (GOOD | {"image": "my.jsonl"}, "line 2: the picture cannot be used"),
         (GOOD | {"image": "https://example.org/a.png"}, "line 2: the picture cannot be used"),
-        (GOOD | {"evidence": [[0, 0, 41, 20]]}, "line 2: its evidence [0, 0, 41, 20] is no box"),
+        (GOOD | {"evidence": [[0, 0, 41, 20]]}, "line 2: its evidence [0, 0, 41, 20] is not a box"),
         (GOOD | {"evidence": [[5, 5, 5, 6]]}, "line 2: its evidence"),
-        (GOOD | {"evidence": "left"}, "line 2: its evidence 'left' is no box"),
+        (GOOD | {"evidence": "left"}, "line 2: its evidence 'left' is not a box"),
         (GOOD | {"id": "row-000001"}, "line 2: the id 'row-000001' is taken"),
-        (b'{"image": "' + b"x" * 2**21 + b'"}', "line 2: it is no JSON object"),
+        (b'{"image": "' + b"x" * 2**21 + b'"}', "line 2: it is not a JSON object"),
     ],
 )
 def test_e1_a_bad_row_is_counted_and_named_and_the_others_are_asked(folder, row, told):

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from winnow.engine.clock import now
+
 BUSY_SHARE = 0.25  # of the cores, that others may use
 BUSY_BYTES = 2**31  # of the GPU's memory, that others may hold
-
-
-def now(device: torch.device) -> float:
-    """Milliseconds, once the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() * 1000
 
 
 def clocked(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

@@ -24,6 +24,7 @@ class BoundModel:
         info: what methods may know.
         tower, blocks, projector: of the encoder.
         layers: of the language model.
+        device: on which it computes.
         cache_name: the keyword under which this version of transformers passes the cache.
     """
 
@@ -36,6 +37,7 @@ class BoundModel:
     blocks: Any
     projector: nn.Module
     layers: Any
+    device: torch.device
     cache_name: str
 
     @staticmethod
@@ -64,7 +66,9 @@ class BoundModel:
             cache_keyword(module)  # refused here where it is not known
         info = family.info(model)
         tower, blocks, projector = parts
-        return BoundModel(model, base, lm, family, info, tower, blocks, projector, lm.layers, cache_keyword(lm))
+        # Weights that accelerate has offloaded are on `meta`; where everything is, it computes on the CPU.
+        device = next((p.device for p in base.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        return BoundModel(model, base, lm, family, info, tower, blocks, projector, lm.layers, device, cache_keyword(lm))
 
     @property
     def token_ids(self) -> dict[str, int]:
@@ -87,7 +91,3 @@ class BoundModel:
     def attention_of(self, layer: int) -> nn.Module:
         """The attention module of an LM layer."""
         return seam(self.layers[layer], "self_attn", self.model)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.base.parameters()).device

@@ -13,11 +13,12 @@ class Clock:
 
     Args:
         on: whether anything is measured.
+        device: whose work is waited for.
         times: the dictionary that grows.
     """
 
-    def __init__(self, on: bool, times: dict[str, float] | None = None) -> None:
-        self.on = on
+    def __init__(self, on: bool, device: torch.device, times: dict[str, float] | None = None) -> None:
+        self.on, self.device = on, device
         self.times: dict[str, float] = {} if times is None else times
         self._open: list[list[Any]] = []
 
@@ -26,13 +27,13 @@ class Clock:
 
     def start(self, name: str) -> None:
         if self.on:
-            self._open.append([name, now(), 0.0])
+            self._open.append([name, now(self.device), 0.0])
 
     def stop(self) -> None:
         if not self._open:
             return
         name, start, inner = self._open.pop()
-        spent = now() - start
+        spent = now(self.device) - start
         if self._open:
             self._open[-1][2] += spent
         self.times[name] = self.times.get(name, 0.0) + spent - inner
@@ -46,8 +47,8 @@ class Clock:
             self.stop()
 
 
-def now() -> float:
-    """Milliseconds, with the device's work done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def now(device: torch.device) -> float:
+    """Milliseconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() * 1000

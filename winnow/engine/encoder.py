@@ -137,13 +137,11 @@ def _cells(bound: BoundModel, record: EncoderRecord, signal: Signal) -> Tensor:
         patches = bound.family.patches(bound.model, record)
         record.readings[signal] = Reading([signal.read(Pixels(patches))[None]])
     reading = record.calls_of(signal)
-    joined = getattr(reading, "joined", None)
-    if joined is None:
+    if reading.joined is None:
         calls = [x[:, reading.prefix :] for x in reading.calls]
         pixels = signal.site(bound.info).stack == "pixels"
-        joined = calls[0][0] if pixels else bound.family.cells(bound.model, record, calls)
-        reading.joined = joined  # type: ignore[attr-defined]
-    return joined
+        reading.joined = calls[0][0] if pixels else bound.family.cells(bound.model, record, calls)
+    return reading.joined
 
 
 def run_features(request: Request) -> Tensor | None:
@@ -194,8 +192,8 @@ def _tower_items(bound: BoundModel, record: EncoderRecord) -> list[TowerTokens]:
         rows = features[start : start + tiles].flatten(0, 1)
         ids = torch.arange(rows.shape[0], device=rows.device)
         ledger = ItemLedger(-1, record.modality, layouts[number], entries[number])
-        item = TowerTokens(-1, number, layouts[number], ids, entries[number], ledger, rows=rows)
-        item.tiles = slice(start, start + tiles)  # type: ignore[attr-defined]
+        tiled = slice(start, start + tiles)
+        item = TowerTokens(-1, number, layouts[number], ids, entries[number], ledger, rows=rows, tiles=tiled)
         items.append(item)
         start += tiles
     return items
@@ -207,7 +205,7 @@ def _of_tower(bound: BoundModel, record: EncoderRecord, item: TowerTokens, signa
         cells = int((item.layout.kind == CONTENT).sum())
         start = sum(int((other.layout.kind == CONTENT).sum()) for other in record.items[: item.number])
         return _cells(bound, record, signal)[start : start + cells]
-    return torch.cat(record.calls_of(signal).calls)[item.tiles].flatten(0, 1)  # type: ignore[attr-defined]
+    return torch.cat(record.calls_of(signal).calls)[item.tiles].flatten(0, 1)
 
 
 def take_projected(record: EncoderRecord, projected: Tensor) -> Tensor:

@@ -17,10 +17,17 @@ from winnow.models.family import Encoding
 
 @dataclass(eq=False)
 class Reading:
-    """A signal as it was read at each call of its site; `prefix`: whether its rows count the tokens before patches."""
+    """A signal as it was read at each call of its site.
+
+    Attributes:
+        calls: what it gave at each call.
+        prefix: rows of each call that stand before the patches.
+        joined: `[cells, …]` all calls together, once somebody has asked for it.
+    """
 
     calls: list[Tensor] = field(default_factory=list)
     prefix: int = 0
+    joined: Tensor | None = None
 
 
 @dataclass(eq=False)

@@ -208,7 +208,7 @@ class Engine:
         elif request is not None and request.bound is self.bound:
             yield request
         else:
-            with self._opened(self._request(Clock(self.timing))) as request:
+            with self._opened(self._request(Clock(self.timing, self.bound.device))) as request:
                 yield request
 
     def _request(self, clock: Clock) -> Request:
@@ -244,7 +244,7 @@ class Engine:
         state, held = state_of(cache), cache is not None and cache.get_seq_length() > 0
         if state is not None and state.attachment.bound.model is self.bound.model:
             state.attachment = self.attachment  # detached and compressed again in between
-        request = self._request(Clock(self.timing, self._times(called, held)))
+        request = self._request(Clock(self.timing, self.bound.device, self._times(called, held)))
         request.encodings = encodings_of(called, request.plan)
         if state is not None and self.bound.info.mrope:
             called = {**called, "position_ids": positions_of_later_turn(state, called)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -58,12 +59,14 @@ class TowerTokens(ItemTokens):
 
     Attributes:
         rows: `[n, C]` its tokens before the projector, `[n, D]` behind it.
+        tiles: its place among the tiles that the tower saw.
         in_place: whether they are tokens of the tower in their own order.
         separators: whether its newlines stay.
         reduced: whether any step changed something.
     """
 
     rows: Tensor = field(default_factory=lambda: torch.empty(0))
+    tiles: slice = field(default_factory=lambda: slice(0))
     in_place: bool = True
     separators: bool = True
     reduced: bool = False
@@ -79,11 +82,13 @@ class LMTokens(ItemTokens):
     """An item in the LM's sequence.
 
     Attributes:
+        encoded: the record of its encoder call.
         start: where its first placeholder stands in its row.
         slots: `[n]` slots of its content tokens.
         separator_slots: `[s]` slots of its separators.
     """
 
+    encoded: Any = None
     start: int = 0
     slots: Int[Tensor, " n"] = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     separator_slots: Int[Tensor, " s"] = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))

@@ -127,7 +127,7 @@ class LMPass:
                 left = Reduction.select(ids, layout.n_content)
                 item.states = {number: carried(state, left) for number, state in item.states.items()}
             ledger.reductions += tower.record.reductions
-        item.encoded = record  # type: ignore[attr-defined]
+        item.encoded = record
         return item
 
     def enter(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
@@ -268,7 +268,7 @@ class LMPass:
         steps += [step for own in self.plan.layers.values() for _, step in own]
         for signal in {s for step in steps for s in step.needs if s.site(self.bound.info).stack != "lm"}:
             for item in self.items:
-                value = lm_signal(self.bound, item.encoded, item.number, signal)  # type: ignore[attr-defined]
+                value = lm_signal(self.bound, item.encoded, item.number, signal)
                 item.signals[signal] = value[item.ids]
 
     def _run(self, number: int, step: Any, hidden: Tensor) -> Tensor:
@@ -327,12 +327,12 @@ class LMPass:
 
     def _place_features(self, hidden: Tensor) -> Tensor:
         """Rows that steps at `features` made stand in their places already; what stands between them is dropped."""
-        reduced = [item for item in self.items if item.encoded.reduced]  # type: ignore[attr-defined]
+        reduced = [item for item in self.items if item.encoded.reduced]
         if not reduced:
             return hidden
         kept, sizes = self.tokens.packing.mask.clone(), list(self.tokens.packing.sizes)
         for item in reduced:
-            record = item.encoded  # type: ignore[attr-defined]
+            record = item.encoded
             tower = record.items[item.number]
             ids = tower.ids.to(item.slots.device)
             at = item.slots[places(tower).to(item.slots.device)]
@@ -343,7 +343,7 @@ class LMPass:
             if not tower.separators or not ids.shape[0]:
                 sizes[item.row] -= self._drop_separators(item, kept)
             item.slots, item.ids = at, ids
-        for record in {id(item.encoded): item.encoded for item in reduced}.values():  # type: ignore[attr-defined]
+        for record in {id(item.encoded): item.encoded for item in reduced}.values():
             self.note(record.notes)
         return self._repack(hidden, kept, tuple(sizes))
 
