@@ -173,13 +173,14 @@ def test_a_dropped_model_is_freed_while_it_is_compressed(plan):
 
 def test_attaching_and_detaching_leaves_nothing_behind():
     model, inputs = zoo.model("llava_next"), zoo.inputs("llava_next", ONE)
+    others = [x for x in gc.get_objects() if isinstance(x, Ledger)]  # of tests before this one
     for _ in range(5):
         with winnow.compress(model, "visionzip:keep=10"):
             forward(model, inputs)
     gc.collect()
     held = [value for name, value in contextvars.copy_context().items() if name.name.startswith("winnow")]
     assert not any(value for value in held)
-    assert not [x for x in gc.get_objects() if isinstance(x, Ledger)]
+    assert not [x for x in gc.get_objects() if isinstance(x, Ledger) and not any(x is other for other in others)]
 
 
 # 10: layers that are not Llama's
