@@ -43,6 +43,8 @@ class CacheState:
 
     Attributes:
         attachment: of the plan that reduced it; a cache must not go on without it.
+        padded: whether what any layer holds has padding.
+        first_other: the first layer that holds other tokens than layer 0; None if all hold the same.
         inside: while the language model runs, the cache gives the lengths that each layer really holds.
         logical: tokens seen so far, as the caller counts them.
         prompt: where the last reduced item ends; what lies before cannot be cropped.
@@ -58,10 +60,23 @@ class CacheState:
     rope_deltas: Tensor | None = None
     real: Tensor | None = None
     inside: bool = False
+    padded: bool = False
+    first_other: int | None = None
+
+    def settle(self, depth: int) -> None:
+        """Note what decoded tokens ask for at every step.
+
+        Args:
+            depth: layers of the language model.
+        """
+        first = self.layers.get(0)
+        self.padded = any(past.mask is not None for past in self.layers.values())
+        self.first_other = next((i for i in range(depth) if self.layers.get(i) is not first), None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CacheState":
         made = CacheState(self.attachment, self.logical, self.prompt, rope_deltas=self.rope_deltas, real=self.real)
         made.layers = dict(self.layers)  # entries are never changed in place
+        made.padded, made.first_other = self.padded, self.first_other
         return made
 
     def select(self, index: Tensor) -> None:

@@ -164,11 +164,11 @@ class LMPass:
         if "flash" in (self.bound.lm.config._attn_implementation or ""):
             return 0 if self.tokens.touched or self.state is not None else self.plan.first_layer
         first = [self.plan.first_layer] if self.items and self.plan.first_layer is not None else []
-        if self.state is not None:
-            held = self.state.layers
-            differ = [i for i in range(len(self.bound.layers)) if held.get(i) is not self._lm_past]
-            if any(not self._nothing_to_mask(held.get(i), arguments) for i in differ):
-                first.append(differ[0])
+        state = self.state
+        if state is not None and state.first_other is not None:
+            quiet = not state.padded and self._nothing_to_mask(self._lm_past, arguments)
+            if not quiet:
+                first.append(state.first_other)
         return min(first, default=None)
 
     def layer(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Any]] | None:
@@ -370,6 +370,8 @@ class LMPass:
 
     def _remember_layers(self, state: CacheState) -> None:
         """What each layer's cache holds from now on."""
+        if not self.tokens.touched and not state.padded and not self.tokens.packing.padded:
+            return  # each layer has grown by the same real tokens: what is remembered of it still holds
         known: dict[Any, Past] = {}
         for index in range(len(self.bound.layers)):
             packing, past = self.packing_at(index), state.layers.get(index)
@@ -379,6 +381,7 @@ class LMPass:
             if key not in known:
                 known[key] = self._next_past(packing, past, index)
             state.layers[index] = known[key]
+        state.settle(len(self.bound.layers))
 
     def _next_past(self, packing: Packing, past: Past | None, index: int) -> Past:
         before = self._past_mask(past)

@@ -59,8 +59,8 @@ class PackedSequence:
         if self.position_of is self.initial.source:
             self.position_of = self.position_of.clone()
         self.position_of[row, slots] = self.position_of[row, position_from]
-        if self.lm_slot_of is not None:
-            self.lm_slot_of = self.lm_slot_of.clone()
+        if self.at_lm is not None:
+            self.lm_slot_of = self._lm_slots().clone()
             self.lm_slot_of[row, slots] = self.lm_slot_of[row, position_from]
 
     def select(
@@ -71,19 +71,27 @@ class PackedSequence:
         old = self.packing
         self.packing, slots = old.select(kept, sizes)
         self.position_of = self.position_of.gather(1, slots)
-        if self.lm_slot_of is not None:
-            self.lm_slot_of = self.lm_slot_of.gather(1, slots)
+        if self.at_lm is not None:
+            self.lm_slot_of = self._lm_slots().gather(1, slots)
         return hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1])), old.arrivals(slots)
 
     def enter_lm(self) -> None:
         """The LM starts with the slots of this moment; what layers get is counted from here."""
         self.at_lm = self.packing
-        self.lm_slot_of = torch.arange(self.packing.width, device=self.packing.mask.device).expand_as(self.packing.mask)
+
+    def _lm_slots(self) -> Int[Tensor, "b p"]:
+        """For each slot, the one with which the LM was entered."""
+        if self.lm_slot_of is None:
+            mask = self.at_lm.mask  # type: ignore[union-attr]
+            self.lm_slot_of = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        return self.lm_slot_of
 
     def position_ids(self, past: Past | None) -> Tensor:
         """What the LM is given as positions for these slots."""
         if self.compact:
             return self._renumbered(past)
+        if not self.touched:
+            return self.positions
         rows = self.packing.source.shape[0]
         given = self.positions
         index = self.position_of.to(given.device)
@@ -110,10 +118,10 @@ class PackedSequence:
             )
         if self.packing is self.at_lm:
             return given
-        rows, index = self.packing.source.shape[0], self.lm_slot_of
+        rows, index = self.packing.source.shape[0], self._lm_slots()
 
         def gather() -> tuple[Tensor, ...]:
-            at = index[..., None]  # type: ignore[index]
+            at = index[..., None]
             return tuple(e.expand(rows, -1, -1).gather(1, at.to(e.device).expand(-1, -1, e.shape[-1])) for e in given)
 
         return self.once(("embeddings", self.packing, id(given[0])), gather)
