@@ -144,6 +144,8 @@ def _questions(request: Request, arguments: dict[str, Any], ids: Tensor, ends: l
     if given is not None and len(given) not in (1, len(ends)) and len(ends) % len(given):
         raise WinnowError(f"spans: got {len(given)} for a batch of {len(ends)} samples.")
     mask = arguments.get("attention_mask")
+    # One read of the mask, and none where nobody asks for the question.
+    mask = mask.cpu() if mask is not None and request.plan.reads_question else None
     questions = []
     for row, end in enumerate(ends):
         if given is not None:
@@ -152,9 +154,7 @@ def _questions(request: Request, arguments: dict[str, Any], ids: Tensor, ends: l
                 raise WinnowError(f"spans: {span} ends behind the prompt of {length} tokens.")
             questions.append(span)
             continue
-        stop = length
-        if mask is not None:
-            real = mask[row, -length:].nonzero()
-            stop = int(real[-1]) + 1 if len(real) else length
+        real = None if mask is None else mask[row, -length:].nonzero()
+        stop = int(real[-1]) + 1 if real is not None and len(real) else length
         questions.append(question_span(ids[row], end, stop, request.suffix or ()))
     return questions
