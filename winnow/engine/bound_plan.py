@@ -93,10 +93,6 @@ class BoundPlan:
         hidden = [site.index for site in self.listeners if site.stack == "lm" and site.shows == "hidden"]
         return min((*self.layers, *hidden), default=None)
 
-    def read_at(self, stack: str) -> dict[int, tuple[Signal, ...]]:
-        """Index → signals of a stack whose attention is read."""
-        return {s.index: v for s, v in self.listeners.items() if s.stack == stack and s.shows == "attention"}
-
     @property
     def tower_signals(self) -> tuple[Signal, ...]:
         """What is read of the encoder."""

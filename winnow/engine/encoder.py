@@ -21,7 +21,7 @@ from winnow.engine.item_tokens import TowerTokens
 from winnow.engine.request import Request
 from winnow.engine.runner import StepRunner
 from winnow.signals.tap import scaling_of
-from winnow.signals.vision import HiddenStates, Pixels, TowerAttention
+from winnow.signals.vision import Pixels, TowerAttention
 
 
 class EncoderMethod:
@@ -115,11 +115,6 @@ def read(request: Request, site: Site, seen: Any) -> None:
 def tower_attention(bound: BoundModel, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> TowerAttention:
     """What a tapped tower block shows."""
     return TowerAttention(q, k, v, scaling_of(module, q), int(bound.info.has_cls))
-
-
-def read_hidden(bound: BoundModel, request: Request, index: int, before: Tensor, after: Tensor) -> None:
-    """What goes into a tower block and comes out of it."""
-    read(request, Site("vision", index, "hidden"), HiddenStates(before, after, int(bound.info.has_cls)))
 
 
 def lm_signal(bound: BoundModel, record: EncoderRecord, number: int, signal: Signal) -> Tensor:

@@ -202,10 +202,9 @@ class Engine:
     @contextlib.contextmanager
     def _encoding(self) -> Iterator[Request | None]:
         """The request that an encoder call belongs to: `generate` encodes before its first forward."""
-        request = request_now.get()
         if not self.attached:
             yield None
-        elif request is not None and request.bound is self.bound:
+        elif (request := self._mine()) is not None:
             yield request
         else:
             with self._opened(self._request(Clock(self.timing, self.bound.device))) as request:

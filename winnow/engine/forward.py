@@ -73,7 +73,7 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
         raise UnsupportedError("compression takes a 2-D attention_mask (1 real, 0 padding); got a prepared mask.")
     if not request.encodings:
         return LMPass(request, arguments)
-    ids = _token_ids(request, arguments["inputs_embeds"])
+    ids = _token_ids(request)
     spans, ends = _spans(request, ids)
     return LMPass(request, arguments, spans, _questions(request, arguments, ids, ends), ends)
 
@@ -108,7 +108,7 @@ def _refuse_chunks(request: Request) -> None:
         )
 
 
-def _token_ids(request: Request, embeds: Tensor) -> Int[Tensor, "b s"]:
+def _token_ids(request: Request) -> Int[Tensor, "b s"]:
     """The prompt's token ids on the CPU; where only embeddings were given, its placeholders, and −1 elsewhere."""
     ids = request.called.get("input_ids")
     if ids is not None:
