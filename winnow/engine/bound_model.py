@@ -8,6 +8,7 @@ from torch import nn
 
 from winnow.core.errors import UnsupportedError
 from winnow.core.info import ModelInfo
+from winnow.engine.devices import device_of
 from winnow.engine.versions import cache_keyword
 from winnow.models.family import Family, seam
 
@@ -24,7 +25,7 @@ class BoundModel:
         info: what methods may know.
         tower, blocks, projector: of the encoder.
         layers: of the language model.
-        device: on which it computes.
+        device: of its token embeddings. All steps of a plan run there, wherever the other parts are.
         cache_name: the keyword under which this version of transformers passes the cache.
     """
 
@@ -66,8 +67,7 @@ class BoundModel:
             cache_keyword(module)  # refused here where it is not known
         info = family.info(model)
         tower, blocks, projector = parts
-        # Weights that accelerate has offloaded are on `meta`; where everything is, it computes on the CPU.
-        device = next((p.device for p in base.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        device = device_of(model.get_input_embeddings())
         return BoundModel(model, base, lm, family, info, tower, blocks, projector, lm.layers, device, cache_keyword(lm))
 
     @property

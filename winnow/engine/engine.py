@@ -354,7 +354,7 @@ class Engine:
         if request is not None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
-            encoder.read(request, site, HiddenStates(before, after, int(self.bound.info.has_cls)))
+            encoder.read(request, site, HiddenStates(before.to(after.device), after, int(self.bound.info.has_cls)))
 
     def _see_lm(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> None:
         lm = self._lm_pass()
@@ -389,7 +389,7 @@ class Engine:
             return encoder.take_projected(request.encoding, output)
         if request.plan.listeners.get(site):
             before, after = (x[None] if x.ndim == 2 else x for x in (args[0], output))
-            encoder.read(request, site, HiddenStates(before, after))
+            encoder.read(request, site, HiddenStates(before.to(after.device), after))
         return None
 
     def parameters(self) -> dict[str, nn.Module]:

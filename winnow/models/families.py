@@ -35,11 +35,6 @@ def family_of(model: Any) -> Family:
     check_version(type(model).__name__)
     if not isinstance(model, nn.Module):
         raise WinnowError(f"compress takes a transformers model, got {type(model).__name__}.")
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-        raise UnsupportedError(
-            f"{type(model).__name__} is spread over several devices (hf_device_map); "
-            "this version compresses models on one."
-        )
     kind = getattr(getattr(model, "config", None), "model_type", None)
     family = _class_of(kind)
     if family is None or not hasattr(model, "lm_head"):
