@@ -17,7 +17,7 @@ from devices import FIRST, SECOND, THIRD, Devices
 from probes import Probed, forward, generate, step_logits
 
 import winnow
-from winnow.core.registry import entries
+from winnow.core.registry import entries, method_class
 
 STEPS = 3
 
@@ -106,7 +106,8 @@ def test_wherever_the_parts_are(places):
 @pytest.mark.parametrize("slug", [entry.slug for entry in entries()])
 @pytest.mark.filterwarnings("ignore::winnow.WinnowWarning")
 def test_every_method_runs_on_several_devices(slug):
-    compared("llava_clip", f"{slug}:keep=9" if slug != "pyramiddrop" else slug, APART)
+    method = method_class(slug).configured().at_budget(9, zoo.tokens_of("llava_clip", "A"))
+    compared("llava_clip", method, APART)
 
 
 @pytest.mark.parametrize("build", zoo.BUILDS)

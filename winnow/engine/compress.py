@@ -9,6 +9,7 @@ from winnow.core.registry import method_class
 from winnow.engine.engine import Engine
 from winnow.engine.forward import check_training
 from winnow.engine.handle import Handle
+from winnow.engine.saving import SaveMethod, savers
 from winnow.engine.spans import template_suffix
 from winnow.models.families import family_of, unwrap
 
@@ -50,4 +51,7 @@ def compress(
     suffix = None if processor is None else template_suffix(processor)
     engine = Engine(inner, family, Plan.of(plan, positions=positions), suffix)
     engine.attach()
-    return Handle(engine)
+    handle = Handle(engine)
+    for owner in savers(model, inner):
+        engine.stand_in(owner, SaveMethod(handle, owner))
+    return handle

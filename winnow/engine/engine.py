@@ -128,11 +128,15 @@ class Engine:
         with _attached_lock:
             _attached.discard(self.bound.model)
 
+    def stand_in(self, owner: nn.Module, method: Any) -> None:
+        """Put a method in the place of one of the model's, until detach."""
+        setattr(owner, method.name, method)
+        self._removers.append(functools.partial(owner.__dict__.pop, method.name, None))
+
     def _install(self) -> None:
         bound = self.bound
         for name, modality, _ in bound.family.encoders:
-            setattr(bound.base, name, encoder.EncoderMethod(self._encoding, bound.base, name, modality))
-            self._removers.append(functools.partial(bound.base.__dict__.pop, name, None))
+            self.stand_in(bound.base, encoder.EncoderMethod(self._encoding, bound.base, name, modality))
         self._forward = ForwardMethod(self._run_forward, bound.base)
         bound.base.forward = self._forward
         self._removers.append(self._forward.remove)
