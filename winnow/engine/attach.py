@@ -7,6 +7,7 @@ from winnow.core.plan import Plan
 from winnow.engine.engine import Engine
 from winnow.engine.forward import check_training
 from winnow.engine.handle import Handle
+from winnow.engine.saving import SaveMethod, savers
 from winnow.models.families import family_of, unwrap
 
 
@@ -23,4 +24,7 @@ def attach(
     check_training(inner)
     engine = Engine(inner, family, Plan.of(plan, positions=positions), suffix)
     engine.attach()
-    return Handle(engine)
+    handle = Handle(engine)
+    for owner in savers(model, inner):
+        engine.stand_in(owner, SaveMethod(handle, owner))
+    return handle

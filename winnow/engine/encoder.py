@@ -105,7 +105,7 @@ def read(request: Request, site: Site, seen: Any) -> None:
     prefix = getattr(seen, "prefix", 0)
     with torch.no_grad(), request.clock.phase("select"):
         for signal in wanted:
-            value = signal.read(seen)
+            value = signal.read(seen).to(request.bound.device)  # the parts of the encoder may be on several
             reading = record.readings.setdefault(signal, Reading())
             shown = seen.q.shape[2] if isinstance(seen, TowerAttention) else seen.before.shape[1]
             reading.prefix = prefix if value.shape[1] == shown else 0
@@ -129,7 +129,7 @@ def lm_signal(bound: BoundModel, record: EncoderRecord, number: int, signal: Sig
 def _cells(bound: BoundModel, record: EncoderRecord, signal: Signal) -> Tensor:
     """`[cells, …]` joined once for all items."""
     if signal.site(bound.info).stack == "pixels" and signal not in record.readings:
-        patches = bound.family.patches(bound.model, record)
+        patches = bound.family.patches(bound.model, record).to(bound.device)
         record.readings[signal] = Reading([signal.read(Pixels(patches))[None]])
     reading = record.calls_of(signal)
     if reading.joined is None:
@@ -178,7 +178,7 @@ def _apply(item: TowerTokens, reduction: Reduction, rows: Tensor | None, separat
 
 
 def _tower_items(bound: BoundModel, record: EncoderRecord) -> list[TowerTokens]:
-    features = bound.family.features(bound.model, record, record.tower_output)
+    features = bound.family.features(bound.model, record, record.tower_output).to(bound.device)
     counts = bound.family.tile_counts(bound.model, record, features.shape[0])
     layouts = bound.family.tower_layouts(bound.model, record, counts)
     entries = bound.family.entries(bound.model, record, counts)
@@ -207,7 +207,7 @@ def take_projected(record: EncoderRecord, projected: Tensor) -> Tensor:
     """After the projector: each item gets its rows back; the model goes on with the shape that it expects."""
     parts = projected[0].split([item.count for item in record.items])
     for item, part in zip(record.items, parts, strict=True):
-        item.rows = part
+        item.rows = part.to(item.ids.device)
     tiles, tokens = record.projected_shape
     return projected.new_zeros(1, 1, 1).expand(tiles, tokens, projected.shape[-1])
 
@@ -249,4 +249,4 @@ def places(item: TowerTokens) -> Tensor:
 def _placed(given: Tensor, item: TowerTokens, layout: Layout) -> Tensor:
     """An item's features with its rows in their places; nothing reads what stands elsewhere."""
     content = torch.from_numpy(layout.content).to(given.device)
-    return given.index_copy(0, content[places(item)], item.rows.to(given.dtype))
+    return given.index_copy(0, content[places(item).to(given.device)], item.rows.to(given))

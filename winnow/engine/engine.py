@@ -140,11 +140,15 @@ class Engine:
         with _attached_lock:
             _attached.discard(self.bound.model)
 
+    def stand_in(self, owner: nn.Module, method: Any) -> None:
+        """Put a method in the place of one of the model's, until detach."""
+        setattr(owner, method.name, method)
+        self._removers.append(functools.partial(owner.__dict__.pop, method.name, None))
+
     def _install(self) -> None:
         bound = self.bound
         for name, modality, _ in bound.family.encoders:
-            setattr(bound.base, name, encoder.EncoderMethod(self._encoding, bound.base, name, modality))
-            self._removers.append(functools.partial(bound.base.__dict__.pop, name, None))
+            self.stand_in(bound.base, encoder.EncoderMethod(self._encoding, bound.base, name, modality))
         self._forward = ForwardMethod(self._run_forward, bound.base)
         bound.base.forward = self._forward
         self._removers.append(self._forward.remove)
@@ -153,8 +157,7 @@ class Engine:
         # First in line, so that hooks that record outputs see what the caller will see.
         self._hook(bound.lm.register_forward_hook(Hook(self._leave_lm), with_kwargs=True, prepend=True))
         if hasattr(bound.lm, deepstack.NAME):
-            setattr(bound.lm, deepstack.NAME, deepstack.DeepstackMethod(self._lm_pass, bound.lm))
-            self._removers.append(functools.partial(bound.lm.__dict__.pop, deepstack.NAME, None))
+            self.stand_in(bound.lm, deepstack.DeepstackMethod(self._lm_pass, bound.lm))
         if bound.tower is not None:
             self._hook(bound.tower.register_forward_hook(Hook(self._leave_tower)))
         if bound.projector is not None:
@@ -371,7 +374,7 @@ class Engine:
         if request is not None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
-            encoder.read(request, site, HiddenStates(before, after, int(self.bound.info.has_cls)))
+            encoder.read(request, site, HiddenStates(before.to(after.device), after, int(self.bound.info.has_cls)))
 
     def _see_lm(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> None:
         lm = self._lm_pass()
@@ -406,7 +409,7 @@ class Engine:
             return encoder.take_projected(request.encoding, output)
         if request.plan.listeners.get(site):
             before, after = (x[None] if x.ndim == 2 else x for x in (args[0], output))
-            encoder.read(request, site, HiddenStates(before, after))
+            encoder.read(request, site, HiddenStates(before.to(after.device), after))
         return None
 
     def parameters(self) -> dict[str, nn.Module]:

@@ -139,7 +139,7 @@ def _token_ids(request: Request) -> Int[Tensor, "b s"]:
     for modality in request.encodings:
         token = request.bound.token_ids[modality]
         row = table(torch.full((), token, dtype=torch.int64, device=given.device))
-        found[(given == row).all(-1).cpu()] = token
+        found[(given == row.to(given.device)).all(-1).cpu()] = token
     return found
 
 
