@@ -7,7 +7,6 @@ from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.registry import method_class
 from winnow.engine.engine import Engine
-from winnow.engine.forward import check_training
 from winnow.engine.handle import Handle
 from winnow.engine.spans import template_suffix
 from winnow.models.families import family_of, unwrap
@@ -46,7 +45,6 @@ def compress(
         raise WinnowError(f"give a plan or keep=, not both: write keep into the plan, as in '{DEFAULT}:keep={keep}'.")
     if plan is None:
         plan = method_class(DEFAULT).configured(**({} if keep is None else {"keep": keep}))
-    check_training(inner)
     suffix = None if processor is None else template_suffix(processor)
     engine = Engine(inner, family, Plan.of(plan, positions=positions), suffix)
     engine.attach()
