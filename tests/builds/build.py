@@ -24,9 +24,10 @@ Inputs = dict[str, Tensor]
 Picture = tuple[list[int], Inputs]
 
 
-def concatenated(pictures: Sequence[Inputs]) -> Inputs:
-    """Pictures of a batch one after the other, as most classes take them."""
-    return {name: torch.cat([picture[name] for picture in pictures]) for name in (pictures[0] if pictures else ())}
+def by_name(items: Sequence[Inputs]) -> Inputs:
+    """Items one after the other, of several kinds: each kind has tensors of its own."""
+    names = dict.fromkeys(name for item in items for name in item)
+    return {name: torch.cat([item[name] for item in items if name in item]) for name in names}
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class Build:
     make: Callable[[dict[str, Any]], nn.Module]
     picture: Callable[[str, torch.Generator], Picture]
     letters: str = "ABC"
-    joined: Callable[[Sequence[Inputs]], Inputs] = concatenated
+    joined: Callable[[Sequence[Inputs]], Inputs] = by_name
     completed: Callable[[Inputs], Inputs] = lambda inputs: inputs
     per_token: tuple[str, ...] = ()
     padding: str | None = "left"
@@ -135,9 +136,11 @@ def _filled(build: Build, dtype: torch.dtype, seed: int, overrides: tuple[tuple[
 def fill(name: str, weight: Tensor, generator: torch.Generator) -> None:
     """Weights that are larger than at the start of training: attention is peaky and no argmax hangs on rounding."""
     if weight.ndim == 1:
-        if "norm" not in name and "scale" not in name:
+        if "norm" not in name.lower() and "scale" not in name:
             weight.normal_(0, 0.2, generator=generator)
     elif "embed_tokens" in name or "position_embedding" in name:
         weight.normal_(0, 0.5, generator=generator)
     else:
-        weight.normal_(0, 1 / math.sqrt(weight[0].numel()), generator=generator)
+        # The experts of a layer lie in one tensor; each is a matrix of its own.
+        inputs = weight.shape[-1] if weight.ndim == 3 and "experts" in name else weight[0].numel()
+        weight.normal_(0, 1 / math.sqrt(inputs), generator=generator)

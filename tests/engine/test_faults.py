@@ -198,7 +198,9 @@ def test_a_probe_sees_what_the_layer_itself_will_use(kind):
     for name, weight in model.named_parameters():
         zoo._fill(name, weight.data, generator)
     model, sample, seen = model.double().eval(), zoo.sample("llava_clip", "3 A 6", dtype=torch.float64), {}
-    tap = Tap(model.model.language_model.layers[3].self_attn, lambda m, q, k, v: seen.update(q=q, k=k, scale=m.scaling))
+    tap = Tap(
+        model.model.language_model.layers[3].self_attn, lambda m, q, k, *_: seen.update(q=q, k=k, scale=m.scaling)
+    )
     forward(model, sample, use_cache=False)
     tap.remove()
     keys = seen["k"].repeat_interleave(2, 1)

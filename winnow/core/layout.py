@@ -48,6 +48,12 @@ class Layout:
         return Layout.of(("grid", t, h, w, cls, newline), parts)
 
     @staticmethod
+    def sequence(n: int) -> Layout:
+        """n tokens in a row, of which it is not known what part of the picture they cover."""
+        rows = grid_rows(1, n)
+        return Layout.of(("sequence", n), [{**rows, "boxes": np.full((n, 4), np.nan)}])
+
+    @staticmethod
     def of(key: Hashable, parts: Iterable[dict[str, np.ndarray]]) -> Layout:
         """Join parts (see `grid_rows`, `separators`) in order."""
         parts = list(parts)

@@ -11,6 +11,10 @@ from winnow.core.info import ModelInfo
 from winnow.engine.versions import cache_keyword
 from winnow.models.family import Family, seam
 
+LINEAR = ("linear_attention", "conv", "mamba", "recurrent")
+WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
+ATTENTIONS = ("self_attn", "attention", "attn", "self_attention")
+
 
 @dataclass(frozen=True, eq=False)
 class BoundModel:
@@ -22,8 +26,10 @@ class BoundModel:
         lm: the language model.
         family: the adapter.
         info: what methods may know.
-        tower, blocks, projector: of the encoder.
+        tower, blocks, projector: of the encoder; None where the family does not name them.
         layers: of the language model.
+        kinds: how each layer attends, in transformers' words (`full_attention`, `sliding_attention`, …).
+        short: whether the language model is called with the shortened sequence.
         device: on which it computes.
         cache_name: the keyword under which this version of transformers passes the cache.
     """
@@ -33,10 +39,12 @@ class BoundModel:
     lm: Any
     family: Family
     info: ModelInfo
-    tower: nn.Module
+    tower: nn.Module | None
     blocks: Any
-    projector: nn.Module
+    projector: nn.Module | None
     layers: Any
+    kinds: tuple[str, ...]
+    short: bool
     device: torch.device
     cache_name: str
 
@@ -44,42 +52,55 @@ class BoundModel:
     def of(model: Any, family: Family) -> "BoundModel":
         """Find the seams; a missing one, or attention of a kind that is not understood, is refused."""
         base, lm = model.base_model, model.get_decoder()
-        for path in ("layers", "norm", "rotary_emb"):
+        for path in ("layers", "norm", "rotary_emb") if family.short else ("layers",):
             seam(lm, path, model)
-        parts = [seam(base, path, model) for path in (family.tower, family.blocks, family.projector)]
-        other = set(getattr(lm.config, "layer_types", None) or ()) - {"full_attention"}
-        if other or getattr(lm.config, "sliding_window", None):
-            raise UnsupportedError(
-                f"{type(model).__name__} has sliding-window or other special attention "
-                f"({', '.join(sorted(other)) or 'sliding_window'}); this version compresses full attention only."
-            )
+        layers = lm.layers
+        parts = [_part(base, path, model) for path in (family.tower, family.blocks, family.projector)]
         if not getattr(lm.config, "is_causal", True):
             raise UnsupportedError(f"the language model of {type(model).__name__} is not causal.")
-        for module in (model, base, lm, *lm.layers):
+        for module in (model, base, lm, *layers):
             if getattr(module, "_compiled_call_impl", None) is not None:
                 raise UnsupportedError(
                     f"{type(module).__name__} was compiled in place (module.compile()) before it was compressed, and "
                     "compiled code does not see what is attached later. Load the model anew, compress it, and leave it "
                     "uncompiled: compression runs eagerly."
                 )
-        for module in (base, *lm.layers):
+        kinds = layer_kinds(lm)
+        for module in (base, *layers) if family.short else (base, lm):
             cache_keyword(module)  # refused here where it is not known
+        family.check(model)
         info = family.info(model)
         tower, blocks, projector = parts
         # Weights that accelerate has offloaded are on `meta`; where everything is, it computes on the CPU.
         device = next((p.device for p in base.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        return BoundModel(model, base, lm, family, info, tower, blocks, projector, lm.layers, device, cache_keyword(lm))
+        short = family.short and set(kinds) == {"full_attention"}
+        return BoundModel(
+            model, base, lm, family, info, tower, blocks, projector, layers, kinds, short, device, cache_keyword(lm)
+        )
 
     @property
     def token_ids(self) -> dict[str, int]:
         """The placeholder of each modality."""
         return {modality: getattr(self.model.config, name) for _, modality, name in self.family.encoders}
 
+    @property
+    def windowed(self) -> bool:
+        """Whether some layer attends to a window or a chunk."""
+        return any(kind in WINDOWED for kind in self.kinds)
+
+    @property
+    def compactable(self) -> bool:
+        """Whether positions can be numbered anew in every layer: one rotary embedding, and no windows."""
+        return self.short and not self.info.mrope
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether a layer keeps a state instead of keys and values."""
+        return self.kinds[layer] in LINEAR
+
     def check_seams(self) -> None:
         """Refuse a model whose parts were exchanged after it was compressed: hooks would be left on the old ones."""
-        found = [
-            seam(self.base, path, self.model) for path in (self.family.tower, self.family.blocks, self.family.projector)
-        ]
+        family = self.family
+        found = [_part(self.base, path, self.model) for path in (family.tower, family.blocks, family.projector)]
         now = (*found, self.model.get_decoder(), self.lm.layers)
         for was, new in zip((self.tower, self.blocks, self.projector, self.lm, self.layers), now, strict=True):
             if was is not new:
@@ -88,6 +109,32 @@ class BoundModel:
                     "compressed; call detach() on its handle, replace the part, and compress again."
                 )
 
-    def attention_of(self, layer: int) -> nn.Module:
+    def attention_of(self, layer: int) -> Any:
         """The attention module of an LM layer."""
-        return seam(self.layers[layer], "self_attn", self.model)
+        for name in ATTENTIONS:
+            if (found := getattr(self.layers[layer], name, None)) is not None and not self.is_linear(layer):
+                return found
+        attending = [str(i) for i, kind in enumerate(self.kinds) if kind not in LINEAR]
+        raise UnsupportedError(
+            f"layer {layer} of {type(self.model).__name__} is of the kind {self.kinds[layer]} and has no attention to "
+            f"look at; layers with attention are {', '.join(attending)}."
+        )
+
+
+def _part(base: Any, path: str | None, model: Any) -> Any:
+    return None if path is None else seam(base, path, model)
+
+
+def layer_kinds(lm: Any) -> tuple[str, ...]:
+    """How each layer of a language model attends, as its configuration says."""
+    config, depth = lm.config, len(lm.layers)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        return ("sliding_attention" if windowed else "full_attention",) * depth
+    if len(kinds) < depth:
+        raise UnsupportedError(
+            f"the configuration of {type(lm).__name__} names {len(kinds)} layer_types for {depth} layers; "
+            "use a complete checkpoint."
+        )
+    return tuple(kinds[:depth])

@@ -5,7 +5,7 @@ Inside, each layer holds only what survived, and masks are made from those physi
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ from transformers.cache_utils import (
     Cache,
     DynamicCache,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
     StaticLayer,
 )
 
@@ -27,14 +31,34 @@ class Past:
     Attributes:
         mask: `[B, L]` True for real slots; None if none pads.
         offset: `[B]` what a logical position exceeds the position used in this layer by (0 under `keep`).
+        logical: `[B, L']` the logical positions of the first slots, up to the position `until`; what came later is
+            without gaps. None where the language model is called with the slots that are left.
     """
 
     mask: Tensor | None
     offset: Tensor
+    logical: Tensor | None = None
+    until: int = 0
 
     def rows(self, index: Tensor) -> "Past":
-        mask = None if self.mask is None else self.mask[index.to(self.mask.device)]
-        return Past(mask, self.offset[index.to(self.offset.device)])
+        def at(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[index.to(x.device)]
+
+        return replace(self, mask=at(self.mask), offset=at(self.offset), logical=at(self.logical))  # type: ignore[arg-type]
+
+    def columns(self, before: int) -> Tensor:
+        """`[B, L]` the logical position of every slot, of `before` tokens that the cache has seen."""
+        if self.logical is None:
+            raise WinnowError("this cache was reduced by another way of calling the language model; start a new one.")
+        later = torch.arange(self.until, before, device=self.logical.device)
+        return torch.cat([self.logical, later.expand(self.logical.shape[0], -1)], 1)
+
+    def cropped(self, count: int, logical: int) -> "Past":
+        """Without its last tokens; `logical` of them are left."""
+        mask = None if self.mask is None else self.mask[:, :-count]
+        cut = max(0, self.until - logical)
+        known = self.logical if self.logical is None or not cut else self.logical[:, :-cut]
+        return Past(mask, self.offset, known, self.until - cut)
 
 
 @dataclass(eq=False)
@@ -120,14 +144,16 @@ class LogicalLength:
             )
         if count == 0:
             return
+        if not all(_croppable(layer) for layer in self.layers):  # type: ignore[attr-defined]
+            raise WinnowError(
+                f"cannot crop {count} tokens: layers with a sliding window or a linear state have forgotten what stood "
+                "before them; start with a new cache."
+            )
         super().crop(-count)  # type: ignore[misc]
         state.logical -= count
         if state.real is not None:
             state.real = state.real - count
-        cut = {
-            id(past): Past(None if past.mask is None else past.mask[:, :-count], past.offset)
-            for past in state.layers.values()
-        }
+        cut = {id(past): past.cropped(count, state.logical) for past in state.layers.values()}
         state.layers = {i: cut[id(past)] for i, past in state.layers.items()}
 
     def reset(self) -> None:
@@ -148,6 +174,12 @@ class LogicalLength:
         if self._winnow.layers:
             rows = next(iter(self._winnow.layers.values())).offset.shape[0]
             self._winnow.select(torch.arange(rows).repeat_interleave(repeats))
+
+
+def _croppable(layer: Any) -> bool:
+    if isinstance(layer, LinearAttentionLayer):
+        return False
+    return not getattr(layer, "is_sliding", False) or layer.get_seq_length() < layer.sliding_window
 
 
 @functools.cache
@@ -171,6 +203,16 @@ def tag(cache: Cache, attachment: Any, logical: int) -> CacheState:
     return state
 
 
+# Storages that can hold a different number of tokens in each layer. Linear layers hold a state and no tokens.
+_HOLD = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
+
+
 def check_cache(cache: Cache) -> None:
     """Refuse storages that cannot hold a different number of tokens in each layer."""
     for layer in cache.layers:
@@ -179,7 +221,7 @@ def check_cache(cache: Cache) -> None:
                 "a static cache has one fixed length for all layers and cannot hold a compressed prompt; "
                 "use the default dynamic cache (drop cache_implementation='static')."
             )
-        if type(layer) is not DynamicLayer:
+        if type(layer) not in _HOLD:
             raise UnsupportedError(
                 f"a cache with {type(layer).__name__} cannot hold a compressed prompt; use the default dynamic cache."
             )
@@ -188,6 +230,18 @@ def check_cache(cache: Cache) -> None:
         raise UnsupportedError(
             f"a {type(cache).__name__} cannot hold a compressed prompt; use the default dynamic cache."
         )
+
+
+def held_by(cache: Any, index: int) -> int:
+    """Slots of a layer's cache that its attention reads."""
+    if cache is None or index >= len(cache.layers):
+        return 0
+    layer = cache.layers[index]
+    keys = getattr(layer, "keys", None)
+    if keys is None or not keys.numel():
+        return 0
+    window = getattr(layer, "sliding_window", None)
+    return keys.shape[-2] if window is None else min(keys.shape[-2], window - 1)
 
 
 class Physical:

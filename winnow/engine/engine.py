@@ -142,9 +142,11 @@ class Engine:
         self._hook(bound.lm.register_forward_pre_hook(Hook(self._enter_lm), with_kwargs=True))
         # First in line, so that hooks that record outputs see what the caller will see.
         self._hook(bound.lm.register_forward_hook(Hook(self._leave_lm), with_kwargs=True, prepend=True))
-        self._hook(bound.tower.register_forward_hook(Hook(self._leave_tower)))
-        self._hook(bound.projector.register_forward_pre_hook(Hook(self._enter_projector)))
-        self._hook(bound.projector.register_forward_hook(Hook(self._leave_projector)))
+        if bound.tower is not None:
+            self._hook(bound.tower.register_forward_hook(Hook(self._leave_tower)))
+        if bound.projector is not None:
+            self._hook(bound.projector.register_forward_pre_hook(Hook(self._enter_projector)))
+            self._hook(bound.projector.register_forward_hook(Hook(self._leave_projector)))
 
     def _hook(self, handle: Any) -> None:
         self._removers.append(handle.remove)
@@ -348,10 +350,10 @@ class Engine:
         request = self._mine()
         if request is None or request.lm is None or request.checkpointed == index:
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        rest = kwargs if args else {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        changed = request.lm.layer(index, hidden, rest)
-        return None if changed is None else ((changed[0], *args[1:]), changed[1])
+        if args:
+            return request.lm.layer(index, args, kwargs)
+        rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        return request.lm.layer(index, (kwargs["hidden_states"],), rest)
 
     def _enter_checkpoint(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a layer is checkpointed. Its own hook, inside the checkpoint, has nothing left to do."""
@@ -360,7 +362,7 @@ class Engine:
             request.checkpointed = index
         return changed
 
-    def _see_tower(self, site: Site, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _see_tower(self, site: Site, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> None:
         request = self._mine()
         if request is not None:
             encoder.read(request, site, encoder.tower_attention(self.bound, module, q, k, v))
@@ -372,10 +374,10 @@ class Engine:
             after = output[0] if isinstance(output, tuple) else output
             encoder.read(request, site, HiddenStates(before, after, int(self.bound.info.has_cls)))
 
-    def _see_lm(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _see_lm(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> None:
         lm = self._lm_pass()
         if lm is not None:
-            lm.attention(layer, module, q, k)
+            lm.attention(layer, module, q, k, mask)
 
     def _leave_tower(self, module: nn.Module, args: Any, output: Any) -> None:
         request = self._mine()

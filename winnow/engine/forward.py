@@ -13,7 +13,7 @@ from winnow.engine.cache import CacheState, check_cache, state_of
 from winnow.engine.encoding import EncoderRecord, is_marked, record_of
 from winnow.engine.item_tokens import Span, find_spans
 from winnow.engine.lm_pass import LMPass
-from winnow.engine.request import Request
+from winnow.engine.request import Request, padding_mask
 from winnow.engine.spans import question_span
 
 
@@ -66,7 +66,7 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
             request.bound.check_seams()
         if cache is not None:
             check_cache(cache)
-    given = arguments.get("attention_mask")
+    given = padding_mask(request, arguments)
     if given is not None and (not isinstance(given, Tensor) or given.ndim != 2):
         raise UnsupportedError("compression takes a 2-D attention_mask (1 real, 0 padding); got a prepared mask.")
     if not request.encodings:
@@ -132,7 +132,7 @@ def _questions(request: Request, arguments: dict[str, Any], ids: Tensor, ends: l
     length, given = ids.shape[1], request.spans
     if given is not None and len(given) not in (1, len(ends)) and len(ends) % len(given):
         raise WinnowError(f"spans: got {len(given)} for a batch of {len(ends)} samples.")
-    mask = arguments.get("attention_mask")
+    mask = padding_mask(request, arguments)
     # One read of the mask, and none where nobody asks for the question.
     mask = mask.cpu() if mask is not None and request.plan.reads_question else None
     questions = []

@@ -6,7 +6,7 @@ from winnow.core.ledger import Ledger
 from winnow.engine.flops import kv_bytes_per_token, lm_flops
 from winnow.engine.lm_pass import LMPass
 from winnow.engine.packed import row_mask
-from winnow.engine.request import Request
+from winnow.engine.request import Request, padding_mask
 
 
 def write_ledger(request: Request, lm: LMPass | None, arguments: dict[str, Any], cache: Any) -> Ledger | None:
@@ -68,7 +68,7 @@ def _ledger(
 
 def _in_full(request: Request, arguments: dict[str, Any], rows: int, length: int) -> Ledger:
     """A request without items: everything was read, and the ledger says why."""
-    given = arguments.get("attention_mask")
+    given = padding_mask(request, arguments)
     two_d = given if getattr(given, "ndim", 0) == 2 else None
     _, sizes, *_ = row_mask(two_d, rows, length, arguments["inputs_embeds"].device)
     ids = request.called.get("input_ids")

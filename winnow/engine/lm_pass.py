@@ -2,13 +2,16 @@
 
 What enters the LM is shortened where it enters; what a step drops deeper in is dropped before its layer. The model
 makes masks and rotary embeddings itself wherever it is given the shortened tokens; only layers that hold fewer tokens
-than the LM was entered with get their own.
+than the LM was entered with get their own. Where that would not be what the model was trained with (windows, masks that
+are made outside), the LM is called with the whole sequence and every layer gets its part: see `WholeCall`.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from winnow.core.errors import UnsupportedError
@@ -16,16 +19,33 @@ from winnow.core.ledger import ItemLedger
 from winnow.core.packing import Packing
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal, Site
-from winnow.engine.cache import CacheState, Past, check_cache, state_of, tag
+from winnow.engine.cache import CacheState, Past, check_cache, held_by, state_of, tag
 from winnow.engine.encoder import lm_signal, places
 from winnow.engine.encoding import EncoderRecord
 from winnow.engine.item_tokens import LMTokens, Span, carried, content_mask
 from winnow.engine.packed import PackedSequence, packed_segments, row_mask
 from winnow.engine.probing import probe_layer
-from winnow.engine.request import Request
+from winnow.engine.request import Request, padding_mask
 from winnow.engine.runner import Change, StepRunner
-from winnow.signals.language import LMAttentionInputs, TextSpans
+from winnow.engine.whole_call import WholeCall
+from winnow.signals.language import LMAttentionInputs, TextSpans, as_visible
 from winnow.signals.tap import scaling_of
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """Rows that were made anew.
+
+    Attributes:
+        row: the sample.
+        was, at: `[n]`, `[m]` the logical positions of the rows before, and of those that took their place.
+        reduction: from the ones to the others.
+    """
+
+    row: int
+    was: Int[Tensor, " n"]
+    at: Int[Tensor, " m"]
+    reduction: Reduction
 
 
 class LMPass:
@@ -53,13 +73,13 @@ class LMPass:
         self.cache = arguments.get(self.bound.cache_name)
         self.state: CacheState | None = state_of(self.cache)
         self.before = 0 if self.cache is None else self.cache.get_seq_length()
-        given = arguments.get("attention_mask")
+        given = padding_mask(request, arguments)
         mask, sizes, right, self._host_mask = row_mask(given, rows, length, embeds.device)
         # What the cache holds of layers that were never reduced is known from the caller's mask alone.
         self.caller_past = given[:, : self.before].bool() if given is not None and self.before else None
         keeps_cache = arguments.get("use_cache")
         keeps_cache = self.bound.lm.config.use_cache if keeps_cache is None else keeps_cache
-        alone = given is None and self.cache is None and not keeps_cache
+        alone = given is None and self.cache is None and not keeps_cache and self.bound.short
         segments = packed_segments(arguments.get("position_ids"), self.bound.lm.config) if alone else None
         self._check_segments(segments)
         self.tokens = PackedSequence(
@@ -76,7 +96,12 @@ class LMPass:
         self.items = [self._item(span, record, mask) for span, record in spans]
         self.runner = StepRunner(self.plan, self.note, request.train)
         self._lm_past: Past | None = None
-        if self.state is not None:
+        self.merged: list[Merged] = []
+        self.whole: WholeCall | None = None
+        if not self.bound.short:
+            self.whole = WholeCall(self.tokens, self.before, self.flash)
+            self.held_before = tuple(held_by(self.cache, i) for i in range(len(self.bound.layers)))
+        elif self.state is not None:
             self.state.inside = True
 
     def _check_segments(self, segments: Tensor | None) -> None:
@@ -133,6 +158,8 @@ class LMPass:
     def enter(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """Before the LM: place reduced features, run steps at `projected`; None: the LM goes on as it was called."""
         hidden = arguments["inputs_embeds"]
+        if self.whole is not None:
+            self.tokens.enter_lm()
         hidden = self._place_features(hidden)
         self._load_signals()
         with self.request.clock.phase("select"):
@@ -141,6 +168,11 @@ class LMPass:
         for item in self.items:
             item.n_lm = item.count
         tokens = self.tokens
+        if self.whole is not None:
+            self.packings[0] = (0, tokens.packing)
+            if not self.merged:
+                return None
+            return {**arguments, "inputs_embeds": self.whole.embeds(arguments["inputs_embeds"], hidden)}
         tokens.enter_lm()
         self.packings[0] = (0, tokens.packing)
         past = self._lm_past = None if self.state is None else self.state.layers.get(0)
@@ -155,13 +187,19 @@ class LMPass:
             "position_ids": tokens.position_ids(past),
         }
 
+    @property
+    def flash(self) -> bool:
+        return "flash" in (self.bound.lm.config._attn_implementation or "")
+
     def first_layer(self, arguments: dict[str, Any]) -> int | None:
         """The first layer that must be told something before it runs; None where all go on as the LM is called.
 
         Args:
             arguments: with which the LM is called.
         """
-        if "flash" in (self.bound.lm.config._attn_implementation or ""):
+        if self.whole is not None:
+            return self._first_of_whole(arguments)
+        if self.flash:
             return 0 if self.tokens.touched or self.state is not None else self.plan.first_layer
         first = [self.plan.first_layer] if self.items and self.plan.first_layer is not None else []
         state = self.state
@@ -171,24 +209,51 @@ class LMPass:
                 first.append(state.first_other)
         return min(first, default=None)
 
-    def layer(self, index: int, hidden: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Any]] | None:
-        """Before LM layer `index`: run its steps, then give it what belongs to its slots; None: nothing to change."""
+    def _first_of_whole(self, arguments: dict[str, Any]) -> int | None:
+        if self.tokens.touched:
+            return 0
+        first = [self.plan.first_layer] if self.items and self.plan.first_layer is not None else []
+        if self.state is not None and self.bound.windowed:
+            return 0
+        if self.state is not None and self.state.layers:
+            given = arguments.get("attention_mask")
+            masks = given.values() if isinstance(given, dict) else (given,)
+            one = self.tokens.packing.width == 1 and self.bound.lm.config._attn_implementation == "sdpa"
+            quiet = one and not self.state.padded and all(mask is None for mask in masks)
+            first += [] if quiet else [min(self.state.layers)]
+        return min(first, default=None)
+
+    def layer(
+        self, index: int, args: tuple[Any, ...], arguments: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before LM layer `index`: run its steps, then give it what belongs to its slots; None: nothing to change.
+
+        Args:
+            args: its positional arguments, the hidden states first.
+        """
         if self.cache is None:
             self.cache = arguments.get(self.bound.cache_name)  # the LM makes one where the caller gave none
-        tokens = self.tokens
+        tokens, hidden = self.tokens, args[0]
+        if self.whole is not None and index == 0:
+            hidden = self.whole.hidden(hidden)
         steps = self.plan.layers.get(index, ()) if self.items else ()
         if steps:
             with self.request.clock.phase("select"):
                 for number, step in steps:
-                    self._probe(index, step, hidden, arguments)
+                    self._probe(index, step, (hidden, *args[1:]), arguments)
                     hidden = self._run(number, step, hidden)
             self.packings.append((index, tokens.packing))
         past = None if self.state is None else self.state.layers.get(index)
-        flash = "flash" in (self.bound.lm.config._attn_implementation or "")
-        if tokens.packing is tokens.at_lm and past is self._lm_past:
-            if not flash or not (tokens.touched or past is not None):
+        if self.whole is not None:
+            forgets = self.state is not None and self.held_before[index] < self.before
+            if not tokens.touched and past is None and not forgets:
                 return None
-            return hidden, {**arguments, "position_ids": None}
+            rest, changed = self._whole_arguments(index, args[1:], arguments)
+            return (hidden, *rest), changed
+        if tokens.packing is tokens.at_lm and past is self._lm_past:
+            if not self.flash or not (tokens.touched or past is not None):
+                return None
+            return (hidden, *args[1:]), {**arguments, "position_ids": None}
         if self._nothing_to_mask(past, arguments):
             return None
         changed = {
@@ -198,19 +263,26 @@ class LMPass:
             # Flash attention would read gapped positions as packed samples; nothing else needs them here.
             "position_ids": None,
         }
-        return hidden, changed
+        return (hidden, *args[1:]), changed
+
+    def _whole_arguments(
+        self, index: int, args: tuple[Any, ...], arguments: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        past = None if self.state is None else self.state.layers.get(index)
+        held, linear = self.held_before[index], self.bound.is_linear(index)
+        return self.whole.layer(self.bound.layers[index], args, arguments, past, held, linear)  # type: ignore[union-attr]
 
     def _nothing_to_mask(self, past: Past | None, arguments: dict[str, Any]) -> bool:
         """A decoded token reads all that its layer holds, whatever that is: no mask, and its own position."""
         plain = self.tokens.packing is self.tokens.at_lm and self.tokens.packing.width == 1 and not self.tokens.compact
         return plain and arguments.get("attention_mask") is None and self._past_mask(past) is None
 
-    def attention(self, layer: int, module: nn.Module, q: Tensor, k: Tensor) -> None:
-        """A tapped LM layer shows its queries and keys; by now its cache holds the keys of this forward too."""
+    def attention(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, mask: Any = None) -> None:
+        """A tapped LM layer shows its queries, keys and mask; by now its cache holds the keys of this forward too."""
         wanted = self.plan.listeners.get(Site("lm", layer), ())
         if self.items and wanted:
             with self.request.clock.phase("select"):
-                self._read(wanted, self._inputs(layer, module, q, k))
+                self._read(wanted, self._inputs(layer, module, q, k, mask))
 
     def hidden(self, layer: int, seen: Any) -> None:
         """What an LM layer took in and gave."""
@@ -228,28 +300,34 @@ class LMPass:
                     own = values[item.row]
                     item.signals[signal] = own[item.slots] if signal.per == "token" else own
 
-    def _inputs(self, layer: int, module: nn.Module, q: Tensor, k: Tensor) -> LMAttentionInputs:
+    def _inputs(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, mask: Any = None) -> LMAttentionInputs:
         past = None if self.state is None else self.state.layers.get(layer)
         content = []
         for row in range(len(self.tokens.packing.sizes)):
             own = [item.slots for item in self.items if item.row == row and item.count]
             content.append(torch.cat(own) if own else self.tokens.packing.source.new_zeros(0))
         spans = TextSpans(self.questions, self.ends, content)
-        return LMAttentionInputs(q, k, scaling_of(module, q), self.tokens.packing, self._past_mask(past), spans)
+        scaling, seen = scaling_of(module, q), None if self.whole is None else as_visible(mask)
+        return LMAttentionInputs(q, k, scaling, self.tokens.packing, self._past_mask(past), spans, seen)
 
-    def _probe(self, index: int, step: Any, hidden: Tensor, arguments: dict[str, Any]) -> None:
+    def _probe(self, index: int, step: Any, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
         """What a step wants of the layer that is about to run."""
         wanted = [s for s in step.needs if s in self.plan.probed.get(index, ())]
         if not wanted or not any(item.count for item in self.items):
             return
         past = None if self.state is None else self.state.layers.get(index)
+        layer, hidden, mask = self.bound.layers[index], args[0], None
         with torch.no_grad():
-            embeddings = self.tokens.embeddings(arguments["position_embeddings"], hidden, past)
             last = self.tokens.packing.last_slots() if all(s.last_row_only for s in wanted) else None
-            inputs = {**arguments, "position_embeddings": embeddings, "position_ids": None}
-            layer = self.bound.layers[index]
-            q, k = probe_layer(layer, hidden, inputs, self.cache, last)
-            self._read(wanted, self._inputs(index, layer.self_attn, q, k))
+            if self.whole is not None:
+                rest, inputs = self._whole_arguments(index, args[1:], arguments)
+                args, mask = (hidden, *rest), inputs.get("attention_mask")
+            else:
+                embeddings = self.tokens.embeddings(arguments["position_embeddings"], hidden, past)
+                inputs = {**arguments, "position_embeddings": embeddings, "position_ids": None}
+            attention = self.bound.attention_of(index)
+            q, k = probe_layer(layer, attention, args, inputs, self.cache, last)
+            self._read(wanted, self._inputs(index, attention, q, k, mask))
 
     def _held(self, index: int) -> int:
         """Slots that the cache of a layer holds before this forward."""
@@ -272,6 +350,12 @@ class LMPass:
                 item.signals[signal] = value[item.ids]
 
     def _run(self, number: int, step: Any, hidden: Tensor) -> Tensor:
+        if hidden.ndim != 3:
+            raise UnsupportedError(
+                f"{self.plan.plan.methods[number].slug} acts at {step.at}, where {self.bound.info.model} carries "
+                f"{hidden.ndim - 2} rows for each token; use a method that acts at projected."
+            )
+
         def rows(group: list[LMTokens]) -> Tensor:
             at = torch.tensor([item.row for item in group], device=hidden.device)
             return hidden[at[:, None], torch.stack([item.slots for item in group])]
@@ -297,6 +381,8 @@ class LMPass:
             if not change.separators:
                 sizes[item.row] -= self._drop_separators(item, kept)
             if change.rows is not None:
+                places = self.tokens.packing.source[item.row]
+                self.merged.append(Merged(item.row, places[was], places[at], reduction))
                 source = source.clone() if source is hidden else source
                 source[item.row, at] = change.rows.to(source.dtype)
                 self.tokens.place(item.row, at, own)
@@ -323,7 +409,7 @@ class LMPass:
     def _tag(self) -> None:
         check_cache(self.cache)  # type: ignore[arg-type]
         self.state = tag(self.cache, self.request.attachment, self.before)  # type: ignore[arg-type]
-        self.state.inside = True
+        self.state.inside = self.bound.short
 
     def _place_features(self, hidden: Tensor) -> Tensor:
         """Rows that steps at `features` made stand in their places already; what stands between them is dropped."""
@@ -392,12 +478,25 @@ class LMPass:
         mask = None
         if before is not None or packing.padded:
             if before is None:
-                held = self._held(index) - packing.width
+                held = self._held(index) - packing.width if self.whole is None else self.held_before[index]
                 before = torch.ones(len(packing.sizes), held, dtype=torch.bool, device=packing.mask.device)
             mask = torch.cat([before.to(packing.mask.device), packing.mask], 1)
-        elif past is not None and offset is past.offset:
+        elif past is not None and offset is past.offset and (self.whole is None or packing is self.tokens.initial):
             return past
-        return Past(mask, offset)
+        if self.whole is None:
+            return Past(mask, offset)
+        return Past(mask, offset, *self._columns(packing, past, index))
+
+    def _columns(self, packing: Packing, past: Past | None, index: int) -> tuple[Tensor, int]:
+        """The logical positions of a layer's slots from now on, and how far they are listed."""
+        if packing is self.tokens.initial and past is not None:
+            return past.logical, past.until  # type: ignore[return-value]
+        if past is not None:
+            old = past.columns(self.before).to(packing.source.device)
+        else:
+            first = self.before - self.held_before[index]
+            old = torch.arange(first, self.before, device=packing.source.device).expand(len(packing.sizes), -1)
+        return torch.cat([old, self.before + packing.source], 1), self.before + self.tokens.initial.logical
 
     def _remember_positions(self, state: CacheState) -> None:
         """With 3-D positions: how many real tokens each row has, and how far its positions run ahead of them."""

@@ -60,7 +60,7 @@ class PackedSequence:
             self.position_of = self.position_of.clone()
         self.position_of[row, slots] = self.position_of[row, position_from]
         if self.at_lm is not None:
-            self.lm_slot_of = self._lm_slots().clone()
+            self.lm_slot_of = self.lm_slots().clone()
             self.lm_slot_of[row, slots] = self.lm_slot_of[row, position_from]
 
     def select(
@@ -72,14 +72,14 @@ class PackedSequence:
         self.packing, slots = old.select(kept, sizes)
         self.position_of = self.position_of.gather(1, slots)
         if self.at_lm is not None:
-            self.lm_slot_of = self._lm_slots().gather(1, slots)
+            self.lm_slot_of = self.lm_slots().gather(1, slots)
         return hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1])), old.arrivals(slots)
 
     def enter_lm(self) -> None:
         """The LM starts with the slots of this moment; what layers get is counted from here."""
         self.at_lm = self.packing
 
-    def _lm_slots(self) -> Int[Tensor, "b p"]:
+    def lm_slots(self) -> Int[Tensor, "b p"]:
         """For each slot, the one with which the LM was entered."""
         if self.lm_slot_of is None:
             mask = self.at_lm.mask  # type: ignore[union-attr]
@@ -118,7 +118,7 @@ class PackedSequence:
             )
         if self.packing is self.at_lm:
             return given
-        rows, index = self.packing.source.shape[0], self._lm_slots()
+        rows, index = self.packing.source.shape[0], self.lm_slots()
 
         def gather() -> tuple[Tensor, ...]:
             at = index[..., None]

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from winnow.engine.versions import cache_keyword
+from winnow.engine.cache import held_by
+from winnow.engine.versions import CACHE_NAMES
 from winnow.signals.tap import probe
 
 _one_query_agrees: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
@@ -20,7 +21,8 @@ _one_query_agrees: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKe
 
 def probe_layer(
     layer: nn.Module,
-    hidden: Float[Tensor, "b p d"],
+    attention: Any,
+    args: tuple[Any, ...],
     arguments: dict[str, Any],
     cache: Any,
     last: Int[Tensor, " b"] | None,
@@ -28,45 +30,47 @@ def probe_layer(
     """Queries and keys of a layer for these inputs; the keys of its cache come first.
 
     Args:
-        arguments: the keyword arguments with which the layer is about to be called.
+        attention: its attention module.
+        args, arguments: with which the layer is about to be called, the hidden states `[B, P, D]` first.
         last: the slot of the last token of each row, where only its query is wanted; None: all queries.
     """
-    attention: Any = layer.self_attn
-    embeddings = arguments["position_embeddings"]
     if last is None:
-        q, k = _by_own_path(layer, hidden, arguments)
+        q, k = _by_own_path(layer, args, arguments)
     else:
-        q, k = _for_one_query(layer, hidden, arguments, embeddings, last)
-    index = attention.layer_idx
-    if cache is not None and index < len(cache.layers) and cache.layers[index].keys is not None:
-        k = torch.cat([cache.layers[index].keys, k], 2)
+        q, k = _for_one_query(layer, attention, args, arguments, last)
+    held = held_by(cache, attention.layer_idx)
+    if held:
+        k = torch.cat([cache.layers[attention.layer_idx].keys[:, :, -held:], k], 2)
     return q, k
 
 
-def _by_own_path(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _by_own_path(layer: nn.Module, args: tuple[Any, ...], arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The layer is called without a cache and without our hooks, and stops before it attends."""
-    bare = {**arguments, "attention_mask": None, cache_keyword(layer.forward): None, "use_cache": False}
-    return probe(layer.forward, hidden, **bare)
+    bare = {name: value for name, value in arguments.items() if name not in ("attention_mask", "use_cache")}
+    bare |= {name: None for name in CACHE_NAMES if name in bare}
+    return probe(layer.forward, *args, attention_mask=None, use_cache=False, **bare)
 
 
 def _for_one_query(
-    layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], embeddings: tuple[Tensor, Tensor], last: Tensor
+    layer: nn.Module, attention: Any, args: tuple[Any, ...], arguments: dict[str, Any], last: Tensor
 ) -> tuple[Tensor, Tensor]:
-    agrees = _one_query_agrees.get(layer)
+    agrees, embeddings = _one_query_agrees.get(layer), arguments.get("position_embeddings")
     if agrees:
-        return _one_query(layer, hidden, embeddings, last)
-    q, k = _by_own_path(layer, hidden, arguments)
+        return _one_query(layer, args[0], embeddings, last)  # type: ignore[arg-type]
+    q, k = _by_own_path(layer, args, arguments)
     q = q.gather(2, last[:, None, None, None].expand(-1, q.shape[1], 1, q.shape[3]))
     if agrees is None:
-        _one_query_agrees[layer] = _llama_like(layer) and _close((q, k), _one_query(layer, hidden, embeddings, last))
+        pair = isinstance(embeddings, tuple) and len(embeddings) == 2
+        alike = pair and _llama_like(layer, attention)
+        _one_query_agrees[layer] = alike and _close((q, k), _one_query(layer, args[0], embeddings, last))  # type: ignore[arg-type]
     return q, k
 
 
-def _llama_like(layer: Any) -> bool:
+def _llama_like(layer: Any, attention: Any) -> bool:
     """Whether the layer has the parts that `_one_query` uses."""
-    attention = layer.self_attn
     return (
-        hasattr(layer, "input_layernorm")
+        attention is getattr(layer, "self_attn", None)
+        and hasattr(layer, "input_layernorm")
         and all(hasattr(attention, name) for name in ("q_proj", "k_proj", "head_dim"))
         and hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb")
     )

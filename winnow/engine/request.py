@@ -85,6 +85,11 @@ class Request:
         return self.backward == _backward_now()
 
 
+def padding_mask(request: Request, arguments: dict[str, Any]) -> Any:
+    """`[B, L + S]` what the caller says is padding, or None. Models that make masks outside the LM hide it there."""
+    return (arguments if request.bound.short else request.called).get("attention_mask")
+
+
 request_now: ContextVar[Request | None] = ContextVar("winnow_request", default=None)
 
 

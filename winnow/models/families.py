@@ -10,7 +10,8 @@ from torch import nn
 
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.models.family import Family
-from winnow.models.supported_versions import check_version
+from winnow.models.generic import Generic
+from winnow.models.supported_versions import check_version, is_trying
 
 FAMILIES = {
     "llava": "winnow.models.llava:Llava",
@@ -42,6 +43,8 @@ def family_of(model: Any) -> Family:
         )
     kind = getattr(getattr(model, "config", None), "model_type", None)
     family = _class_of(kind)
+    if family is None and is_trying():
+        return Generic(model)
     if family is None or not hasattr(model, "lm_head"):
         raise UnsupportedError(
             f"{type(model).__name__} (model_type {kind!r}) is not supported; supported are the "

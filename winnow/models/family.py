@@ -37,17 +37,27 @@ class Family:
         tower, blocks, attention, projector: where the tower, its blocks, a block's attention and the connector are.
         encoders: (method of the base model, modality, name of the placeholder id in the configuration).
         points: where steps can act.
+        mrope: whether positions are 3-D.
+        short: whether the language model may be called with the shortened sequence, because all its layers attend
+            causally to everything before. Otherwise it is called with the whole sequence, and its layers are given
+            the part that is left.
+        generic: whether nothing is known of the class but its seams.
     """
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
-    tower: ClassVar[str] = "vision_tower"
-    blocks: ClassVar[str] = "vision_tower.encoder.layers"
+    tower: ClassVar[str | None] = "vision_tower"
+    blocks: ClassVar[str | None] = "vision_tower.encoder.layers"
     attention: ClassVar[str] = "self_attn"
-    projector: ClassVar[str] = "multi_modal_projector"
+    projector: ClassVar[str | None] = "multi_modal_projector"
     encoders: ClassVar[tuple[tuple[str, str, str], ...]] = (("get_image_features", "image", "image_token_id"),)
     points: ClassVar[tuple[str, ...]] = ("features", "projected", "layers")
     mrope: ClassVar[bool] = False
+    short: ClassVar[bool] = False
+    generic: ClassVar[bool] = False
+
+    def check(self, model: Any) -> None:
+        """Raise an UnsupportedError where this very model has something that the family cannot do."""
 
     def info(self, model: Any) -> ModelInfo:
         """What is known of this model before data."""

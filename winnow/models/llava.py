@@ -15,6 +15,7 @@ from winnow.models.family import Encoding, Family, feature_block, join_tiles, se
 class Llava(Family):
     name = "llava"
     model_types = ("llava",)
+    short = True
 
     def info(self, model: Any) -> ModelInfo:
         config = model.config

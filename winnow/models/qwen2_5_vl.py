@@ -16,6 +16,7 @@ from winnow.models.family import Encoding, Family, seam
 class Qwen25VL(Family):
     name = "qwen2_5_vl"
     model_types = ("qwen2_5_vl",)
+    short = True
     tower = "visual"
     blocks = "visual.blocks"
     attention = "attn"

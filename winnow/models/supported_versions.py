@@ -52,6 +52,11 @@ def trying() -> Iterator[None]:
         _trying.reset(token)
 
 
+def is_trying() -> bool:
+    """Whether a model is being checked in this context."""
+    return _trying.get()
+
+
 def accept(model: str) -> None:
     """From now on the installed version passes for this class of model, in this process."""
     _accepted.add((transformers.__version__, model))

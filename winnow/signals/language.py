@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from winnow.core.errors import UnsupportedError
 from winnow.core.info import ModelInfo
 from winnow.core.packing import Packing
 from winnow.core.signal import Signal, Site, block_index
@@ -44,6 +45,7 @@ class LMAttentionInputs:
         packing: the slots in which the queries stand.
         past: `[B, L]` real keys of the cache; None: all are.
         spans: questions and items.
+        mask: `[B, 1, P, L + P]` which keys each slot sees, where that is not simply everything before it.
     """
 
     q: Float[Tensor, "b h r d"]
@@ -52,6 +54,7 @@ class LMAttentionInputs:
     packing: Packing
     past: Bool[Tensor, "b l"] | None
     spans: TextSpans
+    mask: Bool[Tensor, "b 1 p n"] | None = None
 
     @property
     def before(self) -> int:
@@ -71,6 +74,8 @@ class LMAttentionInputs:
 
     def _visible(self, rows: Int[Tensor, "b r"]) -> Bool[Tensor, "b r n"]:
         """The keys that these query slots may see."""
+        if self.mask is not None:
+            return self.mask[:, 0].gather(1, rows[..., None].expand(-1, -1, self.mask.shape[-1]))
         slots = torch.arange(self.packing.width, device=rows.device)
         seen = (slots <= rows[..., None]) & self.packing.mask[:, None]
         if not self.before:
@@ -95,7 +100,9 @@ class LMAttentionInputs:
     def _from(self, b: int, slots: Int[Tensor, " r"]) -> Float[Tensor, " n"]:
         """Attention of some rows of sample b to all keys, mean over heads and rows, in tiles of rows."""
         total = self.k.new_zeros(self.k.shape[2], dtype=torch.promote_types(self.k.dtype, torch.float32))
-        own = replace(self, packing=self.packing.row(b), past=None if self.past is None else self.past[b : b + 1])
+        at = slice(b, b + 1)
+        past, mask = (None if x is None else x[at] for x in (self.past, self.mask))
+        own = replace(self, packing=self.packing.row(b), past=past, mask=mask)
         for part in slots.split(TILE):
             seen = own._visible(part[None])[:, None]
             rows = attention_rows(self.q[b : b + 1, :, part], self.k[b : b + 1], self.scaling, seen)
@@ -109,6 +116,22 @@ class LMAttentionInputs:
         if unseen or not at.shape[0] or not on.shape[0]:
             return self.q.new_zeros((), dtype=torch.promote_types(self.q.dtype, torch.float32))
         return self._from(b, at)[self.before :][on].sum()
+
+
+def as_visible(mask: Any) -> Bool[Tensor, "b 1 p n"] | None:
+    """Which keys each query sees, from the mask that attention is given; None: all before it.
+
+    Raises:
+        UnsupportedError: the mask is not a plain one over queries and keys.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1] != 1:
+        raise UnsupportedError(
+            "attention to items cannot be read under this attention implementation, whose masks are of another kind; "
+            "use attn_implementation='sdpa'."
+        )
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 @dataclass(frozen=True)

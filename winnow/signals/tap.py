@@ -18,7 +18,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from winnow.core.errors import UnsupportedError
 
-Listener = Callable[[nn.Module, Tensor, Tensor, Tensor], None]
+# Of the module, its queries, keys and values, and the mask that it was given.
+Listener = Callable[[nn.Module, Tensor, Tensor, Tensor, Any], None]
+
+
+# What attention functions are told beside masks and scales that changes their weights: caps on logits, and sinks.
+UNREAD = ("softcap", "s_aux")
 
 
 class Stop(Exception):
@@ -96,12 +101,19 @@ def _stand_in(plain: Any, listener: Listener | None) -> Any:
 
 def _tapped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     config = module.config
-    box = probed.get()
+    box, listener = probed.get(), config._winnow_listener
+    if box is not None or listener is not None:
+        special = [name for name in UNREAD if kwargs.get(name) is not None]
+        if special:
+            raise UnsupportedError(
+                f"{type(module).__name__} attends with {', '.join(special)}, which is not read yet; "
+                "use a method that does not look at attention there."
+            )
     if box is not None:
         box.append((query, key))
         raise Stop
-    if config._winnow_listener is not None:
-        config._winnow_listener(module, query, key, value)
+    if listener is not None:
+        listener(module, query, key, value, args[0] if args else kwargs.get("attention_mask"))
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     plain = config._winnow_plain._attn_implementation
     return ALL_ATTENTION_FUNCTIONS.get_interface(plain, eager)(module, query, key, value, *args, **kwargs)

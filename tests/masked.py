@@ -1,0 +1,149 @@
+"""The reference for every class: the plain model, called as usual, with the keys of what is dropped hidden.
+
+A token that is dropped before layer k can be read by nobody from there on. So the whole sequence runs through a plain
+copy of the model (its own masks, windows, positions and caches), and hooks on its layers hide the dropped columns of
+the masks. Nothing here imports winnow.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor
+
+Rows = Callable[[Tensor, list[Tensor]], list[Tensor]]
+
+
+@dataclass
+class Cut:
+    """What is dropped before a layer, worked out when it runs.
+
+    Attributes:
+        layer: before which.
+        choose: from the rows `[S, D]` that enter the layer and the positions that are left of each item, the positions
+            that stay.
+        merge: where given, new rows instead: the positions and the values that they get.
+    """
+
+    layer: int
+    choose: Rows
+    merge: Callable[[Tensor, list[Tensor]], dict[int, Tensor]] | None = None
+
+
+@dataclass
+class Masked:
+    """What the plain model gives for one sample, with hidden keys.
+
+    Attributes:
+        logits: `[T, vocabulary]` behind the prompt and behind each forced token.
+        kept: for each item, the positions that are left at the end.
+        lengths: tokens that each layer reads.
+    """
+
+    logits: Tensor
+    kept: list[Tensor] = field(default_factory=list)
+    lengths: tuple[int, ...] = ()
+
+
+class _Force(LogitsProcessor):
+    def __init__(self, tokens: Sequence[int], start: int) -> None:
+        self.tokens, self.start = tokens, start
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        at = ids.shape[1] - self.start
+        if at < len(self.tokens):
+            scores = torch.full_like(scores, -torch.inf)
+            scores[:, self.tokens[at]] = 0
+        return scores
+
+
+class MaskedReference:
+    """A plain copy of a model under eager attention; the original is never touched."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = copy.deepcopy(model)
+        self.model.set_attn_implementation("eager")
+        self.lm = self.model.get_decoder()
+
+    @torch.no_grad()
+    def run(
+        self, sample: dict[str, Tensor], items: Sequence[Tensor], forced: Sequence[int] = (), cuts: Sequence[Cut] = ()
+    ) -> Masked:
+        """One sample, unpadded.
+
+        Args:
+            items: the positions of the content tokens of each item.
+            forced: tokens that it goes on with.
+        """
+        length = sample["input_ids"].shape[1]
+        left = [item.clone() for item in items]
+        hidden_keys = torch.zeros(length, dtype=torch.bool)
+        lengths: list[int] = []
+        seen = {"prompt": True}
+
+        def before(index: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+            rows = args[0] if args else kwargs["hidden_states"]
+            if seen["prompt"] and rows.shape[-2] == length:
+                for cut in (c for c in cuts if c.layer == index):
+                    flat = rows if rows.ndim == 3 else rows[0]
+                    if cut.merge is not None:
+                        rows = rows.clone()
+                        for place, value in cut.merge(flat[0], left).items():
+                            rows[..., place, :] = value
+                    stay = cut.choose(flat[0], left)
+                    for item, own in zip(left, stay, strict=True):
+                        hidden_keys[item] = True
+                        hidden_keys[own] = False
+                    left[:] = stay
+                lengths.append(int(length - hidden_keys.sum()))
+                state[index] = hidden_keys.clone()
+            mask = kwargs.get("attention_mask")
+            dropped = state[index]
+            if dropped.any():
+                if mask is None or mask.ndim != 4:
+                    raise AssertionError(f"layer {index} got no 4-D mask")
+                at = dropped.nonzero()[:, 0]
+                # A sliding cache has forgotten the first positions.
+                at = at - (total(rows) - mask.shape[-1])
+                mask = mask.clone()
+                mask[..., at[at >= 0]] = torch.finfo(mask.dtype).min if mask.is_floating_point() else False
+                kwargs = {**kwargs, "attention_mask": mask}
+            args = (rows, *args[1:]) if args else args
+            kwargs = kwargs if args else {**kwargs, "hidden_states": rows}
+            return args, kwargs
+
+        state: dict[int, Tensor] = {}
+        grown = {"total": 0}
+
+        def total(rows: Tensor) -> int:
+            return grown["total"]
+
+        def entering(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            given = kwargs.get("inputs_embeds")
+            given = kwargs.get("input_ids") if given is None else given
+            grown["total"] += given.shape[1]
+            seen["prompt"] = grown["total"] == length
+
+        hooks = [self.lm.register_forward_pre_hook(entering, with_kwargs=True)]
+        hooks += [
+            layer.register_forward_pre_hook(lambda m, a, k, i=i: before(i, m, a, k), with_kwargs=True)
+            for i, layer in enumerate(self.lm.layers)
+        ]
+        try:
+            out = self.model.generate(
+                **sample,
+                max_new_tokens=len(forced) + 1,
+                do_sample=False,
+                logits_processor=[_Force(list(forced), length)],
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Masked(torch.cat(out.logits), left, tuple(lengths))
