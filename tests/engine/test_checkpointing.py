@@ -23,6 +23,7 @@ from training import batch_by_hand, checkpointed, gradients, labelled, learning
 import winnow
 from winnow.contract import Method, ModelInfo, Reduction, View
 from winnow.engine.request import request_now
+from winnow.models.llava import Llava
 
 FORMS = pytest.mark.parametrize("reentrant", [False, True])
 
@@ -64,6 +65,18 @@ def test_losses_and_gradients_are_bit_identical_with_and_without(kind, build, re
     plan.items.clear()
     assert same(found, learn(zoo.model(build).train(), plan, inputs))
     assert chosen == plan.items, "a step ran again in the backward pass"
+
+
+@FORMS
+@pytest.mark.parametrize("kind", ["picked", "merged", "tapped", "probed"])
+def test_layers_that_are_served_from_the_whole_sequence(kind, reentrant, monkeypatch):
+    """As those with sliding windows are: the first one is given its shortened input before its checkpoint too."""
+    monkeypatch.setattr(Llava, "short", False)
+    inputs, model = zoo.inputs("llava_clip", zoo.MIXED), checkpointed(zoo.model("llava_clip"), reentrant)
+    ran = calls(model)
+    found = learn(model, CASES[kind].plan, inputs)
+    assert len(ran) == 2 * zoo.DEPTH
+    assert same(found, learn(zoo.model("llava_clip").train(), CASES[kind].plan, inputs))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
