@@ -5,7 +5,6 @@ from typing import Any
 from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.engine.engine import Engine
-from winnow.engine.forward import check_training
 from winnow.engine.handle import Handle
 from winnow.engine.saving import SaveMethod, savers
 from winnow.models.families import family_of, unwrap
@@ -21,7 +20,6 @@ def attach(
     """
     inner = unwrap(model)
     family = family_of(inner)
-    check_training(inner)
     engine = Engine(inner, family, Plan.of(plan, positions=positions), suffix)
     engine.attach()
     handle = Handle(engine)

@@ -19,6 +19,7 @@ from winnow.engine import deepstack, encoder
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.cache import state_of
+from winnow.engine.checkpointing import BeforeCheckpoint, before_checkpoint, without_cache
 from winnow.engine.clock import Clock
 from winnow.engine.encoding import record_of
 from winnow.engine.forward import encodings_of, positions_of_later_turn, start_lm
@@ -54,6 +55,7 @@ class Engine:
         self._removers: list[Callable[[], None]] = []
         self._tapped: set[Site] = set()
         self._layer_hooks: dict[int, Any] = {}
+        self._checkpoints: dict[int, BeforeCheckpoint] = {}
         self._layer_users = 0
         self._forward: ForwardMethod | None = None
         self.default = self.bind(plan)
@@ -205,6 +207,10 @@ class Engine:
                     self._layer_hooks[index] = self.bound.layers[index].register_forward_pre_hook(
                         hook, with_kwargs=True, prepend=True
                     )
+                if index not in self._checkpoints:
+                    change = functools.partial(self._enter_checkpoint, index)
+                    if (stand_in := before_checkpoint(change, self.bound.layers[index])) is not None:
+                        self._checkpoints[index] = stand_in
             if not request.uses_layers:
                 self._layer_users += 1
                 request.uses_layers = True
@@ -216,8 +222,9 @@ class Engine:
             request.uses_layers = False
             self._layer_users -= 1
             if not self._layer_users:
-                while self._layer_hooks:
-                    self._layer_hooks.popitem()[1].remove()
+                for attached in (self._layer_hooks, self._checkpoints):
+                    while attached:
+                        attached.popitem()[1].remove()
 
     @contextlib.contextmanager
     def _encoding(self) -> Iterator[Request | None]:
@@ -307,7 +314,7 @@ class Engine:
     def _mine(self) -> Request | None:
         """The request that is running in this context on this model; parts called alone have none."""
         request = request_now.get()
-        return request if request is not None and request.bound is self.bound else None
+        return request if request is not None and request.bound is self.bound and request.runs else None
 
     def _lm_pass(self) -> Any:
         request = self._mine()
@@ -320,14 +327,16 @@ class Engine:
         request.reached_lm = True
         if kwargs.get("inputs_embeds") is None:
             return None
-        request.lm = start_lm(request, kwargs)
+        given = without_cache(self.bound, kwargs) if request.plan.plan.methods else kwargs
+        request.lm = start_lm(request, given)
         if request.lm is None:
             return None
-        changed = request.lm.enter(kwargs)
-        first = request.lm.first_layer(kwargs if changed is None else changed)
+        changed = request.lm.enter(given)
+        changed = given if changed is None else changed
+        first = request.lm.first_layer(changed)
         if first is not None:
             self._use_layers(request, first)
-        return None if changed is None else (args, changed)
+        return None if changed is kwargs else (args, changed)
 
     def _leave_lm(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Give outputs their logical length back, and write the ledger."""
@@ -356,13 +365,20 @@ class Engine:
 
     def _enter_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a layer. Hidden states stay positional: hooks that record them read the first argument."""
-        lm = self._lm_pass()
-        if lm is None:
+        request = self._mine()
+        if request is None or request.lm is None or request.checkpointed == index:
             return None
         if args:
-            return lm.layer(index, args, kwargs)
+            return request.lm.layer(index, args, kwargs)
         rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        return lm.layer(index, (kwargs["hidden_states"],), rest)
+        return request.lm.layer(index, (kwargs["hidden_states"],), rest)
+
+    def _enter_checkpoint(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a layer is checkpointed. Its own hook, inside the checkpoint, has nothing left to do."""
+        changed = self._enter_layer(index, module, args, kwargs)
+        if (request := self._mine()) is not None:
+            request.checkpointed = index
+        return changed
 
     def _see_tower(self, site: Site, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> None:
         request = self._mine()
