@@ -18,7 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from winnow.core.errors import UnsupportedError
 
-Listener = Callable[[nn.Module, Tensor, Tensor, Tensor], None]
+Listener = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor | None]
+"""Gets the module, queries, keys and values; may return what is to be added to the logits, as a mask of floats."""
 
 
 class Stop(Exception):
@@ -94,17 +95,27 @@ def _stand_in(plain: Any, listener: Listener | None) -> Any:
     return made
 
 
-def _tapped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _tapped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
+) -> Any:
     config = module.config
     box = probed.get()
     if box is not None:
         box.append((query, key))
         raise Stop
     if config._winnow_listener is not None:
-        config._winnow_listener(module, query, key, value)
+        added = config._winnow_listener(module, query, key, value)
+        if added is not None and attention_mask is not None:
+            raise UnsupportedError(
+                f"{type(module).__name__} has an attention mask of its own, which is not understood; use a method that "
+                "neither weighs tokens by their size nor keeps unequal numbers of them in the tower."
+            )
+        attention_mask = attention_mask if added is None else added
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     plain = config._winnow_plain._attn_implementation
-    return ALL_ATTENTION_FUNCTIONS.get_interface(plain, eager)(module, query, key, value, *args, **kwargs)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(plain, eager)(
+        module, query, key, value, attention_mask, *args, **kwargs
+    )
 
 
 class Tap:
