@@ -112,9 +112,11 @@ def _windowed(reference: Reference, sample: dict[str, Tensor], act: Act) -> list
     visual(sample["pixel_values" if kind == "image" else "pixel_values_videos"], grid_thw=grids)
     for hook in hooks:
         hook.remove()
-    order, _ = get_vision_window_index(
-        grids, spatial_merge_size=2, window_size=vision.window_size, patch_size=vision.patch_size
-    )
+    order = torch.arange(int(grids.prod(-1).sum()) // 4)
+    if hasattr(vision, "window_size"):
+        order, _ = get_vision_window_index(
+            grids, spatial_merge_size=2, window_size=vision.window_size, patch_size=vision.patch_size
+        )
     place = torch.argsort(order)  # of each unit in the sequence of the tower
     start = calls[0][0].unflatten(0, (-1, 4))
     pictures, first = [], 0

@@ -117,6 +117,11 @@ class BoundPlan:
         """The first vision block before or in which something happens; None if none is."""
         return min((*self.blocks, *self.halves), default=None)
 
+    @property
+    def acts_in_tower(self) -> bool:
+        """Whether the encoder's output depends on the plan."""
+        return bool(self.features) or self.first_block is not None
+
     @functools.cached_property
     def block_signals(self) -> frozenset[Signal]:
         """What steps at blocks look at."""

@@ -149,6 +149,11 @@ def enter_projector(request: Request, given: Tensor) -> Tensor | None:
     """
     record: EncoderRecord = request.encoding  # type: ignore[assignment]
     tower: TowerPass | None = record.tower
+    if tower is None and request.plan.first_block is not None:
+        raise UnsupportedError(
+            f"the blocks of the tower of {request.bound.info.model} did not run before its projector, or the hooks on "
+            "them were removed; call detach() on the handle and compress again."
+        )
     record.projected_shape = tuple(given.shape[:2]) if tower is None else tower.projected_shape(given)
     if tower is not None:
         tower.close()

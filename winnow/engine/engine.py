@@ -451,7 +451,7 @@ class Engine:
         if request is None or request.encoding is None:
             return None
         rows = None
-        if request.plan.features or request.encoding.tower is not None:
+        if request.plan.acts_in_tower:
             rows = encoder.enter_projector(request, args[0])
         request.clock.start("projector")
         return None if rows is None else (rows, *args[1:])
