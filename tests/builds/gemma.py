@@ -45,4 +45,6 @@ def _completed(inputs: Inputs) -> Inputs:
     return inputs | {"token_type_ids": (inputs["input_ids"] == IMAGE).long()}
 
 
-BUILDS = (Build("gemma3", "gemma3", _gemma3, _picture, completed=_completed, per_token=("token_type_ids",)),)
+BUILDS = (
+    Build("gemma3", "gemma3", _gemma3, _picture, completed=_completed, per_token=("token_type_ids",)),
+)
