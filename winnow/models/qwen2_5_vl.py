@@ -25,9 +25,11 @@ class Qwen25VL(Family):
         ("get_image_features", "image", "image_token_id"),
         ("get_video_features", "video", "video_token_id"),
     )
-    # The merger concatenates 2 × 2 patches, so single patches cannot leave before it.
-    points = ("projected", "layers")
+    # The merger concatenates 2 × 2 patches, so single patches cannot leave before it: tokens of blocks are such units.
+    points = ("blocks", "blocks.mlp", "projected", "layers")
     mrope = True
+    halves = ("norm2", "mlp")
+    packed = True
 
     def info(self, model: Any) -> ModelInfo:
         text = model.config.get_text_config()
@@ -58,17 +60,36 @@ class Qwen25VL(Family):
         merge = model.config.vision_config.spatial_merge_size
         return tuple(Layout.grid(h // merge, w // merge, t) for t, h, w in self.grids(encoding).tolist())
 
-    def cells(self, model: Any, encoding: Encoding, values: Sequence[Tensor]) -> Tensor:
-        """Blocks give a row for each patch, the merger one for each unit of 2 × 2; both in the order of windows."""
+    def tile_counts(self, model: Any, encoding: Encoding, tiles: int) -> tuple[int, ...]:
+        """Frames: patches of different frames never attend to each other."""
+        return tuple(self.grids(encoding)[:, 0].tolist())
+
+    def tower_layouts(self, model: Any, encoding: Encoding, counts: tuple[int, ...]) -> tuple[Layout, ...]:
+        return self.layouts(model, encoding)
+
+    def tile_layouts(self, model: Any, encoding: Encoding, counts: tuple[int, ...]) -> tuple[Layout, ...]:
+        merge = model.config.vision_config.spatial_merge_size
+        return tuple(Layout.grid(h // merge, w // merge) for _, h, w in self.grids(encoding).tolist())
+
+    def entries(self, model: Any, encoding: Encoding, counts: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(layout.n for layout in self.layouts(model, encoding))
+
+    def packed_order(self, model: Any, encoding: Encoding) -> Tensor | None:
+        """Units stand window by window."""
         vision = model.config.vision_config
-        unit = vision.spatial_merge_size**2
-        rows = torch.cat([x.flatten(0, 1) for x in values])
         order, _ = get_vision_window_index(
             self.grids(encoding),
             spatial_merge_size=vision.spatial_merge_size,
             window_size=vision.window_size,
             patch_size=vision.patch_size,
         )
+        return order
+
+    def cells(self, model: Any, encoding: Encoding, values: Sequence[Tensor]) -> Tensor:
+        """Blocks give a row for each patch, the merger one for each unit of 2 × 2; both in the order of windows."""
+        unit = model.config.vision_config.spatial_merge_size**2
+        rows = torch.cat([x.flatten(0, 1) for x in values])
+        order: Any = self.packed_order(model, encoding)
         units = rows if rows.shape[0] == len(order) else rows.unflatten(0, (-1, unit)).mean(1)
         return units[torch.argsort(order).to(units.device)]
 
