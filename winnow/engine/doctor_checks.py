@@ -102,6 +102,12 @@ class Subject:
         return tuple(f"layers[{self.middle}]" if point == "layers" else point for point in self.points)
 
     @property
+    def everywhere(self) -> tuple[str, ...]:
+        """The places, and those in the tower that the class offers."""
+        offered = {"features": "features", "blocks": "blocks[1]", "blocks.mlp": "blocks[1].mlp"}
+        return (*(at for point, at in offered.items() if point in self.info.points), *self.places)
+
+    @property
     def inner(self) -> Any:
         """The transformers model inside a wrapper."""
         return unwrap(self.model)
@@ -163,13 +169,13 @@ def told(error: float, subject: Subject) -> tuple[bool, str]:
 
 
 def identity(subject: Subject) -> tuple[bool, str]:
-    for at in subject.places:
+    for at in subject.everywhere:
         with compress(subject.model, Evenly(1.0, at)):
             logits = torch.equal(subject.model(**subject.samples[0]).logits, subject.logits)
             ids = torch.equal(subject.answer(subject.samples[0])[0], subject.ids[:, -STEPS:])
         if not (logits and ids):
             return False, f"at {at}: logits {'equal' if logits else 'differ'}, ids {'equal' if ids else 'differ'}"
-    return True, f"logits and ids bit-identical at {' and '.join(subject.places)}"
+    return True, f"logits and ids bit-identical at {', '.join(subject.everywhere)}"
 
 
 def one_token(subject: Subject) -> tuple[bool, str]:
