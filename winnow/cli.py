@@ -1,4 +1,4 @@
-"""The command line: `winnow run`, `bench`, `speed`, `report`, `methods`, `systems`, `families`, `doctor`, `world`, `train`."""
+"""The command line: `winnow run`, `bench`, `speed`, `report`, `methods`, `systems`, `families`, `doctor` and others."""
 
 from __future__ import annotations
 
@@ -199,8 +199,8 @@ def families(as_json: Json = False) -> None:
     listing(("model type", "adapter", "points", "reason"), rows)
     works = [sum(point in own.points for own in found) for point in ("projected", "layers")]
     say(
-        f"{len(found)} classes: {works[0]} at projected, {works[1]} at layers[k]. The generic adapter is checked on the "
-        "very model before it is used: pass processor= to winnow.compress."
+        f"{len(found)} classes: {works[0]} at projected, {works[1]} at layers[k]. The generic adapter is checked on "
+        "the very model before it is used: pass processor= to winnow.compress."
     )
 
 
