@@ -66,7 +66,7 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
         if request.encodings:
             request.bound.check_seams()
         if cache is not None:
-            check_cache(cache)
+            check_cache(cache, request.bound.windowed)
     given = padding_mask(request, arguments)
     if given is not None and (not isinstance(given, Tensor) or given.ndim != 2):
         raise UnsupportedError("compression takes a 2-D attention_mask (1 real, 0 padding); got a prepared mask.")
