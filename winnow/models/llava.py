@@ -1,7 +1,8 @@
 """LLaVA: one square picture, one grid; a CLIP tower with [CLS] or a SigLIP tower without."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -9,29 +10,20 @@ from torch import Tensor
 from winnow.core.errors import UnsupportedError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
-from winnow.models.family import Encoding, Family, feature_block, join_tiles, seam
+from winnow.models.family import Encoding, join_tiles
+from winnow.models.towers import KnownTower
 
 
-class Llava(Family):
+class Llava(KnownTower):
     name = "llava"
     model_types = ("llava",)
+    points: ClassVar[tuple[str, ...]] = ("features", "projected", "layers")
     short = True
 
     def info(self, model: Any) -> ModelInfo:
-        config = model.config
-        text = config.get_text_config()
-        tower = seam(model.base_model, self.tower, model)
-        return ModelInfo(
-            model=type(model).__name__,
-            family=self.name,
-            depth=text.num_hidden_layers,
-            width=text.hidden_size,
-            vision_width=config.vision_config.hidden_size,
-            vision_depth=len(seam(model.base_model, self.blocks, model)),
-            feature_layer=feature_block(config.vision_feature_layer),
-            has_cls=hasattr(tower.embeddings, "class_embedding"),
-            points=self.points if isinstance(config.vision_feature_layer, int) else ("projected", "layers"),
-        )
+        known = super().info(model)
+        # Several layers side by side have no tower token that could leave before the projector.
+        return known if isinstance(self.feature_layer(model), int) else replace(known, points=KnownTower.points)
 
     def side(self, model: Any) -> int:
         """Patches along one side of a tile."""
