@@ -15,9 +15,21 @@ from winnow.models.generic import Generic
 from winnow.models.supported_versions import check_version, is_trying
 
 FAMILIES = {
+    "aya_vision": "winnow.models.cohere_vision:CohereVision",
+    "cohere2_vision": "winnow.models.cohere_vision:CohereVision",
+    "idefics3": "winnow.models.idefics3:Idefics3",
+    "internvl": "winnow.models.internvl:InternVL",
+    "lighton_ocr": "winnow.models.mistral3:LightOnOcr",
     "llava": "winnow.models.llava:Llava",
     "llava_next": "winnow.models.llava_next:LlavaNext",
+    "llava_next_video": "winnow.models.llava_next_video:LlavaNextVideo",
+    "llava_onevision": "winnow.models.llava_onevision:LlavaOnevision",
+    "minicpmv4_6": "winnow.models.minicpmv4_6:MiniCPMV46",
+    "mistral3": "winnow.models.mistral3:Mistral3",
+    "qianfan_ocr": "winnow.models.internvl:QianfanOCR",
     "qwen2_5_vl": "winnow.models.qwen2_5_vl:Qwen25VL",
+    "smolvlm": "winnow.models.idefics3:Idefics3",
+    "video_llava": "winnow.models.video_llava:VideoLlava",
 }
 
 
