@@ -82,7 +82,7 @@ def fine_tune(model, processor, steps: int) -> None:
             print(f"  step {step:4d}   loss {loss.item():.3f}", flush=True)
 
 
-def main(steps: int = 100, questions: int = 200) -> dict:
+def main(steps: int = 100, questions: int = 100) -> dict:
     torch.manual_seed(0)
     plain, processor = reference.load()
     processor.tokenizer.padding_side = "left"
