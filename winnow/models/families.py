@@ -14,9 +14,23 @@ from winnow.models.generic import Generic
 from winnow.models.supported_versions import check_version, is_trying
 
 FAMILIES = {
+    "gemma3": "winnow.models.gemma3:Gemma3",
+    "gemma4": "winnow.models.gemma4:Gemma4",
+    "glm46v": "winnow.models.glm4v:Glm4V",
+    "glm4v": "winnow.models.glm4v:Glm4V",
+    "glm4v_moe": "winnow.models.glm4v:Glm4V",
+    "glm_ocr": "winnow.models.glm4v:Glm4V",
     "llava": "winnow.models.llava:Llava",
     "llava_next": "winnow.models.llava_next:LlavaNext",
+    "paligemma": "winnow.models.paligemma:PaliGemma",
+    "qwen2_5_omni_thinker": "winnow.models.qwen2_5_omni:Qwen25Omni",
     "qwen2_5_vl": "winnow.models.qwen2_5_vl:Qwen25VL",
+    "qwen2_vl": "winnow.models.qwen2_vl:Qwen2VL",
+    "qwen3_5": "winnow.models.qwen3_5:Qwen35",
+    "qwen3_5_moe": "winnow.models.qwen3_5:Qwen35",
+    "qwen3_vl": "winnow.models.qwen3_vl:Qwen3VL",
+    "qwen3_vl_moe": "winnow.models.qwen3_vl:Qwen3VL",
+    "shieldgemma2": "winnow.models.gemma3:Gemma3",
 }
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from winnow.core.errors import UnsupportedError
+from winnow.signals.sequences import sequences
 
 # Of the module, its queries, keys and values, and the mask that it was given.
 Listener = Callable[[nn.Module, Tensor, Tensor, Tensor, Any], None]
@@ -113,7 +114,9 @@ def _tapped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *a
         box.append((query, key))
         raise Stop
     if listener is not None:
-        listener(module, query, key, value, args[0] if args else kwargs.get("attention_mask"))
+        mask = args[0] if args else kwargs.get("attention_mask")
+        for part in sequences(module, query, key, value, mask, kwargs.get("cu_seq_lens_q")):
+            listener(module, *part, mask)
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     plain = config._winnow_plain._attn_implementation
     return ALL_ATTENTION_FUNCTIONS.get_interface(plain, eager)(module, query, key, value, *args, **kwargs)
