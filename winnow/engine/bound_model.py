@@ -8,10 +8,10 @@ from torch import nn
 
 from winnow.core.errors import UnsupportedError
 from winnow.core.info import ModelInfo
+from winnow.engine.flops import LINEAR
 from winnow.engine.versions import cache_keyword
-from winnow.models.family import Family, seam
+from winnow.models.family import Family, decoder_of, seam
 
-LINEAR = ("linear_attention", "conv", "mamba", "recurrent")
 WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
 ATTENTIONS = ("self_attn", "attention", "attn", "self_attention")
 
@@ -29,6 +29,7 @@ class BoundModel:
         tower, blocks, projector: of the encoder; None where the family does not name them.
         layers: of the language model.
         kinds: how each layer attends, in transformers' words (`full_attention`, `sliding_attention`, …).
+        kv_of: the layer whose keys and values each layer reads: its own, or those of one before it.
         short: whether the language model is called with the shortened sequence.
         device: on which it computes.
         cache_name: the keyword under which this version of transformers passes the cache.
@@ -44,6 +45,7 @@ class BoundModel:
     projector: nn.Module | None
     layers: Any
     kinds: tuple[str, ...]
+    kv_of: tuple[int, ...]
     short: bool
     device: torch.device
     cache_name: str
@@ -51,7 +53,7 @@ class BoundModel:
     @staticmethod
     def of(model: Any, family: Family) -> "BoundModel":
         """Find the seams; a missing one, or attention of a kind that is not understood, is refused."""
-        base, lm = model.base_model, model.get_decoder()
+        base, lm = model.base_model, decoder_of(model) or model.get_decoder()
         for path in ("layers", "norm", "rotary_emb") if family.short else ("layers",):
             seam(lm, path, model)
         layers = lm.layers
@@ -74,9 +76,8 @@ class BoundModel:
         # Weights that accelerate has offloaded are on `meta`; where everything is, it computes on the CPU.
         device = next((p.device for p in base.parameters() if p.device.type != "meta"), torch.device("cpu"))
         short = family.short and set(kinds) == {"full_attention"}
-        return BoundModel(
-            model, base, lm, family, info, tower, blocks, projector, layers, kinds, short, device, cache_keyword(lm)
-        )
+        found = (model, base, lm, family, info, tower, blocks, projector, layers)
+        return BoundModel(*found, kinds, _kv_of(layers, kinds), short, device, cache_keyword(lm))
 
     @property
     def token_ids(self) -> dict[str, int]:
@@ -93,6 +94,11 @@ class BoundModel:
         """Whether positions can be numbered anew in every layer: one rotary embedding, and no windows."""
         return self.short and not self.info.mrope
 
+    @property
+    def last_cut(self) -> int:
+        """The last layer before which tokens can be dropped: later ones read keys from before the cut."""
+        return min((own for i, own in enumerate(self.kv_of) if own != i), default=len(self.kv_of) - 1)
+
     def is_linear(self, layer: int) -> bool:
         """Whether a layer keeps a state instead of keys and values."""
         return self.kinds[layer] in LINEAR
@@ -101,7 +107,7 @@ class BoundModel:
         """Refuse a model whose parts were exchanged after it was compressed: hooks would be left on the old ones."""
         family = self.family
         found = [_part(self.base, path, self.model) for path in (family.tower, family.blocks, family.projector)]
-        now = (*found, self.model.get_decoder(), self.lm.layers)
+        now = (*found, decoder_of(self.model), self.lm.layers)
         for was, new in zip((self.tower, self.blocks, self.projector, self.lm, self.layers), now, strict=True):
             if was is not new:
                 raise UnsupportedError(
@@ -123,6 +129,13 @@ class BoundModel:
 
 def _part(base: Any, path: str | None, model: Any) -> Any:
     return None if path is None else seam(base, path, model)
+
+
+def _kv_of(layers: Any, kinds: tuple[str, ...]) -> tuple[int, ...]:
+    shares = [getattr(getattr(layer, "self_attn", None), "is_kv_shared_layer", False) for layer in layers]
+    own = [i for i, shared in enumerate(shares) if not shared]
+    last = {kinds[i]: i for i in own}  # the last layer of a kind that has keys of its own lends them
+    return tuple(last[kinds[i]] if shared else i for i, shared in enumerate(shares))
 
 
 def layer_kinds(lm: Any) -> tuple[str, ...]:

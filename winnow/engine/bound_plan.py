@@ -52,10 +52,6 @@ class BoundPlan:
         Raises:
             UnsupportedError, WinnowError: a method cannot run on this model, or sees something too late.
         """
-        if plan.positions == "compact" and info.mrope:
-            raise UnsupportedError(
-                f"positions=compact is defined for 1-D positions; {info.model} has 3-D positions. Use positions=keep."
-            )
         resolved, steps = plan.bind(info)
         at: dict[str, list[tuple[int, Step]]] = {"features": [], "projected": []}
         layers: dict[int, list[tuple[int, Step]]] = defaultdict(list)

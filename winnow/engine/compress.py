@@ -6,11 +6,11 @@ from winnow.core.errors import WinnowError
 from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.registry import method_class
-from winnow.engine.engine import Engine
-from winnow.engine.forward import check_training
+from winnow.engine.attach import attach
+from winnow.engine.doctor import diagnose
 from winnow.engine.handle import Handle
 from winnow.engine.spans import template_suffix
-from winnow.models.families import family_of, unwrap
+from winnow.models.families import is_unchecked, unwrap
 
 DEFAULT = "hiprune"
 
@@ -26,8 +26,10 @@ def compress(
     """Make a vision-language model read fewer tokens; call `model(**inputs)` and `model.generate(**inputs)` as usual.
 
     Args:
-        model: a ForConditionalGeneration model of a supported family, wrapped by PEFT or torch.compile or not. Compiled
-            callers stay right, and what is compressed runs eagerly inside them.
+        model: a vision-language model of transformers, wrapped by PEFT or torch.compile or not. Compiled callers stay
+            right, and what is compressed runs eagerly inside them. A class without an adapter of its own (see `winnow
+            families`) runs through the generic one, once the doctor's checks have passed on this very model: pass
+            `processor` the first time, which takes seconds.
         plan: `"slug:key=value,… + slug:… | positions=keep"`, a Method or a Plan.
         keep: content tokens to keep of each item (64) or their share (0.25), with the default method: HiPrune. It
             runs on every supported family, reads no question, costs about 1 % of a prefill, and is best at 25 and
@@ -41,13 +43,11 @@ def compress(
         WinnowError: the plan cannot be read, or the model is compressed already.
     """
     inner = unwrap(model)
-    family = family_of(inner)
     if plan is not None and keep is not None:
         raise WinnowError(f"give a plan or keep=, not both: write keep into the plan, as in '{DEFAULT}:keep={keep}'.")
     if plan is None:
         plan = method_class(DEFAULT).configured(**({} if keep is None else {"keep": keep}))
-    check_training(inner)
+    if processor is not None and is_unchecked(inner):
+        diagnose(inner, processor)  # a class without an adapter of its own; what it finds is remembered
     suffix = None if processor is None else template_suffix(processor)
-    engine = Engine(inner, family, Plan.of(plan, positions=positions), suffix)
-    engine.attach()
-    return Handle(engine)
+    return attach(inner, plan, positions=positions, suffix=suffix)

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from winnow.core.errors import WinnowError
 from winnow.engine.doctor_checks import CHECKS, Run, Subject
+from winnow.models.acceptance import accept_points
 from winnow.models.families import family_of, unwrap
 from winnow.models.inputs import model_inputs
 from winnow.models.supported_versions import NEWEST, accept, is_untested, trying
+
+GENERIC = "the generic adapter on this class"
 
 # Of different lengths, about pictures of different shapes: a batch of both is padded.
 REQUESTS = (
@@ -35,7 +38,8 @@ def diagnose(model: Any, processor: Any) -> list[Check]:
     """Run the engine's checks on this model.
 
     A version of transformers that is newer than all that winnow is tested with passes from now on, for this class of
-    model in this process, if every check holds.
+    model in this process, if every check holds. A class without an adapter of its own is accepted at the points where
+    every check holds, and that is remembered for its class, version and configuration.
 
     Raises:
         UnsupportedError: the model's family is not supported.
@@ -47,12 +51,41 @@ def diagnose(model: Any, processor: Any) -> list[Check]:
 
 
 @torch.no_grad()
-def run_checks(model: Any, samples: Sequence[dict[str, Tensor]]) -> list[Check]:
-    """The checks of `diagnose` on two requests of unequal lengths, each prepared for the model."""
+def run_checks(model: Any, samples: Sequence[dict[str, Tensor]], batch: dict[str, Tensor] | None = None) -> list[Check]:
+    """The checks of `diagnose` on two requests of unequal lengths, each prepared for the model.
+
+    Args:
+        samples: the inputs of each request alone.
+        batch: both in one left-padded batch; made from the samples where it is not given.
+    """
     with trying():
-        subject = Subject.of(model, samples)
-        checks = [_checked(subject, *check) for check in CHECKS]
-    return [*checks, _judged(type(subject.inner).__name__, checks)] if is_untested() else checks
+        inner = unwrap(model)
+        checks = _run(model, samples, batch, ("projected", "layers"))
+        if family_of(inner).generic:
+            checks = _accept(model, samples, batch, checks)
+    return [*checks, _judged(type(inner).__name__, checks)] if is_untested() else checks
+
+
+def _run(
+    model: Any, samples: Sequence[dict[str, Tensor]], batch: dict[str, Tensor] | None, points: tuple[str, ...]
+) -> list[Check]:
+    subject = Subject.of(model, samples, batch, points)
+    return [_checked(subject, *check) for check in CHECKS]
+
+
+def _accept(
+    model: Any, samples: Sequence[dict[str, Tensor]], batch: dict[str, Tensor] | None, checks: list[Check]
+) -> list[Check]:
+    """Accept a class without an adapter of its own at the points where every check holds."""
+    red = [check for check in checks if not check.ok]
+    if not red:
+        accept_points(unwrap(model), ("projected", "layers"))
+        return [*checks, Check(GENERIC, True, "accepted at projected and inside the LM")]
+    again = _run(model, samples, batch, ("projected",))
+    if not all(check.ok for check in again):
+        return [*checks, Check(GENERIC, False, "not accepted, because a check failed")]
+    accept_points(unwrap(model), ("projected",))
+    return [*again, Check(GENERIC, True, f"accepted at projected; not inside the LM: {red[0].name}: {red[0].detail}")]
 
 
 def _checked(subject: Subject, name: str, run: Run, suspects: str) -> Check:

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
@@ -16,7 +15,9 @@ from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal
 from winnow.core.step import Action, Observe, Reduce, State, Step
 from winnow.core.view import View
-from winnow.engine.compress import compress
+from winnow.engine.attach import attach as compress
+from winnow.engine.bound_model import BoundModel
+from winnow.engine.doctor_reference import without
 from winnow.engine.versions import cache_keyword, cache_of
 from winnow.models.families import family_of, unwrap
 from winnow.signals.language import LMAttention
@@ -73,6 +74,7 @@ class Subject:
         batch: both, padded on the left.
         logits: `[1, S, vocabulary]` of the first.
         ids: `[1, S + STEPS]` its greedy answer.
+        points: at which it is checked.
     """
 
     model: Any
@@ -80,12 +82,24 @@ class Subject:
     batch: dict[str, Tensor]
     logits: Tensor
     ids: Tensor
+    points: tuple[str, ...]
 
     @staticmethod
-    def of(model: Any, samples: Sequence[dict[str, Tensor]]) -> "Subject":
+    def of(
+        model: Any,
+        samples: Sequence[dict[str, Tensor]],
+        batch: dict[str, Tensor] | None = None,
+        points: tuple[str, ...] = ("projected", "layers"),
+    ) -> "Subject":
         first = samples[0]
         answer = model.generate(**first, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False)
-        return Subject(model, tuple(samples), padded(samples), model(**first).logits, answer)
+        both = padded(samples) if batch is None else batch
+        return Subject(model, tuple(samples), both, model(**first).logits, answer, points)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The points, with a layer."""
+        return tuple(f"layers[{self.middle}]" if point == "layers" else point for point in self.points)
 
     @property
     def inner(self) -> Any:
@@ -99,11 +113,15 @@ class Subject:
     @property
     def middle(self) -> int:
         """An LM layer half way up, before which a step can act."""
-        return self.info.at_depth(1 / 2)
+        return min(self.info.at_depth(1 / 2), self.bound.last_cut)
 
     @property
-    def bound(self) -> float:
+    def tolerance(self) -> float:
         return TOLERANCE.get(self.logits.dtype, 1e-1)
+
+    @property
+    def bound(self) -> BoundModel:
+        return BoundModel.of(self.inner, family_of(self.inner))
 
     def forward(self, **inputs: Any) -> Any:
         return self.model(**inputs, use_cache=True)
@@ -141,17 +159,17 @@ def apart(got: Tensor, want: Tensor) -> float:
 
 
 def told(error: float, subject: Subject) -> tuple[bool, str]:
-    return error <= subject.bound, f"logits differ by {error:.1e} of the largest (allowed {subject.bound:.0e})"
+    return error <= subject.tolerance, f"logits differ by {error:.1e} of the largest (allowed {subject.tolerance:.0e})"
 
 
 def identity(subject: Subject) -> tuple[bool, str]:
-    for at in ("projected", f"layers[{subject.middle}]"):
+    for at in subject.places:
         with compress(subject.model, Evenly(1.0, at)):
             logits = torch.equal(subject.model(**subject.samples[0]).logits, subject.logits)
             ids = torch.equal(subject.answer(subject.samples[0])[0], subject.ids[:, -STEPS:])
         if not (logits and ids):
             return False, f"at {at}: logits {'equal' if logits else 'differ'}, ids {'equal' if ids else 'differ'}"
-    return True, "logits and ids bit-identical at the connector and inside the LM"
+    return True, f"logits and ids bit-identical at {' and '.join(subject.places)}"
 
 
 def one_token(subject: Subject) -> tuple[bool, str]:
@@ -159,62 +177,59 @@ def one_token(subject: Subject) -> tuple[bool, str]:
         logits = subject.model(**subject.samples[0]).logits
         kept = [len(item.kept) for item in handle.last.items]  # type: ignore[union-attr]
     finite = bool(torch.isfinite(logits).all())
-    return finite and kept == [1], f"kept {kept}, logits {'finite' if finite else 'not finite'}"
+    return finite and set(kept) == {1}, f"kept {kept}, logits {'finite' if finite else 'not finite'}"
 
 
 def subset(subject: Subject) -> tuple[bool, str]:
-    """The prompt and each decoded token against the plain LM on the rows that stay, at their true positions."""
-    method, inputs, inner = Evenly(), subject.samples[0], subject.inner
+    """The prompt and each decoded token against the plain model that cannot read the others."""
+    method, inputs = Evenly(), subject.samples[0]
     with compress(subject.model, method) as handle:
         ids, got = subject.answer(inputs)
-        item = handle.last.items[0]  # type: ignore[union-attr]
-    entered: dict[str, Any] = {}
-    lm: Any = inner.get_decoder()
-    spy = lm.register_forward_pre_hook(lambda module, args, kwargs: entered.update(kwargs), with_kwargs=True)
-    try:
-        subject.model(**inputs)
-    finally:
-        spy.remove()
-    embeds, positions = entered["inputs_embeds"], entered.get("position_ids")
-    if positions is None:
-        positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
-    token = next(name for _, modality, name in family_of(inner).encoders if modality == item.modality)
-    where = (inputs["input_ids"][0] == getattr(inner.config, token)).nonzero()[:, 0].cpu()
-    content = where[torch.from_numpy(item.layout.content)]
-    stays = torch.ones(embeds.shape[1], dtype=torch.bool)
-    stays[content] = False
-    stays[content[method.index(len(content))]] = True
-    rows = stays.nonzero()[:, 0].to(embeds.device)
-    cache = {cache_keyword(lm): DynamicCache(config=lm.config)}
-    embeds, places = embeds[:, rows], positions[..., rows]
-    want = []
-    for step in range(STEPS):
-        output = lm(inputs_embeds=embeds, position_ids=places, attention_mask=None, use_cache=True, **cache)
-        want.append(inner.lm_head(output.last_hidden_state[:, -1]))
-        embeds = inner.get_input_embeddings()(ids[:, step : step + 1])
-        places = torch.full_like(positions[..., :1], int(positions.max()) + 1 + step)
+        items = handle.last.items  # type: ignore[union-attr]
+    bound, gone = subject.bound, []
+    for modality in {item.modality for item in items}:
+        where = (inputs["input_ids"][0] == bound.token_ids[modality]).nonzero()[:, 0].cpu()
+        own = [item.layout for item in items if item.modality == modality]
+        for layout, at in zip(own, where.split([layout.n for layout in own]), strict=True):
+            content = at[torch.from_numpy(layout.content)]
+            stays = torch.isin(torch.arange(len(content)), method.index(len(content)))
+            gone.append(content[~stays])
+    want = without(bound, subject.model, inputs, torch.cat(gone), ids[0].tolist())
     effect = apart(got[:, 0], subject.logits[:, -1])
-    ok, detail = told(apart(got[0], torch.cat(want)), subject)
+    ok, detail = told(apart(got[0], want), subject)
     return ok, f"{detail}; the reduction changes them by {effect:.1e}"
 
 
 def by_hand(subject: Subject) -> tuple[bool, str]:
-    inputs, keyword = subject.samples[0], cache_keyword(subject.inner)
+    inputs = subject.samples[0]
+    plain = subject.answer(inputs)
+    try:
+        alike = apart(_stepped(subject, plain[0]), plain[1][0]) <= subject.tolerance
+    except Exception:  # a class that cannot be stepped so fails in its own way
+        alike = False
+    if not alike:
+        return True, "not checked: the plain model itself does not decode by hand as it generates"
     with compress(subject.model, Evenly()):
         ids, want = subject.answer(inputs)
-        output = subject.forward(**inputs)
-        got = [output.logits[:, -1]]
-        for step in range(STEPS - 1):
-            output = subject.forward(input_ids=ids[:, step : step + 1], **{keyword: cache_of(output)})
-            got.append(output.logits[:, -1])
-    return told(apart(torch.cat(got), want[0]), subject)
+        return told(apart(_stepped(subject, ids), want[0]), subject)
+
+
+def _stepped(subject: Subject, ids: Tensor) -> Tensor:
+    """`[STEPS, vocabulary]` logits of a prefill and of one forward for each token, with the cache handed on."""
+    output = subject.forward(**subject.samples[0])
+    got = [output.logits[:, -1]]
+    for step in range(STEPS - 1):
+        held = {cache_keyword(subject.inner): cache_of(output)}
+        output = subject.forward(input_ids=ids[:, step : step + 1], **held)
+        got.append(output.logits[:, -1])
+    return torch.cat(got)
 
 
 def cache_bytes(subject: Subject) -> tuple[bool, str]:
     inputs = subject.samples[0]
     full = _held(subject.forward(**inputs))
     seen, ok = [], True
-    for at in ("projected", f"layers[{subject.middle}]"):
+    for at in subject.places:
         with compress(subject.model, Evenly(at=at)) as handle:
             held, ledger = _held(subject.forward(**inputs)), handle.last
         ok = ok and 0 < held < full and (ledger.kv_bytes, ledger.kv_bytes_full) == (held, full)  # type: ignore[union-attr]
@@ -223,7 +238,7 @@ def cache_bytes(subject: Subject) -> tuple[bool, str]:
 
 
 def _held(output: Any) -> int:
-    layers = cache_of(output).layers
+    layers = [layer for layer in cache_of(output).layers if getattr(layer, "keys", None) is not None]
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
@@ -232,13 +247,20 @@ def batch_at_connector(subject: Subject) -> tuple[bool, str]:
 
 
 def batch_inside_lm(subject: Subject) -> tuple[bool, str]:
+    if "layers" not in subject.points:
+        return True, "not checked: nothing is cut inside the LM"
     return _batch(subject, f"layers[{subject.middle}]")
 
 
 def _batch(subject: Subject, at: str) -> tuple[bool, str]:
     with compress(subject.model, Evenly(at=at)):
         ok, detail = told(_batch_error(subject), subject)
-    return ok, detail if ok else f"{detail}; those of the plain model by {_batch_error(subject):.1e}"
+    if ok:
+        return ok, detail
+    plain = _batch_error(subject)
+    if plain > subject.tolerance:
+        return True, f"not checked: padded batches of the plain model differ from their samples by {plain:.1e}"
+    return ok, f"{detail}; those of the plain model by {plain:.1e}"
 
 
 def _batch_error(subject: Subject, **options: Any) -> float:
@@ -264,15 +286,20 @@ def static_cache(subject: Subject) -> tuple[bool, str]:
 
 def attention(subject: Subject) -> tuple[bool, str]:
     """A tap in the tower, one in the LM, and a probe of an LM layer that has not run."""
-    at = subject.middle
-    looks: tuple[Signal, ...] = (VisionAttention(query="all"), LMAttention(at), LMAttention(max(0, at - 1)))
-    with compress(subject.model, Listen(at, looks)) as handle:
+    bound, at = subject.bound, subject.middle
+    attends = [i for i in range(at + 1) if not bound.is_linear(i)] if "layers" in subject.points else []
+    looks: list[Signal] = [LMAttention(i) for i in attends[-2:]]
+    if bound.tower is not None:
+        looks.append(VisionAttention(query="all"))
+    if not looks:
+        return True, "nothing can be looked at here"
+    with compress(subject.model, Listen(at, tuple(looks))) as handle:
         same = torch.equal(subject.model(**subject.samples[0]).logits, subject.logits)
         ranges = handle.last.notes["attention"]  # type: ignore[union-attr]
     ok = same and all(least >= 0 and total > 0 for least, total in ranges)
-    ok = ok and all(total <= 1 + 1e-3 for _, total in ranges[1:])
-    sums = ", ".join(f"{total:.2f}" for _, total in ranges)
-    return ok, f"items receive {sums} of it (tower, LM); logits {'bit-identical' if same else 'differ'}"
+    ok = ok and all(total <= 1 + 1e-3 for _, total in ranges[: len(attends[-2:])])
+    sums = ", ".join(f"{total:.2f} by {look}" for look, (_, total) in zip(looks, ranges, strict=True))
+    return ok, f"items receive {sums}; logits {'bit-identical' if same else 'differ'}"
 
 
 def detached(subject: Subject) -> tuple[bool, str]:

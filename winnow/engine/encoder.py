@@ -73,7 +73,7 @@ def plain_method(base: nn.Module, name: str) -> Any:
 
 def finish(request: Request, record: EncoderRecord, output: Any) -> Any:
     """The encoder's output with its record; rows that steps at `features` made stand where they belong."""
-    pooled = getattr(output, "pooler_output", None)
+    pooled = request.bound.family.rows(output)
     if pooled is None:
         if request.plan.plan.methods:
             raise WinnowError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from winnow.core.errors import UnsupportedError, WinnowError, WinnowWarning
 from winnow.core.plan import Plan
 from winnow.core.signal import Site
-from winnow.engine import encoder
+from winnow.engine import deepstack, encoder
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.cache import state_of
@@ -69,8 +69,20 @@ class Engine:
             key = (plan.key, *map(type, plan.methods))
             if key not in self._plans:
                 dtype = next(self.bound.lm.parameters()).dtype
+                if plan.positions == "compact" and not self.bound.compactable:
+                    raise UnsupportedError(
+                        f"positions=compact is defined for 1-D positions of layers that attend to everything before; "
+                        f"{self.bound.info.model} has other ones. Use positions=keep."
+                    )
                 self._plans[key] = BoundPlan.of(plan, self.bound.info, self.bound.device, dtype)
             made = self._plans[key]
+            late = [layer for layer in made.layers if layer > self.bound.last_cut]
+            if late:
+                raise UnsupportedError(
+                    f"{plan} acts at layers[{late[0]}], but later layers of {self.bound.info.model} read the keys of "
+                    f"layer {self.bound.last_cut}, which tokens cannot leave any more; act at "
+                    f"layers[{self.bound.last_cut}] or before."
+                )
             if made.reads_question and self.suffix is None:
                 self._warn_of_the_template(made)
             if self.attached:
@@ -140,6 +152,9 @@ class Engine:
         self._hook(bound.lm.register_forward_pre_hook(Hook(self._enter_lm), with_kwargs=True))
         # First in line, so that hooks that record outputs see what the caller will see.
         self._hook(bound.lm.register_forward_hook(Hook(self._leave_lm), with_kwargs=True, prepend=True))
+        if hasattr(bound.lm, deepstack.NAME):
+            setattr(bound.lm, deepstack.NAME, deepstack.DeepstackMethod(self._lm_pass, bound.lm))
+            self._removers.append(functools.partial(bound.lm.__dict__.pop, deepstack.NAME, None))
         if bound.tower is not None:
             self._hook(bound.tower.register_forward_hook(Hook(self._leave_tower)))
         if bound.projector is not None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
+
+LINEAR = ("linear_attention", "conv", "mamba", "recurrent", "mlp", "moe")
 
 
 def lm_flops(config: Any, layer_tokens: Sequence[Sequence[int]], head_tokens: int = 0) -> int:
@@ -13,16 +16,39 @@ def lm_flops(config: Any, layer_tokens: Sequence[Sequence[int]], head_tokens: in
         config: the text configuration (hidden_size, intermediate_size, heads, key-value heads, head_dim).
         head_tokens: rows that go through the LM head.
     """
-    d, f = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads
-    kv = getattr(config, "num_key_value_heads", None) or heads
-    hd = getattr(config, "head_dim", None) or d // heads
-    total = 0
-    for counts in layer_tokens:
+    total, d = 0, config.hidden_size
+    for index, counts in enumerate(layer_tokens):
+        f, heads, kv, hd = _layer_shape(config, index)
+        keys = _reach(config, index)
         for n in counts:
             projections = 2 * n * d * (heads * hd) * 2 + 2 * n * d * (kv * hd) * 2
-            total += projections + 4 * n * n * heads * hd + 6 * n * d * f
+            total += projections + 4 * n * min(n, keys) * heads * hd + 6 * n * d * f
     return total + 2 * head_tokens * d * config.vocab_size
+
+
+def _layer_shape(config: Any, index: int) -> tuple[int, int, int, int]:
+    """Width of the MLP (of all experts that a token goes to), heads, key-value heads and head width of a layer."""
+    own = config
+    if getattr(config, "is_heterogeneous", False):
+        own = config.per_layer_config[index]
+    heads = own.num_attention_heads
+    kv = getattr(own, "num_key_value_heads", None) or heads
+    hd = getattr(own, "head_dim", None) or config.hidden_size // heads
+    f = getattr(own, "intermediate_size", None) or 4 * config.hidden_size
+    f = f[index] if isinstance(f, list | tuple) else f
+    active, expert = getattr(own, "num_experts_per_tok", None), getattr(own, "moe_intermediate_size", None)
+    return (active * expert if active and expert else f), heads, kv, hd
+
+
+def _reach(config: Any, index: int) -> int:
+    """Keys that a query of a layer reads at most: a window, none where a state takes their place."""
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[index] if kinds else "full_attention"
+    if kind in LINEAR:
+        return 0
+    if kind == "chunked_attention":
+        return config.attention_chunk_size
+    return config.sliding_window if "sliding" in kind and config.sliding_window else sys.maxsize
 
 
 def kv_bytes_per_token(config: Any, itemsize: int) -> int:

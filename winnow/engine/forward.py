@@ -59,6 +59,7 @@ def positions_of_later_turn(state: CacheState, called: dict[str, Any]) -> Any:
 def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
     """The pass through the LM, if there is anything to do: items, or a cache that holds a reduced prompt."""
     cache = arguments.get(request.bound.cache_name)
+    _refuse_unseen(request)
     if not request.encodings and state_of(cache) is None:
         _refuse_chunks(request)
         return None
@@ -76,6 +77,23 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
     ids = _token_ids(request)
     spans, ends = _spans(request, ids)
     return LMPass(request, arguments, spans, _questions(request, arguments, ids, ends), ends)
+
+
+PIXELS = {"image": ("pixel_values", "pixel_values_images", "image_patches"), "video": ("pixel_values_videos",)}
+
+
+def _refuse_unseen(request: Request) -> None:
+    """Pictures that the model encoded by another way than the one that we listen to would be read in full."""
+    if not request.plan.plan.methods:
+        return
+    for modality in request.bound.token_ids.keys() - request.encodings.keys():
+        given = [name for name in PIXELS.get(modality, ()) if request.called.get(name) is not None]
+        if given:
+            raise UnsupportedError(
+                f"{request.bound.info.model} was given {given[0]} and did not encode it by "
+                f"{', '.join(name for name, own, _ in request.bound.family.encoders if own == modality)}, so it cannot "
+                "be compressed; use handle.using('full'), or report the class."
+            )
 
 
 def check_training(model: Any) -> None:
@@ -132,10 +150,27 @@ def _spans(request: Request, ids: Tensor) -> tuple[list[tuple[Span, EncoderRecor
     for modality, record in request.encodings.items():
         if record.plan is not request.plan:
             raise WinnowError("these encoder outputs were made under another plan; encode again under this one.")
+        if request.bound.family.generic:
+            _split_by_runs(request, ids, record)
         own, last = find_spans(ids, request.bound.token_ids[modality], record.lengths, modality)
         found += [(span, record) for span in own]
         ends = [max(a, b) for a, b in zip(ends, last, strict=True)]
     return sorted(found, key=lambda pair: (pair[0].row, int(pair[0].where[0]))), ends
+
+
+def _split_by_runs(request: Request, ids: Tensor, record: EncoderRecord) -> None:
+    """Where an encoder gives the tokens of all its items as one, runs of placeholders tell them apart."""
+    placeholder = ids == request.bound.token_ids[record.modality]
+    total = int(placeholder.sum())
+    if len(record.lengths) != 1 or total == 0 or total % record.lengths[0]:
+        return
+    edges = torch.nn.functional.pad(placeholder.int(), (1, 1)).diff(dim=1)
+    starts, stops = (edges == 1).nonzero(), (edges == -1).nonzero()
+    runs = (stops - starts)[:, 1].tolist()
+    per_repeat = len(runs) // (total // record.lengths[0])
+    if per_repeat > 1:
+        record.lengths = tuple(runs[:per_repeat])
+        record.layouts = request.bound.family.layouts(request.bound.model, record)
 
 
 def _questions(request: Request, arguments: dict[str, Any], ids: Tensor, ends: list[int]) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from winnow.core.ledger import Ledger
-from winnow.engine.flops import kv_bytes_per_token, lm_flops
+from winnow.engine.flops import lm_flops
 from winnow.engine.lm_pass import LMPass
 from winnow.engine.packed import row_mask
 from winnow.engine.request import Request, padding_mask
@@ -26,7 +26,7 @@ def write_ledger(request: Request, lm: LMPass | None, arguments: dict[str, Any],
         if lm is not None or (cache is not None and cache.get_seq_length() > length):
             return None
         ledger = _in_full(request, arguments, rows, length)
-        _count_bytes(ledger, request, cache, rows * length)
+        _count_bytes(ledger, cache, length)
         return ledger
     for item in lm.items:
         item.record.ids = item.ids
@@ -35,18 +35,21 @@ def write_ledger(request: Request, lm: LMPass | None, arguments: dict[str, Any],
     sizes = lm.tokens.initial.sizes
     ledger = _ledger(request, sizes, layers, lm.notes)
     ledger.items = tuple(item.record for item in lm.items)
-    _count_bytes(ledger, request, lm.cache, len(sizes) * (lm.before + lm.tokens.initial.logical))
+    _count_bytes(ledger, lm.cache, lm.before + lm.tokens.initial.logical)
     return ledger
 
 
-def _count_bytes(ledger: Ledger, request: Request, cache: Any, tokens: int) -> None:
-    """Bytes that a cache holds, and what it would hold if every layer held all of these tokens."""
+def _count_bytes(ledger: Ledger, cache: Any, length: int) -> None:
+    """Bytes of keys and values that a cache holds, and those of a plain one that has seen `length` tokens."""
     held = [layer for layer in getattr(cache, "layers", ()) if getattr(layer, "keys", None) is not None]
-    if held:
-        ledger.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
-        ledger.kv_bytes_full = (
-            tokens * len(held) * kv_bytes_per_token(request.bound.lm.config, held[0].keys.element_size())
-        )
+    if not held:
+        return
+    ledger.kv_bytes = ledger.kv_bytes_full = 0
+    for layer in held:
+        bytes_ = layer.keys.nbytes + layer.values.nbytes
+        window = getattr(layer, "sliding_window", None)
+        ledger.kv_bytes += bytes_
+        ledger.kv_bytes_full += bytes_ // layer.keys.shape[-2] * (length if window is None else min(length, window - 1))
 
 
 def _ledger(

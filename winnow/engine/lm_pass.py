@@ -100,7 +100,7 @@ class LMPass:
         self.whole: WholeCall | None = None
         if not self.bound.short:
             self.whole = WholeCall(self.tokens, self.before, self.flash)
-            self.held_before = tuple(held_by(self.cache, i) for i in range(len(self.bound.layers)))
+            self.held_before = tuple(held_by(self.cache, i) for i in self.bound.kv_of)
         elif self.state is not None:
             self.state.inside = True
 
@@ -243,7 +243,7 @@ class LMPass:
                     self._probe(index, step, (hidden, *args[1:]), arguments)
                     hidden = self._run(number, step, hidden)
             self.packings.append((index, tokens.packing))
-        past = None if self.state is None else self.state.layers.get(index)
+        past = self._past(index)
         if self.whole is not None:
             forgets = self.state is not None and self.held_before[index] < self.before
             if not tokens.touched and past is None and not forgets:
@@ -268,7 +268,7 @@ class LMPass:
     def _whole_arguments(
         self, index: int, args: tuple[Any, ...], arguments: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        past = None if self.state is None else self.state.layers.get(index)
+        past = self._past(index)
         held, linear = self.held_before[index], self.bound.is_linear(index)
         return self.whole.layer(self.bound.layers[index], args, arguments, past, held, linear)  # type: ignore[union-attr]
 
@@ -301,7 +301,7 @@ class LMPass:
                     item.signals[signal] = own[item.slots] if signal.per == "token" else own
 
     def _inputs(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, mask: Any = None) -> LMAttentionInputs:
-        past = None if self.state is None else self.state.layers.get(layer)
+        past = self._past(layer)
         content = []
         for row in range(len(self.tokens.packing.sizes)):
             own = [item.slots for item in self.items if item.row == row and item.count]
@@ -315,7 +315,7 @@ class LMPass:
         wanted = [s for s in step.needs if s in self.plan.probed.get(index, ())]
         if not wanted or not any(item.count for item in self.items):
             return
-        past = None if self.state is None else self.state.layers.get(index)
+        past = self._past(index)
         layer, hidden, mask = self.bound.layers[index], args[0], None
         with torch.no_grad():
             last = self.tokens.packing.last_slots() if all(s.last_row_only for s in wanted) else None
@@ -328,6 +328,10 @@ class LMPass:
             attention = self.bound.attention_of(index)
             q, k = probe_layer(layer, attention, args, inputs, self.cache, last)
             self._read(wanted, self._inputs(index, attention, q, k, mask))
+
+    def _past(self, index: int) -> Past | None:
+        """What the cache holds for a layer, if it is not what the caller gave."""
+        return None if self.state is None else self.state.layers.get(self.bound.kv_of[index])
 
     def _held(self, index: int) -> int:
         """Slots that the cache of a layer holds before this forward."""

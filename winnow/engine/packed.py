@@ -167,8 +167,8 @@ class PackedSequence:
 
     def to_logical(self, x: Float[Tensor, "b p d"], packing: Packing) -> Float[Tensor, "b s d"]:
         """Outputs at their logical length; a dropped position repeats the survivor before it."""
-        if packing is self.initial:
-            return x
+        if packing is self.initial or x.shape[1] != packing.width:
+            return x  # as the caller gave them; or the model itself went on with the last token alone
         index = self.once(("logical", packing), packing.to_logical)
         return x.gather(1, index.to(x.device)[..., None].expand(-1, -1, x.shape[-1]))
 

@@ -169,7 +169,8 @@ class WholeCall:
         """`[B, 1, S, K]` → `[B, 1, P, K]`."""
         packing = self.tokens.packing
         wide = given.expand(len(packing.sizes), -1, -1, -1)
-        if packing is self.tokens.at_lm:
+        # Some models go on with the last token alone, once no later layer needs the keys of the others.
+        if packing is self.tokens.at_lm or wide.shape[2] != self.length:
             return wide
         index = packing.source.to(given.device)[:, None, :, None]
         return wide.gather(2, index.expand(-1, wide.shape[1], -1, wide.shape[3]))

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.models.acceptance import accepted_points
 from winnow.models.family import Family
 from winnow.models.generic import Generic
 from winnow.models.supported_versions import check_version, is_trying
@@ -55,17 +56,45 @@ def family_of(model: Any) -> Family:
             f"{type(model).__name__} is spread over several devices (hf_device_map); "
             "this version compresses models on one."
         )
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    family = _class_of(kind)
-    if family is None and is_trying():
-        return Generic(model)
-    if family is None or not hasattr(model, "lm_head"):
+    family = _class_of(_kind(model))
+    if family is not None and _has_head(model):
+        return family()
+    if family is None and Generic.fits(model):
+        return Generic(model, _checked_points(model))
+    raise UnsupportedError(
+        f"{type(model).__name__} (model_type {_kind(model)!r}) is not supported: {Generic.why_not(model)}. `winnow "
+        "families` lists what works for each class. An adapter is one short file: see the page 'Add a model family' of "
+        "the documentation."
+    )
+
+
+def is_unchecked(model: Any) -> bool:
+    """Whether a model has no adapter of its own, and the generic one must be checked on it first."""
+    if not isinstance(model, nn.Module) or _class_of(_kind(model)) is not None or not Generic.fits(model):
+        return False
+    return not accepted_points(model)
+
+
+def _checked_points(model: Any) -> tuple[str, ...]:
+    """Where a model without an adapter of its own can be compressed: everywhere while it is being checked."""
+    if is_trying():
+        return Generic.points
+    points = accepted_points(model)
+    if not points:
         raise UnsupportedError(
-            f"{type(model).__name__} (model_type {kind!r}) is not supported; supported are the "
-            f"ForConditionalGeneration classes of {', '.join(supported())}. "
-            "A family is one short file: see the page 'Add a model family' of the documentation."
+            f"{type(model).__name__} has no adapter of its own. The generic one runs once the checks of winnow doctor "
+            "have passed on this very model: pass processor= to winnow.compress, or call "
+            "winnow.engine.doctor.diagnose(model, processor) first. It takes seconds, and is remembered."
         )
-    return family()
+    return points
+
+
+def _kind(model: Any) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _has_head(model: Any) -> bool:
+    return hasattr(model, "lm_head")
 
 
 _registered: dict[str, type[Family]] = {}

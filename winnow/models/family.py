@@ -60,6 +60,10 @@ class Family:
     def check(self, model: Any) -> None:
         """Raise an UnsupportedError where this very model has something that the family cannot do."""
 
+    def rows(self, output: Any) -> Any:
+        """`[items][n, D]` the tokens of each item in an encoder's output, or None where it holds none."""
+        return getattr(output, "pooler_output", None)
+
     def info(self, model: Any) -> ModelInfo:
         """What is known of this model before data."""
         raise NotImplementedError
@@ -97,9 +101,31 @@ class Family:
         raise NotImplementedError
 
 
-def seam(root: nn.Module, path: str, model: Any) -> Any:
-    """Follow a path of attributes; a missing one is a version that we do not know."""
+# Where the layers of a decoder lie, from what `get_decoder` gives.
+_INSIDE = ("", "model", "decoder", "model.decoder")
+
+
+def decoder_of(model: Any) -> Any:
+    """The module that runs the layers of the language model; None where there is none."""
+    outer = model.get_decoder()
+    for path in _INSIDE:
+        at = outer
+        for name in path.split(".") if path else ():
+            at = getattr(at, name, None)
+        if isinstance(getattr(at, "layers", None), nn.ModuleList):
+            return at
+    return None
+
+
+def seam(root: nn.Module, path: str | None, model: Any) -> Any:
+    """Follow a path of attributes; a missing one is a version that we do not know.
+
+    Raises:
+        UnsupportedError: it is missing, or the family names no path.
+    """
     at: Any = root
+    if path is None:
+        raise UnsupportedError(f"winnow does not know the vision tower of {type(model).__name__}.")
     for name in path.split("."):
         if not hasattr(at, name):
             import transformers

@@ -114,14 +114,14 @@ def _features(model: Any, name: str, inputs: Mapping[str, Any]) -> int | None:
     with _lock:
         known = _counts.setdefault(model, {})
     if key not in known:
-        known[key] = _count(encoder, model.base_model, given)
+        known[key] = _count(family_of(model), encoder, model.base_model, given)
     return known[key]
 
 
-def _count(encoder: Any, base: Any, given: Mapping[str, Any]) -> int | None:
+def _count(family: Any, encoder: Any, base: Any, given: Mapping[str, Any]) -> int | None:
     try:
         with torch.no_grad():
-            rows = encoder(base, **given, return_dict=True).pooler_output
+            rows = family.rows(encoder(base, **given, return_dict=True))
         return sum(row.reshape(-1, row.shape[-1]).shape[0] for row in rows)
     except (WinnowError, MemoryError, torch.OutOfMemoryError):
         raise
