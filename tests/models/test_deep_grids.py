@@ -11,9 +11,12 @@ import pytest
 import torch
 from alone import Alone, Encoders, items
 from builds.build import Build
+from byhand import top
 from contract.signals import BlockShift, CellPixels, TowerFeatures
-from probes import Look, Pick, Received, forward, generate, score
+from masked import Cut, MaskedReference
+from probes import Folded, Look, Pick, Received, forward, generate, new_tokens, score, step_logits
 from torch import Tensor
+from transformers import ShieldGemma2ForImageClassification
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 import winnow
@@ -177,10 +180,6 @@ def lane_of(found: list[Any], projected: Tensor) -> Any:
     return own[0]
 
 
-def cut_rows(name: str) -> tuple[str, ...]:
-    return ROWS if "V" not in build_of(name).letters or name.startswith("glm") else (*ROWS, *VIDEOS)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_each_token_stands_where_its_patches_are(name):
     model = build_of(name).model()
@@ -240,3 +239,165 @@ def check(found: Tensor, rows: Tensor, grid: Grid, tolerance: float) -> None:
     expected = rows if len(rows) == len(grid.rows) else rows[grid.rows].mean(1)
     assert (found - expected).abs().max() <= tolerance
     assert expected.std() > 100 * tolerance
+
+
+METHODS = ("divprune:keep=7", "hiprune:keep=7", "fastervlm:keep=7", "fastv:keep=7", "pyramiddrop")
+# Where a method cannot run, and what it is told.
+REFUSED = {
+    ("pyramiddrop", "qwen3_5"): "has no attention to look at",
+    ("pyramiddrop", "qwen3_5_moe"): "has no attention to look at",
+    ("fastv:keep=7", "gemma4"): "read the keys of layer 0",
+    ("pyramiddrop", "gemma4"): "read the keys of layer 0",
+    ("fastv:keep=7", "paligemma2"): "softcap",
+    ("pyramiddrop", "paligemma2"): "softcap",
+}
+
+
+@pytest.mark.parametrize("plan", METHODS)
+@pytest.mark.parametrize("name", CASES)
+def test_methods_keep_what_they_promise_and_batches_are_their_samples_alone(name, plan):
+    model, parts = build_of(name).model(), build_of(name).samples(ROWS)
+    if reason := REFUSED.get((plan, name)):
+        with pytest.raises(winnow.UnsupportedError, match=reason), winnow.compress(model, plan):
+            forward(model, build_of(name).collate(parts))
+        return
+    plain = forward(model, build_of(name).collate(parts)).logits[:, -1]
+    with winnow.compress(model, plan) as handle:
+        together = forward(model, build_of(name).collate(parts)).logits[:, -1]
+        kept = [(item.n_visual, len(item.kept)) for item in handle.last.items]
+        alone = torch.cat([forward(model, part).logits[:, -1] for part in parts])
+    assert [n for _, n in kept] == [max(1, n // 8) if plan == "pyramiddrop" else 7 for n, _ in kept]
+    assert len(kept) == 4
+    assert (together - alone).abs().max() <= 2e-5
+    assert (together - plain).abs().max() > 1e-2
+
+
+BOTH = ("3 V 2 A 6", "2 B 4 V 3 C 5", "4 A 2", "7")
+
+
+@pytest.mark.parametrize("plan", ["divprune:keep=5", "hiprune:keep=5"])
+@pytest.mark.parametrize("name", [n for n in CASES if "V" in build_of(n).letters and not n.startswith("glm")])
+def test_videos_are_items_of_their_own(name, plan):
+    """In any order among pictures; frames with text between them are one item."""
+    model, parts = build_of(name).model(), build_of(name).samples(BOTH)
+    with winnow.compress(model, plan) as handle:
+        together = forward(model, build_of(name).collate(parts)).logits[:, -1]
+        items = handle.last.items
+        alone = torch.cat([forward(model, part).logits[:, -1] for part in parts])
+    for row, kinds in enumerate((["video", "image"], ["image", "video", "image"], ["image"], [])):
+        assert [item.modality for item in items if item.row == row] == kinds
+    assert {len(item.kept) for item in items} == {5}
+    assert (together - alone).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("glm")])
+def test_videos_of_glm_stand_under_the_placeholder_of_pictures(name):
+    model, build = build_of(name).model(), build_of(name)
+    with winnow.compress(model, "divprune:keep=5") as handle:
+        output = generate(model, build.batch(VIDEOS))
+        assert [(item.modality, len(item.kept)) for item in handle.last.items] == [("video", 5)] * 2
+        alone = [generate(model, part) for part in build.samples(VIDEOS)]
+        together = torch.stack(output.logits, 1)
+        for row, own in enumerate(alone):
+            assert (torch.stack(own.logits, 1)[0] - together[row]).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if "U" in build_of(n).letters])
+def test_sounds_are_read_in_full(name):
+    build = build_of(name)
+    model, parts = build.model(), build.samples(("3 U 6", "2 A 3 U 5", "9"))
+    plain = forward(model, parts[0]).logits
+    with winnow.compress(model, "divprune:keep=5") as handle:
+        assert torch.equal(forward(model, parts[0]).logits, plain)
+        batch = forward(model, build.collate(parts)).logits[:, -1]
+        assert [(item.row, item.modality, len(item.kept)) for item in handle.last.items] == [(1, "image", 5)]
+        alone = torch.cat([forward(model, part).logits[:, -1] for part in parts])
+    assert (batch - alone).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_points_and_queries_that_a_tower_does_not_have_are_refused(name):
+    model = build_of(name).model()
+    with pytest.raises(winnow.UnsupportedError, match=r"\[CLS\]"):
+        winnow.compress(model, Received(row=VisionAttention(query="cls")))
+    if not CASES[name].features:
+        with pytest.raises(winnow.UnsupportedError, match="features"):
+            winnow.compress(model, Pick(at="features"))
+    info = family_of(model).info(model)
+    tower = encoders(name, model).blocks
+    assert info.vision_depth == len(tower)
+    assert info.vision_width == next(tower.parameters()).shape[-1]
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].features])
+def test_tokens_picked_at_features_are_those_with_the_projected_rows(name):
+    """Each row of the tower is projected alone, so what is picked before the projector equals picking behind it."""
+    model, build = build_of(name).model(), build_of(name)
+    model.set_attn_implementation("eager")  # SDPA leaves out the soft caps of PaliGemma 2
+    parts = build.samples(ROWS)
+    expected = []
+    for _, _, _, alone in pictures(name, model, ROWS):
+        expected.append(top(score(alone.projector), 6).tolist())
+    with winnow.compress(model, Pick(keep=6, at="features")) as handle:
+        output = generate(model, build.collate(parts))
+        items = handle.last.items
+    assert [item.kept.tolist() for item in items] == expected
+    reference, tokens = MaskedReference(model), new_tokens(output, build.collate(parts))
+    for row, part in enumerate(parts):
+        at = (part["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
+        kept = [torch.tensor(own) for item, own in zip(items, expected, strict=True) if item.row == row]
+        runs = list(at.view(len(kept), -1)) if kept else []
+        stay = [run[own] for run, own in zip(runs, kept, strict=True)]
+        by_hand = reference.run(part, runs, tokens[row, :-1].tolist(), [Cut(0, lambda rows, left, stay=stay: stay)])
+        assert (step_logits(output)[row] - by_hand.logits).abs().max() <= 2e-5
+
+
+def test_rows_merged_at_features_are_projected_and_take_the_first_places():
+    """PaliGemma: the whole prompt sees itself, so the shortened prompt is the plain model on fewer rows."""
+    name = "paligemma"
+    model, build = build_of(name).model(), build_of(name)
+    plain = encoders(name, model).model
+    plain.set_attn_implementation("eager")
+    for part in build.samples(("3 A 6", "2 B 4 C 5")):
+        with winnow.compress(model, Folded()), torch.no_grad():
+            found = forward(model, part).logits[0, -1]
+        with torch.no_grad():
+            features = plain.base_model.vision_tower(part["pixel_values"]).last_hidden_state
+            rows = plain.get_input_embeddings()(part["input_ids"][0])
+            at = (part["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0].view(len(features), -1)
+            places = torch.arange(len(rows))
+            for run, own in zip(at, features, strict=True):
+                firsts = torch.arange(0, len(own), 2).flip(0)
+                means = torch.stack([own[i : i + 2].mean(0) for i in firsts])
+                rows[run[: len(firsts)]] = plain.base_model.multi_modal_projector(means[None])[0]
+                places[run[: len(firsts)]] = run[firsts]
+            gone = torch.cat([run[(len(run) + 1) // 2 :] for run in at])
+            stays = torch.ones(len(rows), dtype=torch.bool)
+            stays[gone] = False
+            expected = plain(
+                inputs_embeds=rows[stays][None],
+                position_ids=places[stays][None] + 1,
+                token_type_ids=torch.zeros(1, int(stays.sum()), dtype=torch.int64),
+            ).logits[0, -1]
+        assert (found - expected).abs().max() <= 2e-5
+
+
+def test_pooling_that_leaves_patches_out_is_refused():
+    model = build_of("gemma3").model()
+    model.config.mm_tokens_per_image = 9  # 8 × 8 patches by 2 are 4 × 4; by 8 // 3 = 2 too
+    assert winnow.compress(model, "divprune").detach() is None
+    model.config.vision_config.image_size = 63  # 9 × 9 patches
+    model.config.mm_tokens_per_image = 16
+    with pytest.raises(winnow.UnsupportedError, match="9 × 9 patches by 2"):
+        winnow.compress(model, "divprune")
+
+
+def test_the_classifier_of_shieldgemma_is_compressed_through_the_model_inside():
+    inner = build_of("shieldgemma2").model()
+    model = ShieldGemma2ForImageClassification(inner.config)
+    model.model, model.yes_token_index, model.no_token_index = inner, 20, 21
+    part = build_of("shieldgemma2").sample("3 A 6")
+    plain = forward(model, part).probabilities
+    with winnow.compress(inner, "divprune:keep=5") as handle:
+        assert (forward(model, part).probabilities - plain).abs().max() > 1e-4
+        assert len(handle.last.items[0].kept) == 5

@@ -57,7 +57,7 @@ class PatchGrids(Family):
         grids = encoding.inputs.get(f"{encoding.modality}_grid_thw")
         if grids is None:
             raise UnsupportedError(
-                f"{type(model).__name__} needs {encoding.modality}_grid_thw beside the pixels; the processor gives both."
+                f"{type(model).__name__} needs {encoding.modality}_grid_thw beside the pixels; the processor gives them."
             )
         return grids
 

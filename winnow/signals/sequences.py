@@ -1,5 +1,7 @@
 """The sequences that one call of a vision tower's attention holds, each with its real tokens alone."""
 
+import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 
 from winnow.core.errors import UnsupportedError
 
+CACHES = frozenset({"past_key_values", "cache"})  # the keyword of older and of newer versions
+
 Part = tuple[Tensor, Tensor, Tensor]
 
 
@@ -15,8 +19,8 @@ def sequences(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, end
     """Queries, keys and values of a call, `[b, H, N, d]`, taken apart where its tokens do not all see each other.
 
     Implementations differ in how they keep pictures apart: by a call for each, by the ends of each in one call
-    (FlashAttention), or by a mask that can also hide padding. What is shown is the same for all. Causal attention is
-    shown as it is.
+    (FlashAttention), or by a mask that can also hide padding. What is shown is the same for all. The attention of a
+    language model is shown as it is: its masks have other uses, and its signals are given them.
 
     Args:
         mask: True or 0 where a query sees a key: `[b, 1, N, N]`, or `[b, N]` for all queries alike.
@@ -25,7 +29,7 @@ def sequences(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, end
     Raises:
         UnsupportedError: tokens see each other in some other way.
     """
-    if getattr(module, "is_causal", True):
+    if _reads_cache(type(module)):
         yield q, k, v
     elif ends is not None:
         lengths = ends.diff().tolist()
@@ -36,6 +40,12 @@ def sequences(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, end
         for row in range(q.shape[0]):
             for tokens in _groups(module, visible[row if visible.shape[0] > 1 else 0]):
                 yield q[row : row + 1, :, tokens], k[row : row + 1, :, tokens], v[row : row + 1, :, tokens]
+
+
+@functools.cache
+def _reads_cache(kind: Any) -> bool:
+    """Whether a class of attention is a language model's."""
+    return not CACHES.isdisjoint(inspect.signature(kind.forward).parameters)
 
 
 def _visible(mask: Any, n: int) -> Tensor | None:
