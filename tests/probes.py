@@ -31,7 +31,7 @@ MIDDLE = VisionAttention(1, query="all")
 def score(tokens: Tensor) -> Tensor:
     """`[…, N, D]` → `[…, N]`: a number for each token that only its own row decides."""
     width = tokens.shape[-1]
-    direction = torch.cos(torch.arange(width, dtype=torch.float32) * 1.7)
+    direction = torch.cos(torch.arange(width, dtype=torch.float32, device=tokens.device) * 1.7)
     return tokens.float() @ direction
 
 
@@ -62,10 +62,11 @@ class Halve(Method):
 
     def reduce(self, view: View) -> Reduction:
         m = (view.n + 1) // 2
-        cluster = (torch.arange(view.n) // 2).expand(view.b, -1)
+        cluster = (torch.arange(view.n, device=view.tokens.device) // 2).expand(view.b, -1)
         size = torch.bincount(cluster[0], minlength=m)
         weight = (1 / size.float())[cluster]
-        return Reduction.assign(cluster, weight, m=m, representative=(2 * torch.arange(m)).expand(view.b, -1))
+        representative = (2 * torch.arange(m, device=cluster.device)).expand(view.b, -1)
+        return Reduction.assign(cluster, weight, m=m, representative=representative)
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ class Folded(Method):
 
     def reduce(self, view: View) -> Reduction:
         m = (view.n + 1) // 2
-        cluster = (m - 1 - torch.arange(view.n) // 2).expand(view.b, -1)
+        cluster = (m - 1 - torch.arange(view.n, device=view.tokens.device) // 2).expand(view.b, -1)
         size = torch.bincount(cluster[0], minlength=m)
-        representative = (2 * torch.arange(m - 1, -1, -1)).expand(view.b, -1)
+        representative = (2 * torch.arange(m - 1, -1, -1, device=cluster.device)).expand(view.b, -1)
         return Reduction.assign(cluster, (1 / size.float())[cluster], m=m, representative=representative, ordered=False)
 
 
@@ -156,7 +157,7 @@ class Forgotten(Method):
 
     def _forget(self, view: View, *masses: LMAttentionMass) -> Action:
         gone = torch.stack([view[mass] < self.tau for mass in masses]).all(0).tolist()
-        kept = torch.tensor([[not g] * view.n for g in gone])
+        kept = torch.tensor([[not g] * view.n for g in gone], device=view.tokens.device)
         return Reduce(Reduction.select(kept, counts=tuple(0 if g else view.n for g in gone)))
 
 

@@ -187,6 +187,9 @@ MISTAKES = {
     "no such model": ([SCENE, "--model", "no/such-checkpoint"], "no/such-checkpoint"),
     "not a device": ([SCENE, "--device", "gpu"], "cpu"),
     "not a dtype": ([SCENE, "--dtype", "int8"], "bfloat16"),
+    "not a device map": ([SCENE, "--device-map", "cuda"], "balanced"),
+    "not a quantization": ([SCENE, "--quantization", "2bit"], "4bit"),
+    "no revisions": ([SCENE, "--revision", "main"], "Hub id"),
     "not a picture name": ([SCENE, "--overlay", "kept.txt"], ".png"),
 }
 

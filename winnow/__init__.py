@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from winnow.core.registry import register
     from winnow.core.view import View
     from winnow.engine.compress import compress
-    from winnow.engine.handle import Handle
+    from winnow.engine.handle import Handle, handle_of
+    from winnow.engine.load import load
     from winnow.methods.divprune import DivPrune
     from winnow.methods.fastervlm import FasterVLM
     from winnow.methods.fastv import FastV
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from winnow.methods.visionzip import VisionZip
     from winnow.methods.vtc_cls import VtcCls
     from winnow.models.families import register_family
-    from winnow.models.load import load
 
     plan = Plan.of
 
@@ -48,8 +48,9 @@ _LAZY = {
     "Reduction": "winnow.core.reduction:Reduction",
     "View": "winnow.core.view:View",
     "compress": "winnow.engine.compress:compress",
+    "handle_of": "winnow.engine.handle:handle_of",
     "list_methods": "winnow.core.registry:entries",
-    "load": "winnow.models.load:load",
+    "load": "winnow.engine.load:load",
     "plan": "winnow.core.plan:Plan.of",
     "register": "winnow.core.registry:register",
     "register_family": "winnow.models.families:register_family",
@@ -85,6 +86,7 @@ __all__ = [
     "WinnowWarning",
     "__version__",
     "compress",
+    "handle_of",
     "list_methods",
     "load",
     "plan",

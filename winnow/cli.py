@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from winnow import __version__, cli_bench
-from winnow.cli_options import Device, Dtype, Json, Model, Positions, Trust
+from winnow.cli_options import Device, DeviceMap, Dtype, Json, Model, Positions, Quantization, Revision, Trust
 from winnow.cli_streams import flush, forgiving, mistake, print_json, say, warn
 from winnow.core.errors import WinnowError
 
@@ -94,7 +94,10 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Length of the answer.")] = 16,
     runs: Annotated[int, typer.Option(min=1, max=1000, help="Timed runs after a warm-up; medians are shown.")] = 3,
     device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -114,7 +117,15 @@ def run(
     reason = busy()
     if model is None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # the bundled model gains little from more, and loses much when a core is taken
-    loaded, processor = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded, processor = load(
+        model,
+        device=device,
+        device_map=device_map,
+        dtype=dtype,
+        quantization=quantization,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     warnings = cli_run.warnings(asked) if model is None else []
     for warning in warnings:
         warn(f"warning: {warning}")
@@ -177,7 +188,10 @@ def systems(
 def doctor(
     model: Model = None,
     device: Device = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -186,7 +200,16 @@ def doctor(
     from winnow.models.load import load, quiet
 
     quiet()
-    found = diagnose(*load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code))
+    loaded, processor = load(
+        model,
+        device=device,
+        device_map=device_map,
+        dtype=dtype,
+        quantization=quantization,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    found = diagnose(loaded, processor)
     if as_json:
         print_json([{"name": check.name, "ok": check.ok, "detail": check.detail} for check in found])
     else:

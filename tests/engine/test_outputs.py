@@ -9,33 +9,9 @@ from byhand import Reference
 from cases import CASES, SOME, TOWERS, identities, pairs
 from probes import Pick, Probed, forward
 from torch.nn.functional import cross_entropy
+from training import IGNORED, batch_by_hand, labelled
 
 import winnow
-
-IGNORED = -100
-
-
-def labelled(inputs):
-    """Labels on text; none on pictures, on padding, and on the first token of a row, which nothing predicts."""
-    mask = inputs["attention_mask"]
-    hidden = (inputs["input_ids"] == zoo.IMAGE) | (mask == 0) | (mask.cumsum(1) == 1)
-    return inputs["input_ids"].masked_fill(hidden, IGNORED)
-
-
-@torch.no_grad()
-def loss_by_hand(model, parts, by_hand) -> torch.Tensor:
-    """Each label is predicted by the last row at or before the position in front of it; the mean is over all labels."""
-    reference, losses = Reference(model), []
-    for part in parts:
-        worked = by_hand(reference, part, reference.entry(part))
-        trace = reference.run(worked.entry, (), worked.cuts)
-        held = trace.layers[-1].held
-        logits = reference.model.lm_head(trace.hidden[0])
-        for position, label in enumerate(labelled(part)[0].tolist()):
-            if label != IGNORED:
-                row = int((held < position).nonzero()[-1])
-                losses.append(cross_entropy(logits[row], torch.tensor(label)))
-    return torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -45,7 +21,7 @@ def test_the_loss_equals_by_hand(kind, build, side):
     inputs, (plan, by_hand) = zoo.collate(parts, side=side), CASES[kind]
     with winnow.compress(model, plan):
         loss = forward(model, inputs, labels=labelled(inputs)).loss
-    assert abs(loss - loss_by_hand(model, parts, by_hand)) <= 1e-5
+    assert abs(loss - torch.stack(batch_by_hand(Reference(model), parts, by_hand)).mean()) <= 1e-5
 
 
 @pytest.mark.parametrize("build", TOWERS)
@@ -211,20 +187,3 @@ def test_train_mode_is_as_good_as_eval_mode(build, training):
         expected = forward(model, inputs).logits
         model.train(training)
         assert torch.equal(forward(model, inputs).logits, expected)
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_gradient_checkpointing_is_refused(when):
-    """Layers would be run twice, and the second run would reduce what is reduced already."""
-    model, inputs = zoo.model("llava_clip"), zoo.inputs("llava_clip", zoo.RAGGED)
-
-    def run():
-        with winnow.compress(model, Probed()):
-            if when == "after":
-                model.train().gradient_checkpointing_enable()
-            model(**inputs, labels=labelled(inputs)).loss.backward()
-
-    if when == "before":
-        model.train().gradient_checkpointing_enable()
-    with pytest.raises(winnow.UnsupportedError, match="gradient checkpointing"):
-        run()

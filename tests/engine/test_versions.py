@@ -19,7 +19,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
 
 import winnow
-from winnow.engine.versions import CACHE_NAMES, cache_keyword, cache_of, checkpoints_activations
+from winnow.engine.versions import CACHE_NAMES, cache_keyword, cache_of
 
 POINTS = ("projected", "layers[2]")
 
@@ -103,16 +103,6 @@ def test_the_cache_of_an_output_is_found(build, recwarn):
     assert cache_of(generate(model, inputs)).get_seq_length() > inputs["input_ids"].shape[1]
     assert cache_of(ModelOutput()) is None
     assert not [warning for warning in recwarn if "past_key_values" in str(warning.message)]
-
-
-def test_checkpointing_is_seen_under_both_names_and_warns_of_none(recwarn):
-    model = zoo.model("llava_clip")
-    assert not checkpoints_activations(model)
-    model.gradient_checkpointing_enable()
-    recwarn.clear()
-    assert checkpoints_activations(model)
-    assert not checkpoints_activations(torch.nn.Linear(1, 1))
-    assert not recwarn.list
 
 
 @pytest.mark.parametrize("at", POINTS)

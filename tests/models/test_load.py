@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
+import transformers
+from PIL import Image
 
+import winnow
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.models.load import load
 from winnow.reference.build import make_model, make_processor
@@ -180,3 +184,69 @@ def test_a_checkpoint_whose_own_dtype_no_model_runs_in_needs_another(checkpoint,
 @pytest.mark.parametrize("device", ["meta", "xla", "", 5.5, []])
 def test_a_device_that_cannot_compute_is_refused(original, device):
     assert "cpu" in refused(original, device=device)
+
+
+@pytest.mark.parametrize("revision", ["", 5, ["main"]])
+def test_a_revision_that_is_none_is_refused(revision):
+    assert "commit" in refused("llava-hf/llava-1.5-7b-hf", revision=revision)
+
+
+def test_a_folder_and_the_bundled_model_have_no_revisions(original):
+    assert "Hub id" in refused(original, revision="main")
+    assert "Hub id" in refused(None, revision="main")
+
+
+def test_a_revision_is_asked_for_and_named(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        transformers.PretrainedConfig, "get_config_dict", lambda name, **kwargs: asked.append(kwargs) or ({}, {})
+    )
+    refused("no/such-checkpoint", revision="v1")
+    assert asked == [{"revision": "v1"}]
+
+
+@pytest.mark.parametrize("places", ["cpu", "cuda:0", "", 5, ["cpu"]])
+def test_a_device_map_that_is_none_is_refused(original, places):
+    assert "balanced" in refused(original, device_map=places)
+
+
+def test_a_map_that_does_not_fit_the_model_is_refused(original):
+    assert "device_map" in refused(original, device_map={"": "nowhere"})
+    assert "multi_modal_projector" in refused(
+        original, device_map={"model.vision_tower": "cpu", "model.language_model": "cpu"}
+    )
+
+
+def test_a_device_and_a_map_are_one_too_many(original):
+    assert "not both" in refused(original, device="cpu", device_map="auto")
+
+
+@pytest.mark.parametrize("places", ["auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}, None])
+def test_a_map_places_the_model(original, places):
+    model, _ = load(original, device_map=places, **({} if places else {"device": "cpu"}))
+    expected = make_model(preset("micro"), seed=3).state_dict()
+    assert not model.training
+    assert all(torch.equal(value.cpu(), expected[name]) for name, value in model.state_dict().items())
+
+
+def test_parts_may_stay_on_disk(original, tmp_path):
+    places = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "model.language_model": "disk"}
+    model, processor = winnow.load(original, device_map={**places, "lm_head": "disk"}, plan="hiprune:keep=5")
+    assert any(weight.is_meta for weight in model.parameters())
+    plain, _ = winnow.load(original, device="cpu", plan="hiprune:keep=5")
+    inputs = processor(
+        images=Image.new("RGB", (64, 48), "red"), text="USER: <image>\n what ASSISTANT:", return_tensors="pt"
+    )
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
+
+
+@pytest.mark.parametrize("absent", ["accelerate"])
+@pytest.mark.parametrize("asked", [{"device_map": "auto"}, {"quantization": "8bit"}])
+def test_what_is_not_installed_is_named(original, monkeypatch, absent, asked):
+    from winnow.models import load as loading
+    from winnow.models import quantized
+
+    for module in (loading, quantized):
+        monkeypatch.setattr(module, "find_spec", lambda name: None if name == absent else find_spec(name))
+    assert f"pip install {absent}" in refused(original, device="cpu" if "quantization" in asked else None, **asked)

@@ -1,7 +1,8 @@
 """One encoding of a batch's pictures for many plans.
 
-What the vision tower computes does not depend on the plan, unless the plan acts at `features`; so a sweep encodes once,
-recording every signal that any plan needs. Timings never do this, and `runner` checks it against `generate`.
+What the vision tower computes does not depend on the plan, unless the plan acts at `blocks` or at `features`; so a
+sweep encodes once, recording every signal that any plan needs. Timings never do this, and `runner` checks it against
+`generate`.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Encoded:
     def under(self, plan: Plan) -> Any:
         """Encoder outputs for `mm_encoder_outputs={"image": …}` inside `using(plan)`."""
         bound = self.handle.bind(plan)
-        if bound.features:
+        if bound.acts_in_tower:
             return self._encode(plan)
         return dataclasses.replace(self._output, winnow=dataclasses.replace(record_of(self._output), plan=bound))  # type: ignore[type-var]
 

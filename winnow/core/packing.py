@@ -71,6 +71,13 @@ class Packing:
         slots = torch.arange(self.width, device=self.mask.device)
         return (slots * self.mask).amax(1)
 
+    def to(self, device: torch.device) -> "Packing":
+        """The same packing, its indices on a device; itself where they are there."""
+        if self.mask.device == device:
+            return self
+        moved = (self.source.to(device), self.mask.to(device), self.real.to(device))
+        return Packing(*moved, self.sizes, self.logical, self.right)
+
     def row(self, b: int) -> "Packing":
         """The packing of one row."""
         at = slice(b, b + 1)

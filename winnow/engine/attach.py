@@ -5,8 +5,8 @@ from typing import Any
 from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.engine.engine import Engine
-from winnow.engine.forward import check_training
 from winnow.engine.handle import Handle
+from winnow.engine.saving import SaveMethod, savers
 from winnow.models.families import family_of, unwrap
 
 
@@ -20,7 +20,9 @@ def attach(
     """
     inner = unwrap(model)
     family = family_of(inner)
-    check_training(inner)
     engine = Engine(inner, family, Plan.of(plan, positions=positions), suffix)
     engine.attach()
-    return Handle(engine)
+    handle = Handle(engine)
+    for owner in savers(model, inner):
+        engine.stand_in(owner, SaveMethod(handle, owner))
+    return handle

@@ -8,6 +8,7 @@ from torch import nn
 
 from winnow.core.errors import UnsupportedError
 from winnow.core.info import ModelInfo
+from winnow.engine.devices import device_of
 from winnow.engine.flops import LINEAR
 from winnow.engine.versions import cache_keyword
 from winnow.models.family import Family, decoder_of, seam
@@ -31,7 +32,7 @@ class BoundModel:
         kinds: how each layer attends, in transformers' words (`full_attention`, `sliding_attention`, …).
         kv_of: the layer whose keys and values each layer reads: its own, or those of one before it.
         short: whether the language model is called with the shortened sequence.
-        device: on which it computes.
+        device: of its token embeddings. All steps of a plan run there, wherever the other parts are.
         cache_name: the keyword under which this version of transformers passes the cache.
     """
 
@@ -73,8 +74,7 @@ class BoundModel:
         family.check(model)
         info = family.info(model)
         tower, blocks, projector = parts
-        # Weights that accelerate has offloaded are on `meta`; where everything is, it computes on the CPU.
-        device = next((p.device for p in base.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        device = device_of(model.get_input_embeddings())
         short = family.short and set(kinds) == {"full_attention"}
         found = (model, base, lm, family, info, tower, blocks, projector, layers)
         return BoundModel(*found, kinds, _kv_of(layers, kinds), short, device, cache_keyword(lm))

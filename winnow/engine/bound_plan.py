@@ -1,7 +1,8 @@
 """BoundPlan: a plan made ready for one model: which steps run where, and what must be listened to for them."""
 
+import functools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.plan import Plan
-from winnow.core.signal import Signal, Site
+from winnow.core.signal import Signal, Site, block_index
 from winnow.core.step import Step
 
 Steps = tuple[tuple[int, Step], ...]
@@ -23,6 +24,8 @@ class BoundPlan:
     Attributes:
         plan: as the user gave it.
         resolved: with settings that depend on the model made definite.
+        blocks, halves: vision block → steps before it, and between its attention and its MLP. Those behind the block
+            whose output feeds the projector are left out: nothing would read what they did.
         features, projected: (number of the method, step) at the tower's output, and at the LM's input.
         layers: LM layer → steps before it.
         listeners: site → signals that are read there.
@@ -34,6 +37,8 @@ class BoundPlan:
 
     plan: Plan
     resolved: Plan
+    blocks: Mapping[int, Steps]
+    halves: Mapping[int, Steps]
     features: Steps
     projected: Steps
     layers: Mapping[int, Steps]
@@ -52,9 +57,12 @@ class BoundPlan:
         Raises:
             UnsupportedError, WinnowError: a method cannot run on this model, or sees something too late.
         """
-        resolved, steps = plan.bind(info)
+        resolved, bound = plan.bind(info)
+        steps = _without_idle(plan, bound, info)
         at: dict[str, list[tuple[int, Step]]] = {"features": [], "projected": []}
         layers: dict[int, list[tuple[int, Step]]] = defaultdict(list)
+        blocks: dict[int, list[tuple[int, Step]]] = defaultdict(list)
+        halves: dict[int, list[tuple[int, Step]]] = defaultdict(list)
         listeners: dict[Site, set[Signal]] = defaultdict(set)
         probed: dict[int, set[Signal]] = defaultdict(set)
         for number, step in steps:
@@ -62,17 +70,28 @@ class BoundPlan:
                 layers[step.at.index or 0].append((number, step))
             elif step.at.name == "projected" and any(s.site(info).stack == "lm" for s in step.needs):
                 layers[0].append((number, step))  # the same place, and there the first layer can be probed
+            elif step.at.name == "blocks":
+                (blocks if step.at.part is None else halves)[step.at.index or 0].append((number, step))
             elif step.at.name in at:
                 at[step.at.name].append((number, step))
             else:
                 raise UnsupportedError(
-                    f"steps at {step.at} are not built yet; this version acts at features, projected and layers[k]."
+                    f"steps at {step.at} are not built yet; this version acts at blocks[i], blocks[i].mlp, features, "
+                    "projected and layers[k]."
                 )
             for signal in step.needs:
                 _listen(signal, step, plan.methods[number].slug, info, listeners, probed)
+        for index in halves:
+            if listeners.get(Site("vision", index, "hidden")):
+                raise WinnowError(
+                    f"a step at blocks[{index}].mlp changes the tokens inside block {index}, so what goes in and what "
+                    "comes out of that block cannot be compared; read another block."
+                )
         return BoundPlan(
             plan,
             resolved,
+            {k: tuple(v) for k, v in blocks.items()},
+            {k: tuple(v) for k, v in halves.items()},
             tuple(at["features"]),
             tuple(at["projected"]),
             {k: tuple(v) for k, v in layers.items()},
@@ -90,6 +109,22 @@ class BoundPlan:
         return min((*self.layers, *hidden), default=None)
 
     @property
+    def first_block(self) -> int | None:
+        """The first vision block before or in which something happens; None if none is."""
+        return min((*self.blocks, *self.halves), default=None)
+
+    @property
+    def acts_in_tower(self) -> bool:
+        """Whether the encoder's output depends on the plan."""
+        return bool(self.features) or self.first_block is not None
+
+    @functools.cached_property
+    def block_signals(self) -> frozenset[Signal]:
+        """What steps at blocks look at."""
+        steps = [step for own in (*self.blocks.values(), *self.halves.values()) for _, step in own]
+        return frozenset(signal for step in steps for signal in step.needs)
+
+    @property
     def tower_signals(self) -> tuple[Signal, ...]:
         """What is read of the encoder."""
         return tuple(signal for site, own in self.listeners.items() if site.stack != "lm" for signal in own)
@@ -105,6 +140,10 @@ def _listen(
 ) -> None:
     """The layer that is about to run is probed; everything else is read when it runs, which must be earlier."""
     site = signal.site(info)
+    if step.at.name == "blocks":
+        _check_block(signal, site, step, slug)
+        listeners[site].add(signal)
+        return
     before = step.at.index or 0 if step.at.name == "layers" else 0
     if site.stack == "projector" and step.at.name == "features":
         raise WinnowError(f"{slug} acts before the projector and cannot see {signal}: it has not run by then.")
@@ -114,6 +153,35 @@ def _listen(
             return
         raise WinnowError(f"{slug} acts at {step.at} and cannot see {signal}: that layer has not run by then.")
     listeners[site].add(signal)
+
+
+def _check_block(signal: Signal, site: Site, step: Step, slug: str) -> None:
+    """Refuse what has not run: the attention of a block is known between it and the block's MLP."""
+    block, part = step.at.index or 0, step.at.part
+    known = site.stack == "pixels" or (
+        site.stack == "vision"
+        and (site.index < block or (site.index == block and part == "mlp" and site.shows == "attention"))
+    )
+    if not known:
+        at = f"; at blocks[{site.index}].mlp it can" if (site.stack, site.shows) == ("vision", "attention") else ""
+        raise WinnowError(f"{slug} acts at {step.at} and cannot see {signal}: it has not run by then{at}.")
+
+
+def _without_idle(plan: Plan, steps: Sequence[tuple[int, Step]], info: ModelInfo) -> list[tuple[int, Step]]:
+    """The steps without those at blocks behind the one that feeds the projector."""
+    what = f"the vision tower of {info.model}"
+    last = block_index(info.feature_layer, info.vision_depth, what)
+    kept = []
+    for number, step in steps:
+        if step.at.name != "blocks" or block_index(step.at.index or 0, info.vision_depth, what) <= last:
+            kept.append((number, step))
+    for number, step in steps:
+        if step.at.name == "blocks" and not any(n == number for n, _ in kept):
+            raise WinnowError(
+                f"{plan.methods[number].slug} acts at {step.at}, and the projector of {info.model} reads the output "
+                f"of block {last}: nothing would change. Act at blocks[{last}] or before."
+            )
+    return kept
 
 
 def _built(plan: Plan, info: ModelInfo, device: torch.device | None, dtype: torch.dtype | None) -> dict[int, nn.Module]:

@@ -50,4 +50,4 @@ def compress(
     if processor is not None and is_unchecked(inner):
         diagnose(inner, processor)  # a class without an adapter of its own; what it finds is remembered
     suffix = None if processor is None else template_suffix(processor)
-    return attach(inner, plan, positions=positions, suffix=suffix)
+    return attach(model, plan, positions=positions, suffix=suffix)

@@ -2,7 +2,6 @@
 their first layers (arXiv 2406.04334). They go with the rows: dropped with them, and merged as they were."""
 
 import functools
-import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from winnow.core.packing import Packing
+from winnow.engine.encoder import plain_method
 from winnow.engine.lm_pass import Merged
 
 NAME = "_deepstack_process"
@@ -25,6 +25,8 @@ class DeepstackMethod:
     A copy or a pickle of the model gets the plain method back.
     """
 
+    name = NAME
+
     def __init__(self, running: Callable[[], Any], lm: nn.Module) -> None:
         self.running, self.lm, self.plain = running, lm, getattr(lm, NAME)
         functools.update_wrapper(self, self.plain)
@@ -36,14 +38,10 @@ class DeepstackMethod:
         return self.plain(hidden, *followed(mask, features, lm.merged, lm.tokens.packing))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _plain(memo.get(id(self.lm), self.lm))
+        return plain_method(memo.get(id(self.lm), self.lm), NAME)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _plain, (self.lm,)
-
-
-def _plain(lm: nn.Module) -> Any:
-    return types.MethodType(getattr(type(lm), NAME), lm)
+        return plain_method, (self.lm, NAME)
 
 
 def followed(

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,10 @@ from winnow.core.signal import Signal, Site
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.encoding import EncoderRecord, Reading, mark
 from winnow.engine.item_tokens import TowerTokens
+from winnow.engine.notes import add_notes
 from winnow.engine.request import Request
 from winnow.engine.runner import StepRunner
+from winnow.engine.tower_pass import TowerPass
 from winnow.signals.tap import scaling_of
 from winnow.signals.vision import Pixels, TowerAttention
 
@@ -91,7 +93,7 @@ def finish(request: Request, record: EncoderRecord, output: Any) -> Any:
         ]
         output.pooler_output = torch.stack(placed) if isinstance(pooled, Tensor) else type(pooled)(placed)
     record.times = request.clock.times
-    record.tower_output = None
+    record.tower = record.tower_output = None
     request.encodings[record.modality] = record
     return mark(output, record)
 
@@ -105,7 +107,7 @@ def read(request: Request, site: Site, seen: Any) -> None:
     prefix = getattr(seen, "prefix", 0)
     with torch.no_grad(), request.clock.phase("select"):
         for signal in wanted:
-            value = signal.read(seen)
+            value = signal.read(seen).to(request.bound.device)  # the parts of the encoder may be on several
             reading = record.readings.setdefault(signal, Reading())
             shown = seen.q.shape[2] if isinstance(seen, TowerAttention) else seen.before.shape[1]
             reading.prefix = prefix if value.shape[1] == shown else 0
@@ -129,7 +131,7 @@ def lm_signal(bound: BoundModel, record: EncoderRecord, number: int, signal: Sig
 def _cells(bound: BoundModel, record: EncoderRecord, signal: Signal) -> Tensor:
     """`[cells, …]` joined once for all items."""
     if signal.site(bound.info).stack == "pixels" and signal not in record.readings:
-        patches = bound.family.patches(bound.model, record)
+        patches = bound.family.patches(bound.model, record).to(bound.device)
         record.readings[signal] = Reading([signal.read(Pixels(patches))[None]])
     reading = record.calls_of(signal)
     if reading.joined is None:
@@ -137,6 +139,30 @@ def _cells(bound: BoundModel, record: EncoderRecord, signal: Signal) -> Tensor:
         pixels = signal.site(bound.info).stack == "pixels"
         reading.joined = calls[0][0] if pixels else bound.family.cells(bound.model, record, calls)
     return reading.joined
+
+
+def enter_projector(request: Request, given: Tensor) -> Tensor | None:
+    """Before the projector: what it reads instead, where steps of the tower have changed that; else None.
+
+    Args:
+        given: what the model gives it.
+    """
+    record: EncoderRecord = request.encoding  # type: ignore[assignment]
+    tower: TowerPass | None = record.tower
+    if tower is None and request.plan.first_block is not None:
+        raise UnsupportedError(
+            f"the blocks of the tower of {request.bound.info.model} did not run before its projector, or the hooks on "
+            "them were removed; call detach() on the handle and compress again."
+        )
+    record.projected_shape = tuple(given.shape[:2]) if tower is None else tower.projected_shape(given)
+    if tower is not None:
+        tower.close()
+        record.items = tower.items()
+        record.notes.update(tower.notes)
+        record.readings |= {signal: Reading(joined=cells) for signal, cells in tower.cells().items()}
+    if request.plan.features:
+        return run_features(request)
+    return tower.projector_rows(given) if tower is not None and tower.reduced else None
 
 
 def run_features(request: Request) -> Tensor | None:
@@ -153,8 +179,8 @@ def run_features(request: Request) -> Tensor | None:
             f"the tower of {bound.info.model} did not run before its projector: there is nothing to reduce at features."
         )
     with request.clock.phase("select"):
-        record.items = _tower_items(bound, record)
-        runner = StepRunner(request.plan, record.notes.update, request.train)
+        _take_features(bound, record)
+        runner = StepRunner(request.plan, lambda notes: add_notes(record.notes, notes), request.train)
         for number, step in request.plan.features:
             for item in record.items:
                 for signal in step.needs:
@@ -177,8 +203,17 @@ def _apply(item: TowerTokens, reduction: Reduction, rows: Tensor | None, separat
         )
 
 
-def _tower_items(bound: BoundModel, record: EncoderRecord) -> list[TowerTokens]:
+def _take_features(bound: BoundModel, record: EncoderRecord) -> None:
+    """The items with their rows before the projector."""
     features = bound.family.features(bound.model, record, record.tower_output)
+    if record.tower is None:
+        record.items = _tower_items(bound, record, features.to(bound.device))
+        return
+    for item, rows in zip(record.items, record.tower.features(features), strict=True):
+        item.rows = rows.to(item.ids.device)
+
+
+def _tower_items(bound: BoundModel, record: EncoderRecord, features: Tensor) -> list[TowerTokens]:
     counts = bound.family.tile_counts(bound.model, record, features.shape[0])
     layouts = bound.family.tower_layouts(bound.model, record, counts)
     entries = bound.family.entries(bound.model, record, counts)
@@ -196,6 +231,8 @@ def _tower_items(bound: BoundModel, record: EncoderRecord) -> list[TowerTokens]:
 
 def _of_tower(bound: BoundModel, record: EncoderRecord, item: TowerTokens, signal: Signal) -> Tensor:
     """A signal of the encoder for the tokens of one item at the tower's side, as its tiles gave them."""
+    if record.tower is not None:
+        return record.tower.signal(item.number, signal)
     if signal.site(bound.info).stack == "pixels":
         cells = int((item.layout.kind == CONTENT).sum())
         start = sum(int((other.layout.kind == CONTENT).sum()) for other in record.items[: item.number])
@@ -203,13 +240,16 @@ def _of_tower(bound: BoundModel, record: EncoderRecord, item: TowerTokens, signa
     return torch.cat(record.calls_of(signal).calls)[item.tiles].flatten(0, 1)
 
 
-def take_projected(record: EncoderRecord, projected: Tensor) -> Tensor:
+def take_projected(request: Request, projected: Tensor) -> Tensor:
     """After the projector: each item gets its rows back; the model goes on with the shape that it expects."""
-    parts = projected[0].split([item.count for item in record.items])
+    record: EncoderRecord = request.encoding  # type: ignore[assignment]
+    if record.tower is None or request.plan.features:
+        parts: Sequence[Tensor] = projected[0].split([item.count for item in record.items])
+    else:
+        parts = record.tower.projected(projected)
     for item, part in zip(record.items, parts, strict=True):
-        item.rows = part
-    tiles, tokens = record.projected_shape
-    return projected.new_zeros(1, 1, 1).expand(tiles, tokens, projected.shape[-1])
+        item.rows = part.to(item.ids.device)
+    return projected.new_zeros(()).expand(*record.projected_shape, projected.shape[-1])
 
 
 def settle(record: EncoderRecord) -> None:
@@ -231,6 +271,7 @@ def settle(record: EncoderRecord) -> None:
             if item.reduced:
                 item.record.reductions.append(("features", "layout", placed))
             ids = ids[order]
+            item.in_place = item.anchored
         item.ids, item.layout = ids.clamp_min(0), layout
 
 
@@ -249,4 +290,4 @@ def places(item: TowerTokens) -> Tensor:
 def _placed(given: Tensor, item: TowerTokens, layout: Layout) -> Tensor:
     """An item's features with its rows in their places; nothing reads what stands elsewhere."""
     content = torch.from_numpy(layout.content).to(given.device)
-    return given.index_copy(0, content[places(item)], item.rows.to(given.dtype))
+    return given.index_copy(0, content[places(item).to(given.device)], item.rows.to(given))

@@ -38,9 +38,10 @@ class EncoderRecord(Encoding):
         plan: under which it was made.
         layouts: of the items in the LM's sequence.
         readings: what the plan's signals read.
+        tower: the pass through the blocks, while it lasts, where the plan has steps there.
         reduced: the items as steps at `features` left them, in content coordinates; None if they changed nothing.
         looked: the items that steps at `features` only looked at.
-        projected_shape: tiles and tokens that the projector would have had to give.
+        projected_shape: that the projector's output would have had to have, but for its width.
         notes: what steps at `features` recorded.
         times: milliseconds by phase.
     """
@@ -48,9 +49,10 @@ class EncoderRecord(Encoding):
     plan: BoundPlan | None = None
     layouts: tuple[Layout, ...] = ()
     readings: dict[Signal, Reading] = field(default_factory=dict)
+    tower: Any = None
     tower_output: Any = None
     items: list[TowerTokens] = field(default_factory=list)
-    projected_shape: tuple[int, int] = (0, 0)
+    projected_shape: tuple[int, ...] = (0, 0)
     notes: dict[str, Any] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
 
@@ -59,7 +61,7 @@ class EncoderRecord(Encoding):
 
     @property
     def reduced(self) -> bool:
-        """Whether steps at `features` changed any item."""
+        """Whether steps of the tower, at blocks or at `features`, changed any item."""
         return any(item.reduced for item in self.items)
 
     def calls_of(self, signal: Signal) -> Reading:

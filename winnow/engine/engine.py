@@ -19,15 +19,17 @@ from winnow.engine import deepstack, encoder
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.cache import state_of
+from winnow.engine.checkpointing import BeforeCheckpoint, before_checkpoint, without_cache
 from winnow.engine.clock import Clock
 from winnow.engine.encoding import record_of
 from winnow.engine.forward import encodings_of, positions_of_later_turn, start_lm
 from winnow.engine.hooks import ForwardMethod, Hook
 from winnow.engine.ledgers import write_ledger
 from winnow.engine.request import Attachment, Ledgers, Override, Request, request_now
+from winnow.engine.tower_pass import TowerPass
 from winnow.engine.versions import cache_of
 from winnow.engine.watch import LayerWatch
-from winnow.models.family import Family
+from winnow.models.family import Family, seam
 from winnow.signals.tap import Tap
 from winnow.signals.vision import HiddenStates
 
@@ -53,7 +55,10 @@ class Engine:
         self._plans: dict[tuple[Any, ...], BoundPlan] = {}
         self._removers: list[Callable[[], None]] = []
         self._tapped: set[Site] = set()
+        self._blocks_hooked = False
+        self._halves_hooked: set[int] = set()
         self._layer_hooks: dict[int, Any] = {}
+        self._checkpoints: dict[int, BeforeCheckpoint] = {}
         self._layer_users = 0
         self._forward: ForwardMethod | None = None
         self.default = self.bind(plan)
@@ -137,14 +142,20 @@ class Engine:
         while self._removers:
             self._removers.pop()()
         self._tapped.clear()
+        self._blocks_hooked = False
+        self._halves_hooked.clear()
         with _attached_lock:
             _attached.discard(self.bound.model)
+
+    def stand_in(self, owner: nn.Module, method: Any) -> None:
+        """Put a method in the place of one of the model's, until detach."""
+        setattr(owner, method.name, method)
+        self._removers.append(functools.partial(owner.__dict__.pop, method.name, None))
 
     def _install(self) -> None:
         bound = self.bound
         for name, modality, _ in bound.family.encoders:
-            setattr(bound.base, name, encoder.EncoderMethod(self._encoding, bound.base, name, modality))
-            self._removers.append(functools.partial(bound.base.__dict__.pop, name, None))
+            self.stand_in(bound.base, encoder.EncoderMethod(self._encoding, bound.base, name, modality))
         self._forward = ForwardMethod(self._run_forward, bound.base)
         bound.base.forward = self._forward
         self._removers.append(self._forward.remove)
@@ -153,8 +164,7 @@ class Engine:
         # First in line, so that hooks that record outputs see what the caller will see.
         self._hook(bound.lm.register_forward_hook(Hook(self._leave_lm), with_kwargs=True, prepend=True))
         if hasattr(bound.lm, deepstack.NAME):
-            setattr(bound.lm, deepstack.NAME, deepstack.DeepstackMethod(self._lm_pass, bound.lm))
-            self._removers.append(functools.partial(bound.lm.__dict__.pop, deepstack.NAME, None))
+            self.stand_in(bound.lm, deepstack.DeepstackMethod(self._lm_pass, bound.lm))
         if bound.tower is not None:
             self._hook(bound.tower.register_forward_hook(Hook(self._leave_tower)))
         if bound.projector is not None:
@@ -170,10 +180,37 @@ class Engine:
             if site not in self._tapped:
                 self._tapped.add(site)
                 self._removers.append(self._listener(site))
+        if plan.first_block is not None:
+            self._hook_blocks(plan)
         for layer in plan.probed:
             if Site("lm", layer) not in self._tapped:
                 self._tapped.add(Site("lm", layer))
                 self._removers.append(self._listener(Site("lm", layer)))
+
+    def _hook_blocks(self, plan: BoundPlan) -> None:
+        """Hooks of steps at blocks, and taps where tokens may be weighted or hidden from then on."""
+        bound, halves = self.bound, plan.halves
+        if not self._blocks_hooked:
+            self._blocks_hooked = True
+            for index, block in enumerate(bound.blocks):
+                # First in line: other hooks see what the block is given, and what is left of its output.
+                enter = Hook(functools.partial(self._enter_block, index))
+                self._hook(block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+            for path in bound.family.side_mergers:
+                for module in seam(bound.base, path, bound.model):
+                    self._hook(module.register_forward_hook(Hook(self._leave_side_merger), prepend=True))
+        for index in set(halves) - self._halves_hooked:
+            self._halves_hooked.add(index)
+            block = bound.blocks[index]
+            norm, mlp = (seam(block, name, bound.model) for name in bound.family.halves)
+            self._hook(norm.register_forward_pre_hook(Hook(functools.partial(self._enter_half, index)), prepend=True))
+            self._hook(mlp.register_forward_hook(Hook(functools.partial(self._leave_mlp, index)), prepend=True))
+            self._hook(block.register_forward_hook(Hook(functools.partial(self._leave_block, index)), prepend=True))
+        for index in range(plan.first_block or 0, len(bound.blocks)):
+            site = Site("vision", index)
+            if site not in self._tapped:
+                self._tapped.add(site)
+                self._removers.append(self._listener(site))
 
     def _listener(self, site: Site) -> Callable[[], None]:
         """What shows a site to its signals, and how to remove it."""
@@ -202,6 +239,10 @@ class Engine:
                     self._layer_hooks[index] = self.bound.layers[index].register_forward_pre_hook(
                         hook, with_kwargs=True, prepend=True
                     )
+                if index not in self._checkpoints:
+                    change = functools.partial(self._enter_checkpoint, index)
+                    if (stand_in := before_checkpoint(change, self.bound.layers[index])) is not None:
+                        self._checkpoints[index] = stand_in
             if not request.uses_layers:
                 self._layer_users += 1
                 request.uses_layers = True
@@ -213,8 +254,9 @@ class Engine:
             request.uses_layers = False
             self._layer_users -= 1
             if not self._layer_users:
-                while self._layer_hooks:
-                    self._layer_hooks.popitem()[1].remove()
+                for attached in (self._layer_hooks, self._checkpoints):
+                    while attached:
+                        attached.popitem()[1].remove()
 
     @contextlib.contextmanager
     def _encoding(self) -> Iterator[Request | None]:
@@ -304,7 +346,7 @@ class Engine:
     def _mine(self) -> Request | None:
         """The request that is running in this context on this model; parts called alone have none."""
         request = request_now.get()
-        return request if request is not None and request.bound is self.bound else None
+        return request if request is not None and request.bound is self.bound and request.runs else None
 
     def _lm_pass(self) -> Any:
         request = self._mine()
@@ -317,14 +359,16 @@ class Engine:
         request.reached_lm = True
         if kwargs.get("inputs_embeds") is None:
             return None
-        request.lm = start_lm(request, kwargs)
+        given = without_cache(self.bound, kwargs) if request.plan.plan.methods else kwargs
+        request.lm = start_lm(request, given)
         if request.lm is None:
             return None
-        changed = request.lm.enter(kwargs)
-        first = request.lm.first_layer(kwargs if changed is None else changed)
+        changed = request.lm.enter(given)
+        changed = given if changed is None else changed
+        first = request.lm.first_layer(changed)
         if first is not None:
             self._use_layers(request, first)
-        return None if changed is None else (args, changed)
+        return None if changed is kwargs else (args, changed)
 
     def _leave_lm(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Give outputs their logical length back, and write the ledger."""
@@ -353,25 +397,80 @@ class Engine:
 
     def _enter_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a layer. Hidden states stay positional: hooks that record them read the first argument."""
-        lm = self._lm_pass()
-        if lm is None:
+        request = self._mine()
+        if request is None or request.lm is None or request.checkpointed == index:
             return None
         if args:
-            return lm.layer(index, args, kwargs)
+            return request.lm.layer(index, args, kwargs)
         rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        return lm.layer(index, (kwargs["hidden_states"],), rest)
+        return request.lm.layer(index, (kwargs["hidden_states"],), rest)
 
-    def _see_tower(self, site: Site, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> None:
+    def _enter_checkpoint(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a layer is checkpointed. Its own hook, inside the checkpoint, has nothing left to do."""
+        changed = self._enter_layer(index, module, args, kwargs)
+        if (request := self._mine()) is not None:
+            request.checkpointed = index
+        return changed
+
+    def _tower_pass(self) -> TowerPass | None:
         request = self._mine()
+        return None if request is None or request.encoding is None else request.encoding.tower
+
+    def _enter_block(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a vision block. Hidden states stay positional: transformers records the first argument."""
+        request = self._mine()
+        if request is None or request.encoding is None or request.plan.first_block is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rest = kwargs if args else {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        with request.clock.phase("select"):
+            if request.encoding.tower is None:
+                request.encoding.tower = TowerPass(self.bound, request.plan, request.encoding, hidden, request.train)
+            hidden, rest = request.encoding.tower.enter(index, hidden, rest)
+        return (hidden, *args[1:]), rest
+
+    def _enter_half(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """Before the norm that leads to a block's MLP."""
+        request, tower = self._mine(), self._tower_pass()
+        if request is None or tower is None or index not in request.plan.halves:
+            return None
+        with request.clock.phase("select"):
+            return (tower.enter_half(index, args[0]), *args[1:])
+
+    def _leave_mlp(self, index: int, module: nn.Module, args: Any, output: Tensor) -> Any:
+        tower = self._tower_pass()
+        return None if tower is None or index not in tower.plan.halves else tower.leave_mlp(output)
+
+    def _leave_block(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:
+        tower = self._tower_pass()
+        if tower is None or index not in tower.plan.halves:
+            return None
+        if isinstance(output, tuple):
+            return (tower.leave(index, output[0]), *output[1:])
+        return tower.leave(index, output)
+
+    def _leave_side_merger(self, module: nn.Module, args: Any, output: Tensor) -> Any:
+        tower = self._tower_pass()
+        return None if tower is None else tower.expanded(output)
+
+    def _see_tower(self, site: Site, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor | None:
+        """A tapped block shows its attention; what it returns is added to the logits."""
+        request, tower = self._mine(), self._tower_pass()
+        if tower is not None:
+            return tower.attend(site.index, module, q, k, v)
         if request is not None:
             encoder.read(request, site, encoder.tower_attention(self.bound, module, q, k, v))
+        return None
 
     def _see_block(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        request = self._mine()
+        request, tower = self._mine(), self._tower_pass()
         if request is not None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
-            encoder.read(request, site, HiddenStates(before, after, int(self.bound.info.has_cls)))
+            if tower is not None:
+                tower.watch(site.index, before.to(after.device), after)
+                return
+            encoder.read(request, site, HiddenStates(before.to(after.device), after, int(self.bound.info.has_cls)))
 
     def _see_lm(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> None:
         lm = self._lm_pass()
@@ -388,9 +487,8 @@ class Engine:
         if request is None or request.encoding is None:
             return None
         rows = None
-        if request.plan.features:
-            request.encoding.projected_shape = tuple(args[0].shape[:2])
-            rows = encoder.run_features(request)
+        if request.plan.acts_in_tower:
+            rows = encoder.enter_projector(request, args[0])
         request.clock.start("projector")
         return None if rows is None else (rows, *args[1:])
 
@@ -402,11 +500,11 @@ class Engine:
         site = Site("projector", 0, "hidden")
         if request.encoding.reduced:
             if request.plan.listeners.get(site):
-                raise UnsupportedError("a signal of the projector cannot be read where a step reduces at features.")
-            return encoder.take_projected(request.encoding, output)
+                raise UnsupportedError("a signal of the projector cannot be read where a step reduces in the tower.")
+            return encoder.take_projected(request, output)
         if request.plan.listeners.get(site):
             before, after = (x[None] if x.ndim == 2 else x for x in (args[0], output))
-            encoder.read(request, site, HiddenStates(before, after))
+            encoder.read(request, site, HiddenStates(before.to(after.device), after))
         return None
 
     def parameters(self) -> dict[str, nn.Module]:

@@ -15,7 +15,6 @@ from winnow.engine.item_tokens import Span, find_spans
 from winnow.engine.lm_pass import LMPass
 from winnow.engine.request import Request, padding_mask
 from winnow.engine.spans import question_span
-from winnow.engine.versions import checkpoints_activations
 
 
 def encodings_of(called: dict[str, Any], plan: BoundPlan) -> dict[str, EncoderRecord]:
@@ -64,7 +63,6 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
         _refuse_chunks(request)
         return None
     if request.plan.plan.methods:
-        check_training(request.bound.model)
         if request.encodings:
             request.bound.check_seams()
         if cache is not None:
@@ -94,15 +92,6 @@ def _refuse_unseen(request: Request) -> None:
                 f"{', '.join(name for name, own, _ in request.bound.family.encoders if own == modality)}, so it cannot "
                 "be compressed; use handle.using('full'), or report the class."
             )
-
-
-def check_training(model: Any) -> None:
-    """Refuse gradient checkpointing, which runs layers again in the backward pass, outside any request."""
-    if model.training and checkpoints_activations(model):
-        raise UnsupportedError(
-            "compression does not run with gradient checkpointing: layers would be reduced twice. "
-            "Call model.gradient_checkpointing_disable(), or train without compression."
-        )
 
 
 def _refuse_chunks(request: Request) -> None:
@@ -139,7 +128,7 @@ def _token_ids(request: Request) -> Int[Tensor, "b s"]:
     for modality in request.encodings:
         token = request.bound.token_ids[modality]
         row = table(torch.full((), token, dtype=torch.int64, device=given.device))
-        found[(given == row).all(-1).cpu()] = token
+        found[(given == row.to(given.device)).all(-1).cpu()] = token
     return found
 
 

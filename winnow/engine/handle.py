@@ -1,24 +1,23 @@
 """Handle: what `compress` returns."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from winnow.core.errors import WinnowError
 from winnow.core.ledger import Ledger
 from winnow.core.method import Method
 from winnow.core.plan import FULL, Plan
+from winnow.engine import saving
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.engine import Engine, overrides
 from winnow.engine.request import Override
 from winnow.engine.spans import checked_spans
+from winnow.models.families import unwrap
 
 
 class Handle:
@@ -127,29 +126,19 @@ class Handle:
             part.load_state_dict({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")})
 
     def save(self, folder: str | Path) -> Path:
-        """Write the plan and what its methods built: `plan.json`, and `modules.safetensors` where there is any."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "plan.json").write_text(json.dumps({"plan": self._engine.default.plan.key}), encoding="utf-8")
-        if state := self.state_dict():
-            save_file({k: v.contiguous().cpu() for k, v in state.items()}, target / "modules.safetensors")
-        return target
+        """Write the plan and what its methods built: `winnow.json`, and `winnow.safetensors` where there is any.
+
+        `model.save_pretrained` of a compressed model writes the same files beside its weights.
+        """
+        return saving.write(folder, self._engine.default.plan.key, self.state_dict())
 
     def load(self, folder: str | Path) -> "Handle":
         """Load what `save` wrote for the same plan."""
-        target = Path(folder)
-        try:
-            plan = json.loads((target / "plan.json").read_text(encoding="utf-8"))["plan"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise WinnowError(f"{target} holds no plan.json of winnow; give a folder that handle.save wrote.") from None
-        if plan != self._engine.default.plan.key:
-            raise WinnowError(f"{target} holds {plan}; this model is compressed by {self._engine.default.plan.key}.")
+        plan, own = saving.read_plan(folder), self._engine.default.plan
+        if plan != own.key:
+            raise WinnowError(f"{folder} holds {plan}; this model is compressed by {own.key}.")
         if self.state_dict():
-            try:
-                state = load_file(target / "modules.safetensors")
-            except (OSError, SafetensorError):
-                raise WinnowError(f"{target} has no readable modules.safetensors beside its plan.") from None
-            self.load_state_dict(state)
+            self.load_state_dict(saving.read_tensors(folder))
         return self
 
     def detach(self) -> None:
@@ -165,3 +154,9 @@ class Handle:
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
         return f"Handle({type(self.model).__name__}, {str(self._engine.default.plan)!r}, {state})"
+
+
+def handle_of(model: Any) -> Handle | None:
+    """The handle of a compressed model, wrapped by PEFT or torch.compile or not; None where it is not compressed."""
+    method = getattr(unwrap(model), "__dict__", {}).get(saving.SaveMethod.name)
+    return method.handle if isinstance(method, saving.SaveMethod) else None

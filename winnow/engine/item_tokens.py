@@ -63,6 +63,7 @@ class TowerTokens(ItemTokens):
         in_place: whether they are tokens of the tower in their own order.
         separators: whether its newlines stay.
         reduced: whether any step changed something.
+        anchored: whether no two of them stand for one place; else they take the item's first places.
     """
 
     rows: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -70,6 +71,7 @@ class TowerTokens(ItemTokens):
     in_place: bool = True
     separators: bool = True
     reduced: bool = False
+    anchored: bool = True
 
     def follow(self, reduction: Reduction) -> None:
         """At the tower's side signals are those of all tokens that it gave, and are read anew for each step."""

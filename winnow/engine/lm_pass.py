@@ -20,6 +20,7 @@ from winnow.core.packing import Packing
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal, Site
 from winnow.engine.cache import CacheState, Past, check_cache, held_by, state_of, tag
+from winnow.engine.devices import device_of
 from winnow.engine.encoder import lm_signal, places
 from winnow.engine.encoding import EncoderRecord
 from winnow.engine.item_tokens import LMTokens, Span, carried, content_mask
@@ -76,7 +77,7 @@ class LMPass:
         given = padding_mask(request, arguments)
         mask, sizes, right, self._host_mask = row_mask(given, rows, length, embeds.device)
         # What the cache holds of layers that were never reduced is known from the caller's mask alone.
-        self.caller_past = given[:, : self.before].bool() if given is not None and self.before else None
+        self.caller_past = given[:, : self.before].to(mask.device).bool() if given is not None and self.before else None
         keeps_cache = arguments.get("use_cache")
         keeps_cache = self.bound.lm.config.use_cache if keeps_cache is None else keeps_cache
         alone = given is None and self.cache is None and not keeps_cache and self.bound.short
@@ -295,20 +296,22 @@ class LMPass:
         """Values of each slot, or of each row, become values of items."""
         with torch.no_grad():
             for signal in wanted:
-                values = signal.read(seen)
+                values = signal.read(seen).to(self.tokens.packing.mask.device)
                 for item in self.items:
                     own = values[item.row]
                     item.signals[signal] = own[item.slots] if signal.per == "token" else own
 
     def _inputs(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, mask: Any = None) -> LMAttentionInputs:
-        past = self._past(layer)
+        past = self._past_mask(self._past(layer))
         content = []
         for row in range(len(self.tokens.packing.sizes)):
             own = [item.slots for item in self.items if item.row == row and item.count]
-            content.append(torch.cat(own) if own else self.tokens.packing.source.new_zeros(0))
+            content.append(torch.cat(own).to(q.device) if own else torch.zeros(0, dtype=torch.int64, device=q.device))
         spans = TextSpans(self.questions, self.ends, content)
-        scaling, seen = scaling_of(module, q), None if self.whole is None else as_visible(mask)
-        return LMAttentionInputs(q, k, scaling, self.tokens.packing, self._past_mask(past), spans, seen)
+        packing, past = self.tokens.packing.to(q.device), None if past is None else past.to(q.device)
+        seen = None if self.whole is None else as_visible(mask)
+        seen = None if seen is None else seen.to(q.device)
+        return LMAttentionInputs(q, k, scaling_of(module, q), packing, past, spans, seen)
 
     def _probe(self, index: int, step: Any, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
         """What a step wants of the layer that is about to run."""
@@ -319,14 +322,17 @@ class LMPass:
         layer, hidden, mask = self.bound.layers[index], args[0], None
         with torch.no_grad():
             last = self.tokens.packing.last_slots() if all(s.last_row_only for s in wanted) else None
+            device = device_of(layer)  # where it is called, and so where its parts can be
+            hidden, last = hidden.to(device), None if last is None else last.to(device)
             if self.whole is not None:
                 rest, inputs = self._whole_arguments(index, args[1:], arguments)
-                args, mask = (hidden, *rest), inputs.get("attention_mask")
+                mask = inputs.get("attention_mask")
             else:
                 embeddings = self.tokens.embeddings(arguments["position_embeddings"], hidden, past)
-                inputs = {**arguments, "position_embeddings": embeddings, "position_ids": None}
+                embeddings = tuple(x.to(device) for x in embeddings)
+                rest, inputs = args[1:], {**arguments, "position_embeddings": embeddings, "position_ids": None}
             attention = self.bound.attention_of(index)
-            q, k = probe_layer(layer, attention, args, inputs, self.cache, last)
+            q, k = probe_layer(layer, attention, (hidden, *rest), inputs, self.cache, last)
             self._read(wanted, self._inputs(index, attention, q, k, mask))
 
     def _past(self, index: int) -> Past | None:
@@ -351,7 +357,7 @@ class LMPass:
         for signal in {s for step in steps for s in step.needs if s.site(self.bound.info).stack != "lm"}:
             for item in self.items:
                 value = lm_signal(self.bound, item.encoded, item.number, signal)
-                item.signals[signal] = value[item.ids]
+                item.signals[signal] = value.to(item.ids.device)[item.ids]
 
     def _run(self, number: int, step: Any, hidden: Tensor) -> Tensor:
         if hidden.ndim != 3:
@@ -362,7 +368,8 @@ class LMPass:
 
         def rows(group: list[LMTokens]) -> Tensor:
             at = torch.tensor([item.row for item in group], device=hidden.device)
-            return hidden[at[:, None], torch.stack([item.slots for item in group])]
+            slots = torch.stack([item.slots for item in group])
+            return hidden[at[:, None], slots.to(hidden.device)].to(slots.device)
 
         changes = self.runner.run(number, step, self.items, rows)
         return self._apply(hidden, changes) if changes else hidden
@@ -388,7 +395,7 @@ class LMPass:
                 places = self.tokens.packing.source[item.row]
                 self.merged.append(Merged(item.row, places[was], places[at], reduction))
                 source = source.clone() if source is hidden else source
-                source[item.row, at] = change.rows.to(source.dtype)
+                source[item.row, at.to(source.device)] = change.rows.to(source)
                 self.tokens.place(item.row, at, own)
             item.slots = at
         return self._repack(source, kept, tuple(sizes))

@@ -47,7 +47,7 @@ class PackedSequence:
         self.lm, self.compact, self.segments, self.has_cache = lm, compact, segments, has_cache
         if positions is None:
             positions = torch.arange(before, before + packing.logical, device=packing.mask.device)[None]
-        self.positions = positions
+        self.positions = positions.to(packing.mask.device)  # parts before the LM may be on another device
         self.touched = False
         self.position_of: Int[Tensor, "b p"] = packing.source
         self.at_lm: Packing | None = None  # the packing with which the LM was entered
@@ -73,7 +73,8 @@ class PackedSequence:
         self.position_of = self.position_of.gather(1, slots)
         if self.at_lm is not None:
             self.lm_slot_of = self.lm_slots().gather(1, slots)
-        return hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1])), old.arrivals(slots)
+        rows = hidden.gather(1, slots.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1]))
+        return rows, old.arrivals(slots)
 
     def enter_lm(self) -> None:
         """The LM starts with the slots of this moment; what layers get is counted from here."""
@@ -150,16 +151,17 @@ class PackedSequence:
             options: dict[str, Any] = {cache_keyword(create_causal_mask): Physical(held) if held else None}
             if self.segments is not None:
                 own = self.segments.expand(self.packing.source.shape[0], -1).gather(1, self.packing.source)
-                options["and_mask_function"] = packed_sequence_mask_function(own)
+                options["and_mask_function"] = packed_sequence_mask_function(own.to(hidden.device))
+            real = self.mask2d(past_mask, held)
             return create_causal_mask(
                 config=self.lm.config,
                 inputs_embeds=hidden,
-                attention_mask=self.mask2d(past_mask, held),
+                attention_mask=None if real is None else real.to(hidden.device),
                 layer_idx=layer if held else None,
                 **options,
             )
 
-        return self.once(("mask", self.packing, id(past_mask), held), make)
+        return self.once(("mask", self.packing, id(past_mask), held, hidden.device), make)
 
     def dropped(self) -> Int[Tensor, " b"]:
         """Tokens of each row that are gone since the caller gave them."""

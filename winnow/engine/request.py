@@ -7,6 +7,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from winnow.core.ledger import Ledger
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
@@ -32,6 +34,11 @@ class Override:
     spans: Spans | None
 
 
+def _backward_now() -> int:
+    """The number of the backward pass that is running on this thread; −1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
 @dataclass(eq=False)
 class Request:
     """One forward through the model, or one call of its encoder from outside a forward.
@@ -50,7 +57,9 @@ class Request:
         lm: the pass through the language model that is running now.
         reached_lm: whether the language model was called.
         uses_layers: whether the layers of the LM are hooked for this request.
+        checkpointed: the LM layer that was last changed before its checkpoint.
         ledger: of this request, once its prefill is done.
+        backward: the backward pass in which it was made: −1 for none, which is nearly always so.
     """
 
     bound: BoundModel
@@ -66,7 +75,14 @@ class Request:
     lm: Any = None
     reached_lm: bool = False
     uses_layers: bool = False
+    checkpointed: int | None = None
     ledger: Ledger | None = None
+    backward: int = field(default_factory=_backward_now)
+
+    @property
+    def runs(self) -> bool:
+        """Whether what runs now is part of it, and not a layer that a backward pass inside it runs again."""
+        return self.backward == _backward_now()
 
 
 def padding_mask(request: Request, arguments: dict[str, Any]) -> Any:

@@ -29,12 +29,14 @@ class Change:
         reduction: of this item alone.
         rows: `[m, D]` the new rows; None where they are old ones in their own order.
         separators: whether the item's separators stay.
+        log_bias: `[m]` what is added to the attention logits of each new row as a key.
     """
 
     item: ItemTokens
     reduction: Reduction
     rows: Tensor | None
     separators: bool
+    log_bias: Tensor | None = None
 
 
 class StepRunner:
@@ -100,7 +102,8 @@ class StepRunner:
             item.follow(own)
             item.record.reductions.append((str(step.at), slug, own))
             rows = None if made is None else made[lane, : own.m]
-            changes.append(Change(item, own, rows, action.separators == "keep" and own.m > 0))
+            bias = None if action.log_bias is None else action.log_bias[lane, : own.m]
+            changes.append(Change(item, own, rows, action.separators == "keep" and own.m > 0, bias))
         return changes
 
 
@@ -152,9 +155,15 @@ def _checked(action: Any, view: View, step: Step, slug: str) -> Reduce:
         raise UnsupportedError(
             f"{slug} asks for {type(action).__name__} at {step.at}, which the engine does not do yet."
         )
-    if action.log_bias is not None:
-        raise UnsupportedError(f"{slug} asks for an attention bias at {step.at}, which the engine does not do yet.")
     reduction = action.reduction
+    if action.log_bias is not None and step.at.name != "blocks":
+        raise UnsupportedError(
+            f"{slug} asks for an attention bias at {step.at}, which the engine does not do yet; it does at blocks."
+        )
+    if action.log_bias is not None and action.log_bias.shape != (view.b, reduction.m):
+        raise WinnowError(
+            f"{slug} returned a log_bias of shape {tuple(action.log_bias.shape)} for {view.b} × {reduction.m} outputs."
+        )
     lanes = tuple(reduction.lanes)
     if reduction.n != view.n or lanes != (view.b,):
         raise WinnowError(

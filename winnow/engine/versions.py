@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from winnow.core.errors import UnsupportedError
 
@@ -48,9 +49,7 @@ def cache_of(values: dict[str, Any]) -> Any:
     return None
 
 
-def checkpoints_activations(model: Any) -> bool:
-    """Whether some module runs again in the backward pass: gradient checkpointing, whose name changed in 5.23."""
-    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
-        if hasattr(type(model), name):
-            return bool(getattr(model, name))
-    return False
+@functools.cache
+def hooks_run_again() -> bool:
+    """Whether the hooks of a checkpointed layer lie inside its checkpoint; since 5.23 they stay outside."""
+    return "__call__" in vars(GradientCheckpointingLayer)

@@ -51,8 +51,9 @@ class LayerWatch:
         _seen.set(None)
         if lm is not None and seen is not None:
             after = output[0] if isinstance(output, tuple) else output
-            mask = lm.tokens.packing.mask
-            lm.hidden(self.index, LayerModules(_hidden(args, kwargs), after, seen["attention"], seen["mlp"], mask))
+            mask = lm.tokens.packing.mask.to(after.device)
+            before = _hidden(args, kwargs).to(after.device)  # the layer before may be on another
+            lm.hidden(self.index, LayerModules(before, after, seen["attention"], seen["mlp"], mask))
 
 
 def _hidden(args: Any, kwargs: Any) -> Tensor:

@@ -142,7 +142,7 @@ class WholeCall:
             ones = torch.ones(len(packing.sizes), held, dtype=torch.bool, device=valid.device)
             valid = torch.cat([ones if gaps is None else gaps.to(valid.device), valid], 1)
         if self.flash or (given is not None and given.ndim == 2):
-            return valid if given is None else self._columns_of(given, past, held) & valid
+            return valid if given is None else self._columns_of(given, past, held) & valid.to(given.device)
         if given is None:
             slots = torch.arange(valid.shape[1], device=valid.device)
             causal = slots[None, :] <= slots[held:, None]
@@ -153,6 +153,7 @@ class WholeCall:
         cut = cut.gather(3, self._columns(given, past, held)[:, None, None].expand(*cut.shape[:3], -1))
         if gaps is None and not padded:
             return cut
+        valid = valid.to(cut.device)
         if cut.dtype == torch.bool:
             return cut & valid[:, None, None]
         return cut.masked_fill(~valid[:, None, None], torch.finfo(cut.dtype).min)
@@ -163,7 +164,8 @@ class WholeCall:
             return given
         if given is None:
             return packing.mask if packing.padded else None
-        return given[:, given.shape[1] - self.length :].gather(1, packing.source) * packing.mask
+        source, mask = packing.source.to(given.device), packing.mask.to(given.device)
+        return given[:, given.shape[1] - self.length :].gather(1, source) * mask
 
     def _rows_of(self, given: Tensor) -> Tensor:
         """`[B, 1, S, K]` → `[B, 1, P, K]`."""

@@ -51,11 +51,6 @@ def family_of(model: Any) -> Family:
     check_version(type(model).__name__)
     if not isinstance(model, nn.Module):
         raise WinnowError(f"compress takes a transformers model, got {type(model).__name__}.")
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-        raise UnsupportedError(
-            f"{type(model).__name__} is spread over several devices (hf_device_map); "
-            "this version compresses models on one."
-        )
     family = _class_of(_kind(model))
     if family is not None and _has_head(model):
         return family()

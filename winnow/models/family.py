@@ -43,6 +43,10 @@ class Family:
             causally to everything before. Otherwise it is called with the whole sequence, and its layers are given
             the part that is left.
         generic: whether nothing is known of the class but its seams.
+        halves: of a block, the norm before its MLP and the MLP, whose output is added to what the norm was given.
+            Needed for steps at `blocks[i].mlp`.
+        packed: whether blocks take all patches in one sequence with `cu_seqlens`, instead of `[tiles, N, C]`.
+        side_mergers: lists of modules that read the output of single blocks, as the merger reads that of the last one.
     """
 
     name: ClassVar[str]
@@ -56,6 +60,9 @@ class Family:
     mrope: ClassVar[bool] = False
     short: ClassVar[bool] = False
     generic: ClassVar[bool] = False
+    halves: ClassVar[tuple[str, str]] = ("layer_norm2", "mlp")
+    packed: ClassVar[bool] = False
+    side_mergers: ClassVar[tuple[str, ...]] = ()
 
     def check(self, model: Any) -> None:
         """Raise an UnsupportedError where this very model has something that the family cannot do."""
@@ -73,16 +80,27 @@ class Family:
         raise NotImplementedError
 
     def tile_counts(self, model: Any, encoding: Encoding, tiles: int) -> tuple[int, ...]:
-        """Tiles of each item, where the tower saw `tiles` in all. Needed for steps at `features`."""
+        """Tiles of each item, where the tower saw `tiles` in all. Needed for steps at `blocks` and `features`."""
         raise NotImplementedError
 
     def tower_layouts(self, model: Any, encoding: Encoding, counts: tuple[int, ...]) -> tuple[Layout, ...]:
-        """The layout of each item as the tower gives it: tile-major, [CLS] before each tile. Needed for `features`."""
+        """The layout of each item as the tower gives it: tile-major, [CLS] before each tile. Needed as above."""
         raise NotImplementedError
 
     def entries(self, model: Any, encoding: Encoding, counts: tuple[int, ...]) -> tuple[int, ...]:
-        """Content tokens that each item will have in the LM. Needed for `features`."""
+        """Content tokens that each item will have in the LM. Needed as above."""
         raise NotImplementedError
+
+    def tile_layouts(self, model: Any, encoding: Encoding, counts: tuple[int, ...]) -> tuple[Layout, ...]:
+        """For each item the layout of one of its tiles, as if it were alone. Needed for steps at `blocks`."""
+        raise NotImplementedError
+
+    def packed_order(self, model: Any, encoding: Encoding) -> Tensor | None:
+        """`[cells]` the cell at each place of a packed sequence; None: they stand in their own order."""
+        return None
+
+    def check_tower_call(self, model: Any, encoding: Encoding) -> None:
+        """Refuse an encoder call that asks the tower for something else than the configuration says."""
 
     def features(self, model: Any, encoding: Encoding, output: Any) -> Tensor:
         """`[tiles, N, C]` what the tower gives the projector, [CLS] included, from the tower's output."""

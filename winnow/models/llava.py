@@ -16,11 +16,12 @@ class Llava(Family):
     name = "llava"
     model_types = ("llava",)
     short = True
+    points = ("blocks", "blocks.mlp", "features", "projected", "layers")
 
     def info(self, model: Any) -> ModelInfo:
         config = model.config
         text = config.get_text_config()
-        tower = seam(model.base_model, self.tower, model)
+        has_cls = hasattr(seam(model.base_model, self.tower, model).embeddings, "class_embedding")
         return ModelInfo(
             model=type(model).__name__,
             family=self.name,
@@ -29,9 +30,17 @@ class Llava(Family):
             vision_width=config.vision_config.hidden_size,
             vision_depth=len(seam(model.base_model, self.blocks, model)),
             feature_layer=feature_block(config.vision_feature_layer),
-            has_cls=hasattr(tower.embeddings, "class_embedding"),
-            points=self.points if isinstance(config.vision_feature_layer, int) else ("projected", "layers"),
+            has_cls=has_cls,
+            points=self.offered(config, has_cls),
         )
+
+    def offered(self, config: Any, has_cls: bool) -> tuple[str, ...]:
+        """The points of a checkpoint: none of the tower where the projector reads several of its layers."""
+        if not isinstance(config.vision_feature_layer, int):
+            return ("projected", "layers")
+        # Where [CLS] itself enters the LM, its row would have to survive beside the item's tokens.
+        reads_cls = has_cls and config.vision_feature_select_strategy == "full"
+        return tuple(p for p in self.points if not (reads_cls and p.startswith("blocks")))
 
     def side(self, model: Any) -> int:
         """Patches along one side of a tile."""
@@ -68,8 +77,20 @@ class Llava(Family):
         return (1,) * tiles
 
     def tower_layouts(self, model: Any, encoding: Encoding, counts: tuple[int, ...]) -> tuple[Layout, ...]:
+        return self.tile_layouts(model, encoding, counts)
+
+    def tile_layouts(self, model: Any, encoding: Encoding, counts: tuple[int, ...]) -> tuple[Layout, ...]:
         side = self.side(model)
         return (Layout.grid(side, side, cls=self.info(model).has_cls),) * len(counts)
+
+    def check_tower_call(self, model: Any, encoding: Encoding) -> None:
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            given, known = encoding.inputs.get(name), getattr(model.config, name)
+            if given is not None and given != known:
+                raise UnsupportedError(
+                    f"{name}={given!r} was given to {type(model).__name__}, whose configuration says {known!r}; a plan "
+                    "that acts at blocks follows the configuration: change it there before winnow.compress."
+                )
 
     def entries(self, model: Any, encoding: Encoding, counts: tuple[int, ...]) -> tuple[int, ...]:
         return (self.side(model) ** 2,) * len(counts)

@@ -31,9 +31,11 @@ class PatchGrids(Family):
         ("get_image_features", "image", "image_token_id"),
         ("get_video_features", "video", "video_token_id"),
     )
-    # The merger joins the patches of a unit, so single patches cannot leave before it.
-    points = ("projected", "layers")
+    # The merger joins the patches of a unit, so single patches cannot leave before it: tokens of blocks are units.
+    points = ("blocks", "blocks.mlp", "projected", "layers")
     mrope = True
+    halves = ("norm2", "mlp")
+    packed = True
     tower_width: ClassVar[str] = "hidden_size"
 
     def info(self, model: Any) -> ModelInfo:
@@ -57,7 +59,7 @@ class PatchGrids(Family):
         grids = encoding.inputs.get(f"{encoding.modality}_grid_thw")
         if grids is None:
             raise UnsupportedError(
-                f"{type(model).__name__} needs {encoding.modality}_grid_thw beside the pixels; the processor gives them."
+                f"{type(model).__name__} needs {encoding.modality}_grid_thw beside the pixels; its processor gives both."
             )
         return grids
 
@@ -66,25 +68,40 @@ class PatchGrids(Family):
         merge = model.config.vision_config.spatial_merge_size
         return tuple(Layout.grid(h // merge, w // merge, t) for t, h, w in self.grids(model, encoding).tolist())
 
+    def tile_counts(self, model: Any, encoding: Encoding, tiles: int) -> tuple[int, ...]:
+        """Frames: patches of different frames never attend to each other."""
+        return tuple(self.grids(model, encoding)[:, 0].tolist())
+
+    def tower_layouts(self, model: Any, encoding: Encoding, counts: tuple[int, ...]) -> tuple[Layout, ...]:
+        return self.layouts(model, encoding)
+
+    def tile_layouts(self, model: Any, encoding: Encoding, counts: tuple[int, ...]) -> tuple[Layout, ...]:
+        merge = model.config.vision_config.spatial_merge_size
+        return tuple(Layout.grid(h // merge, w // merge) for _, h, w in self.grids(model, encoding).tolist())
+
+    def entries(self, model: Any, encoding: Encoding, counts: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(layout.n for layout in self.layouts(model, encoding))
+
     def cells(self, model: Any, encoding: Encoding, values: Sequence[Tensor]) -> Tensor:
         """Blocks give a row for each patch, of which a token has the mean over its unit; the merger one for each."""
         rows = torch.cat([x.flatten(0, 1) for x in values])
-        units = sum(encoding.lengths)
-        return rows if rows.shape[0] == units else rows.unflatten(0, (units, -1)).mean(1)
+        units = sum(layout.n for layout in self.layouts(model, encoding))
+        rows = rows if rows.shape[0] == units else rows.unflatten(0, (units, -1)).mean(1)
+        order = self.packed_order(model, encoding)
+        return rows if order is None else rows[torch.argsort(order).to(rows.device)]
 
     def patches(self, model: Any, encoding: Encoding) -> Tensor:
         name = "pixel_values" if encoding.modality == "image" else "pixel_values_videos"
-        pixels = encoding.inputs[name]
-        return pixels.unflatten(0, (-1, model.config.vision_config.spatial_merge_size**2)).flatten(1)
+        return encoding.inputs[name].unflatten(0, (-1, model.config.vision_config.spatial_merge_size**2)).flatten(1)
 
     def cell_starts(self, model: Any, encoding: Encoding) -> tuple[int, ...]:
         return token_starts(encoding)
 
 
 class WindowedPatchGrids(PatchGrids):
-    """Units that the tower sorts into windows; its merger gives them in that order too."""
+    """A family whose tower, and its merger, have units window by window."""
 
-    def cells(self, model: Any, encoding: Encoding, values: Sequence[Tensor]) -> Tensor:
+    def packed_order(self, model: Any, encoding: Encoding) -> Tensor | None:
         vision = model.config.vision_config
         order, _ = get_vision_window_index(
             self.grids(model, encoding),
@@ -92,5 +109,4 @@ class WindowedPatchGrids(PatchGrids):
             window_size=vision.window_size,
             patch_size=vision.patch_size,
         )
-        units = super().cells(model, encoding, values)
-        return units[torch.argsort(order).to(units.device)]
+        return order

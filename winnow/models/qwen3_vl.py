@@ -10,3 +10,4 @@ from winnow.models.patch_grids import PatchGrids
 class Qwen3VL(PatchGrids):
     name = "qwen3_vl"
     model_types = ("qwen3_vl", "qwen3_vl_moe")
+    side_mergers = ("visual.deepstack_merger_list",)

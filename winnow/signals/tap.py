@@ -19,9 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from winnow.core.errors import UnsupportedError
 from winnow.signals.sequences import sequences
 
-# Of the module, its queries, keys and values, and the mask that it was given.
-Listener = Callable[[nn.Module, Tensor, Tensor, Tensor, Any], None]
-
+Listener = Callable[[nn.Module, Tensor, Tensor, Tensor, Any], Tensor | None]
+"""Gets the module, queries, keys, values and mask; may return what is to be added to the logits, as a mask of floats."""
 
 # What attention functions are told beside masks and scales that changes their weights: caps on logits, and sinks.
 UNREAD = ("softcap", "s_aux")
@@ -100,7 +99,9 @@ def _stand_in(plain: Any, listener: Listener | None) -> Any:
     return made
 
 
-def _tapped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _tapped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
+) -> Any:
     config = module.config
     box, listener = probed.get(), config._winnow_listener
     if box is not None or listener is not None:
@@ -114,12 +115,20 @@ def _tapped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *a
         box.append((query, key))
         raise Stop
     if listener is not None:
-        mask = args[0] if args else kwargs.get("attention_mask")
-        for part in sequences(module, query, key, value, mask, kwargs.get("cu_seq_lens_q")):
-            listener(module, *part, mask)
+        parts = sequences(module, query, key, value, attention_mask, kwargs.get("cu_seq_lens_q"))
+        heard = [listener(module, *part, attention_mask) for part in parts]
+        added = heard[0] if len(heard) == 1 else next((x for x in heard if x is not None), None)
+        if added is not None and (attention_mask is not None or len(heard) > 1):
+            raise UnsupportedError(
+                f"{type(module).__name__} has an attention mask of its own, which is not understood; use a method that "
+                "neither weighs tokens by their size nor keeps unequal numbers of them in the tower."
+            )
+        attention_mask = attention_mask if added is None else added
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     plain = config._winnow_plain._attn_implementation
-    return ALL_ATTENTION_FUNCTIONS.get_interface(plain, eager)(module, query, key, value, *args, **kwargs)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(plain, eager)(
+        module, query, key, value, attention_mask, *args, **kwargs
+    )
 
 
 class Tap:

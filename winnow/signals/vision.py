@@ -20,7 +20,9 @@ class TowerAttention:
     Attributes:
         q, k, v: `[tiles, H, N, d]`, after position embedding; N counts the prefix.
         scaling: of the logits.
-        prefix: tokens before the patches: 1 with [CLS], else 0.
+        prefix: tokens before the patches that a signal leaves out: 1 with [CLS], else 0. At `blocks` there is a value
+            for each token of the tower, and the prefix is 0.
+        bias: `[tiles, N]` what is added to the logits of each key (merged tokens weigh by their size); None: nothing.
     """
 
     q: Float[Tensor, "t h n d"]
@@ -28,6 +30,16 @@ class TowerAttention:
     v: Float[Tensor, "t h n d"]
     scaling: float
     prefix: int
+    bias: Float[Tensor, "t n"] | None = None
+
+    def logits(self) -> tuple[Tensor, Tensor, float]:
+        """Queries, keys and scaling whose products are the logits: a bias of keys is one more feature of both."""
+        if self.bias is None:
+            return self.q, self.k, self.scaling
+        wide = torch.promote_types(self.q.dtype, torch.float32)
+        bias = self.bias.to(wide)[:, None, :, None].expand(-1, self.k.shape[1], -1, 1)
+        q = torch.cat([self.q.to(wide) * self.scaling, torch.ones_like(self.q[..., :1], dtype=wide)], -1)
+        return q, torch.cat([self.k.to(wide), bias], -1), 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +122,11 @@ class VisionAttention(VisionSignal):
         return super().resolve(info)._with(query=query)
 
     def read(self, seen: TowerAttention) -> Float[Tensor, "t n"]:
+        q, k, scaling = seen.logits()
         if self.query == "cls":
-            heads = attention_rows(seen.q[:, :, :1], seen.k, seen.scaling)[:, :, 0]
+            heads = attention_rows(q[:, :, :1], k, scaling)[:, :, 0]
         else:
-            heads = column_mean(seen.q, seen.k, seen.scaling)
+            heads = column_mean(q, k, scaling)
         return (heads.sum(1) if self.heads == "sum" else heads.mean(1))[:, seen.prefix :]
 
 

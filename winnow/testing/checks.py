@@ -46,7 +46,7 @@ def check_counts(subject: Subject) -> None:
         for keep in budgets:
             for act in subject.acts(**({} if keep is None else {"keep": keep})):
                 step = act.step
-                for left in {None} if step.at.name == "features" else {None, max(1, v // 2)}:
+                for left in {None} if step.at.name in ("features", "blocks") else {None, max(1, v // 2)}:
                     view = subject.view(act, picture, left=left)
                     found = run(step, view)
                     where = f"{subject.kind.slug} at {step.at}, {picture.name}, keep={keep}, {view.n} tokens"

@@ -9,7 +9,15 @@ import numpy as np
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout, cls_token, grid_rows
 
-WITH_CLS = ModelInfo("a model with [CLS]", depth=8, width=32, vision_depth=12, feature_layer=-2, has_cls=True)
+WITH_CLS = ModelInfo(
+    "a model with [CLS]",
+    depth=8,
+    width=32,
+    vision_depth=12,
+    feature_layer=-2,
+    has_cls=True,
+    points=("blocks", "blocks.mlp", "features", "projected", "layers"),
+)
 WITHOUT_CLS = ModelInfo(
     "a model without [CLS]",
     depth=8,
@@ -29,6 +37,12 @@ class Picture:
     name: str
     tower: Layout
     lm: Layout
+
+    @property
+    def tile(self) -> Layout:
+        """One of its tiles, as steps at `blocks` see it."""
+        h, w = self.tower.place[self.tower.tile == 0, 2:].max(0) + 1
+        return Layout.grid(int(h), int(w), cls=True)
 
     @staticmethod
     def grid(h: int, w: int) -> Picture:

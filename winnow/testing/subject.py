@@ -72,16 +72,18 @@ class Subject:
         step = act.step
         generator = torch.Generator().manual_seed(seed)
         inside = step.at.name in ("features", "blocks")
-        layout = picture.tower if inside else picture.lm
+        layout = {"features": picture.tower, "blocks": picture.tile}.get(step.at.name, picture.lm)
         n = layout.n if inside else layout.n_content if left is None else left
-        # At the tower's side a signal has values for all tokens, [CLS] included, or for the patches alone.
-        per_token = lambda signal: layout.n_content if inside and not signal.covers_prefix else n  # noqa: E731
+        # At `features` a signal has values for all tokens, [CLS] included, or for the patches alone.
+        alone = step.at.name == "features"
+        per_token = lambda signal: layout.n_content if alone and not signal.covers_prefix else n  # noqa: E731
         signals = step.signals(lambda signal: signal.sample(generator, b, per_token(signal)))
         ids = torch.stack(
             [torch.randperm(layout.n if inside else layout.n_content, generator=generator)[:n] for _ in range(b)]
         )
         tokens = torch.randn(b, n, act.width, generator=generator)
-        return View(tokens, layout, ids.sort(1).values, picture.lm.n_content, signals, seed=seed, module=act.module)
+        n_visual = (layout if step.at.name == "blocks" else picture.lm).n_content
+        return View(tokens, layout, ids.sort(1).values, n_visual, signals, seed=seed, module=act.module)
 
 
 def run(step: Step, view: View, state: State | None = None) -> Reduction | None:
