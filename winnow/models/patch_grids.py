@@ -59,7 +59,8 @@ class PatchGrids(Family):
         grids = encoding.inputs.get(f"{encoding.modality}_grid_thw")
         if grids is None:
             raise UnsupportedError(
-                f"{type(model).__name__} needs {encoding.modality}_grid_thw beside the pixels; its processor gives both."
+                f"{type(model).__name__} needs {encoding.modality}_grid_thw beside the pixels; "
+                "the processor gives both."
             )
         return grids
 

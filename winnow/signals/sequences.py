@@ -29,7 +29,8 @@ def sequences(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, end
     Raises:
         UnsupportedError: tokens see each other in some other way.
     """
-    if _reads_cache(type(module)):
+    kind: Any = type(module)
+    if _reads_cache(kind):
         yield q, k, v
     elif ends is not None:
         lengths = ends.diff().tolist()
