@@ -30,7 +30,7 @@ RUNS    := runs
 SEED    := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-newest demo test test-newest test-all lint bench selection systems systems-check docs measured images reference card clean
+.PHONY: help venv venv-newest demo test test-newest test-all lint bench selection systems systems-check families families-check docs measured images reference card clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -92,6 +92,12 @@ systems: test ## Write the table of systems from what the tests prove
 
 systems-check: $(STAMP) ## Fail if the committed table differs from the last `make test`
 	$(BIN)/python tools/systems.py check $(REPORT)
+
+families: $(STAMP) ## Write the table of model classes from a run over a small build of each
+	$(BIN)/python tools/families.py write
+
+families-check: $(STAMP) ## Fail if the committed table of model classes differs from such a run
+	$(BIN)/python tools/families.py check
 
 docs: $(STAMP) ## The documentation as a site in site/, with a page for each method
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"

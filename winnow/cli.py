@@ -1,4 +1,4 @@
-"""The command line: `winnow run`, `bench`, `speed`, `report`, `methods`, `systems`, `doctor`, `world`, `train`."""
+"""The command line: `winnow run`, `bench`, `speed`, `report`, `methods`, `systems`, `families`, `doctor` and others."""
 
 from __future__ import annotations
 
@@ -182,6 +182,26 @@ def systems(
     listing(("slug", "family", "stages", "kind", "state", "arXiv"), rows)
     counts = ", ".join(f"{sum(s.state == name for s in found)} {name}" for name in table.STATES)
     say(f"{len(found)} systems: {counts}. ◦ is outside the list of 107.")
+
+
+@app.command()
+def families(as_json: Json = False) -> None:
+    """List the model classes of transformers: at which points each can be compressed, or why it cannot."""
+    from winnow.model_classes import model_classes
+
+    found = model_classes()
+    if as_json:
+        print_json([dataclasses.asdict(own) for own in found])
+        return
+    from winnow.cli_show import listing
+
+    rows = [(own.model_type, own.adapter or "–", ", ".join(own.points) or "–", own.reason) for own in found]
+    listing(("model type", "adapter", "points", "reason"), rows)
+    works = [sum(point in own.points for own in found) for point in ("projected", "layers")]
+    say(
+        f"{len(found)} classes: {works[0]} at projected, {works[1]} at layers[k]. The generic adapter is checked on "
+        "the very model before it is used: pass processor= to winnow.compress."
+    )
 
 
 @app.command()

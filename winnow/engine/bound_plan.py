@@ -169,6 +169,8 @@ def _check_block(signal: Signal, site: Site, step: Step, slug: str) -> None:
 
 def _without_idle(plan: Plan, steps: Sequence[tuple[int, Step]], info: ModelInfo) -> list[tuple[int, Step]]:
     """The steps without those at blocks behind the one that feeds the projector."""
+    if not any(step.at.name == "blocks" for _, step in steps):
+        return list(steps)
     what = f"the vision tower of {info.model}"
     last = block_index(info.feature_layer, info.vision_depth, what)
     kept = []

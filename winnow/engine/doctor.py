@@ -56,7 +56,7 @@ def run_checks(model: Any, samples: Sequence[dict[str, Tensor]], batch: dict[str
 
     Args:
         samples: the inputs of each request alone.
-        batch: both in one left-padded batch; made from the samples where it is not given.
+        batch: both in one left-padded batch; made from the samples where it is not given; empty: not checked.
     """
     with trying():
         inner = unwrap(model)

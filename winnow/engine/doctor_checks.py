@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from winnow.core.errors import WinnowError
+from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.method import Method
 from winnow.core.point import Point
@@ -71,7 +71,7 @@ class Subject:
 
     Attributes:
         samples: the inputs of each request alone, ids `[1, S]`.
-        batch: both, padded on the left.
+        batch: both, padded on the left; empty where the class takes no padded batches.
         logits: `[1, S, vocabulary]` of the first.
         ids: `[1, S + STEPS]` its greedy answer.
         points: at which it is checked.
@@ -100,6 +100,12 @@ class Subject:
     def places(self) -> tuple[str, ...]:
         """The points, with a layer."""
         return tuple(f"layers[{self.middle}]" if point == "layers" else point for point in self.points)
+
+    @property
+    def everywhere(self) -> tuple[str, ...]:
+        """The places, and those in the tower that the class offers."""
+        offered = {"features": "features", "blocks": "blocks[1]", "blocks.mlp": "blocks[1].mlp"}
+        return (*(at for point, at in offered.items() if point in self.info.points), *self.places)
 
     @property
     def inner(self) -> Any:
@@ -163,13 +169,13 @@ def told(error: float, subject: Subject) -> tuple[bool, str]:
 
 
 def identity(subject: Subject) -> tuple[bool, str]:
-    for at in subject.places:
+    for at in subject.everywhere:
         with compress(subject.model, Evenly(1.0, at)):
             logits = torch.equal(subject.model(**subject.samples[0]).logits, subject.logits)
             ids = torch.equal(subject.answer(subject.samples[0])[0], subject.ids[:, -STEPS:])
         if not (logits and ids):
             return False, f"at {at}: logits {'equal' if logits else 'differ'}, ids {'equal' if ids else 'differ'}"
-    return True, f"logits and ids bit-identical at {' and '.join(subject.places)}"
+    return True, f"logits and ids bit-identical at {', '.join(subject.everywhere)}"
 
 
 def one_token(subject: Subject) -> tuple[bool, str]:
@@ -226,13 +232,16 @@ def _stepped(subject: Subject, ids: Tensor) -> Tensor:
 
 
 def cache_bytes(subject: Subject) -> tuple[bool, str]:
-    inputs = subject.samples[0]
+    """The bytes that the ledger says; fewer than the plain model holds, where a layer behind the cut keeps all keys."""
+    inputs, kinds = subject.samples[0], subject.bound.kinds
     full = _held(subject.forward(**inputs))
     seen, ok = [], True
     for at in subject.places:
         with compress(subject.model, Evenly(at=at)) as handle:
             held, ledger = _held(subject.forward(**inputs)), handle.last
-        ok = ok and 0 < held < full and (ledger.kv_bytes, ledger.kv_bytes_full) == (held, full)  # type: ignore[union-attr]
+        behind = kinds[0 if at == "projected" else subject.middle :]
+        less = held < full if "full_attention" in behind else held <= full
+        ok = ok and less and (ledger.kv_bytes, ledger.kv_bytes_full) == (held, full)  # type: ignore[union-attr]
         seen.append(f"{held:,} at {at} (the ledger says {ledger.kv_bytes:,})")  # type: ignore[union-attr]
     return ok, f"bytes of the cache: {', '.join(seen)}, of {full:,}"
 
@@ -253,6 +262,8 @@ def batch_inside_lm(subject: Subject) -> tuple[bool, str]:
 
 
 def _batch(subject: Subject, at: str) -> tuple[bool, str]:
+    if not subject.batch:
+        return True, "not checked: this class takes no padded batches"
     with compress(subject.model, Evenly(at=at)):
         ok, detail = told(_batch_error(subject), subject)
     if ok:
@@ -276,11 +287,22 @@ def _batch_error(subject: Subject, **options: Any) -> float:
 
 
 def static_cache(subject: Subject) -> tuple[bool, str]:
+    if not subject.batch:
+        return True, "not checked: this class takes no padded batches"
     with compress(subject.model, Evenly()):
         try:
             error = _batch_error(subject, cache_implementation="static")
         except WinnowError:
             return True, "refused"
+        except Exception:  # of transformers, in any of its ways
+            error = torch.inf
+    if error > subject.tolerance:
+        try:
+            plain = _batch_error(subject, cache_implementation="static")
+        except Exception:
+            return True, "not checked: the plain model itself does not run with one"
+        if plain > subject.tolerance:
+            return True, f"not checked: the plain model differs with one by {plain:.1e}"
     return told(error, subject)
 
 
@@ -293,6 +315,12 @@ def attention(subject: Subject) -> tuple[bool, str]:
         looks.append(VisionAttention(query="all"))
     if not looks:
         return True, "nothing can be looked at here"
+    if bound.family.generic:
+        try:
+            with compress(subject.model, Listen(at, tuple(looks))):
+                subject.model(**subject.samples[0])
+        except UnsupportedError as error:
+            return True, f"not checked: {error}"
     with compress(subject.model, Listen(at, tuple(looks))) as handle:
         same = torch.equal(subject.model(**subject.samples[0]).logits, subject.logits)
         ranges = handle.last.notes["attention"]  # type: ignore[union-attr]

@@ -83,6 +83,7 @@ def finish(request: Request, record: EncoderRecord, output: Any) -> Any:
                 "was kept; call it with return_dict=True, or inside handle.using('full')."
             )
         return output
+    record.joined = isinstance(pooled, Tensor) and pooled.shape[0] == 1
     record.lengths = tuple(x.reshape(-1, x.shape[-1]).shape[0] for x in pooled)
     record.layouts = request.bound.family.layouts(request.bound.model, record)
     if record.items:

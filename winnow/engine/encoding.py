@@ -36,6 +36,7 @@ class EncoderRecord(Encoding):
 
     Attributes:
         plan: under which it was made.
+        joined: whether the encoder gave one tensor for all items, which only the prompt can tell apart.
         layouts: of the items in the LM's sequence.
         readings: what the plan's signals read.
         tower: the pass through the blocks, while it lasts, where the plan has steps there.
@@ -47,6 +48,7 @@ class EncoderRecord(Encoding):
     """
 
     plan: BoundPlan | None = None
+    joined: bool = False
     layouts: tuple[Layout, ...] = ()
     readings: dict[Signal, Reading] = field(default_factory=dict)
     tower: Any = None

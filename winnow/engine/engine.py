@@ -305,7 +305,7 @@ class Engine:
         request = self._request(Clock(self.timing, self.bound.device, self._times(called, held)))
         request.encodings = encodings_of(called, request.plan)
         if state is not None and self.bound.info.mrope:
-            called = {**called, "position_ids": positions_of_later_turn(state, called)}
+            called = {**called, "position_ids": positions_of_later_turn(state, called, self.bound.family.axes)}
         request.called = called
         with self._opened(request):
             try:

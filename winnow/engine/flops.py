@@ -37,6 +37,7 @@ def _layer_shape(config: Any, index: int) -> tuple[int, int, int, int]:
     f = getattr(own, "intermediate_size", None) or 4 * config.hidden_size
     f = f[index] if isinstance(f, list | tuple) else f
     active, expert = getattr(own, "num_experts_per_tok", None), getattr(own, "moe_intermediate_size", None)
+    expert = expert[0] if isinstance(expert, list | tuple) else expert  # that of text, where modalities have their own
     return (active * expert if active and expert else f), heads, kv, hd
 
 

@@ -35,8 +35,8 @@ def encodings_of(called: dict[str, Any], plan: BoundPlan) -> dict[str, EncoderRe
     return {modality: record for modality, record in found.items() if record is not None}
 
 
-def positions_of_later_turn(state: CacheState, called: dict[str, Any]) -> Any:
-    """`[3, B, q]` positions of new text behind a reduced prompt, from the request's own deltas.
+def positions_of_later_turn(state: CacheState, called: dict[str, Any], axes: int) -> Any:
+    """`[axes, B, q]` positions of new text behind a reduced prompt, from the request's own deltas.
 
     The model keeps the deltas on the module, where another request may have overwritten them.
     """
@@ -52,7 +52,7 @@ def positions_of_later_turn(state: CacheState, called: dict[str, Any]) -> Any:
         ranks = torch.arange(length, device=state.real.device)[None]
     else:
         ranks = (mask[:, -length:].to(state.real.device).cumsum(1) - 1).clamp_min(0)
-    return (state.real[:, None] + ranks + state.rope_deltas)[None].expand(3, -1, -1)
+    return (state.real[:, None] + ranks + state.rope_deltas)[None].expand(axes, -1, -1)
 
 
 def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
@@ -139,7 +139,7 @@ def _spans(request: Request, ids: Tensor) -> tuple[list[tuple[Span, EncoderRecor
     for modality, record in request.encodings.items():
         if record.plan is not request.plan:
             raise WinnowError("these encoder outputs were made under another plan; encode again under this one.")
-        if request.bound.family.generic:
+        if request.bound.family.generic and record.joined:
             _split_by_runs(request, ids, record)
         own, last = find_spans(ids, request.bound.token_ids[modality], record.lengths, modality)
         found += [(span, record) for span in own]

@@ -39,6 +39,7 @@ class Family:
         encoders: (method of the base model, modality, name of the placeholder id in the configuration).
         points: where steps can act.
         mrope: whether positions are 3-D.
+        axes: of positions, where they have several.
         short: whether the language model may be called with the shortened sequence, because all its layers attend
             causally to everything before. Otherwise it is called with the whole sequence, and its layers are given
             the part that is left.
@@ -58,6 +59,7 @@ class Family:
     encoders: ClassVar[tuple[tuple[str, str, str], ...]] = (("get_image_features", "image", "image_token_id"),)
     points: ClassVar[tuple[str, ...]] = ("features", "projected", "layers")
     mrope: ClassVar[bool] = False
+    axes: ClassVar[int] = 3
     short: ClassVar[bool] = False
     generic: ClassVar[bool] = False
     halves: ClassVar[tuple[str, str]] = ("layer_norm2", "mlp")

@@ -7,6 +7,8 @@ pooled, has as many cells as a picture has tokens.
 import math
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from winnow.core.errors import UnsupportedError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
@@ -57,6 +59,7 @@ class Generic(Family):
         self.encoders = _encoders(model)  # type: ignore[misc]
         self.points = points  # type: ignore[misc]
         self.mrope = hasattr(model.base_model, "get_rope_index")  # type: ignore[misc]
+        self.axes = _axes(model.config.get_text_config())  # type: ignore[misc]
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -95,7 +98,8 @@ class Generic(Family):
 
     def rows(self, output: Any) -> Any:
         found = getattr(output, "pooler_output", None)
-        return getattr(output, "last_hidden_state", None) if found is None else found
+        found = getattr(output, "last_hidden_state", None) if found is None else found
+        return found[None] if isinstance(found, Tensor) and found.ndim == 2 else found
 
     def layouts(self, model: Any, encoding: Encoding) -> tuple[Layout, ...]:
         side = patches_per_side(model)
@@ -114,6 +118,13 @@ def _encoders(model: Any) -> tuple[tuple[str, str, str], ...]:
         if hasattr(model.base_model, method) and known:
             found.append((method, modality, known[0]))
     return tuple(found)
+
+
+def _axes(text: Any) -> int:
+    """Axes of positions: the sections into which a rotary embedding is divided, else time, height and width."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    sections = [value for name, value in rope.items() if name.endswith("section") and isinstance(value, list | tuple)]
+    return len(sections[0]) if sections else 3
 
 
 def patches_per_side(model: Any) -> int | None:

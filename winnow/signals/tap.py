@@ -20,7 +20,7 @@ from winnow.core.errors import UnsupportedError
 from winnow.signals.sequences import sequences
 
 Listener = Callable[[nn.Module, Tensor, Tensor, Tensor, Any], Tensor | None]
-"""Gets the module, queries, keys, values and mask; may return what to add to the logits, as a mask of floats."""
+"""Gets the module, queries, keys, values and mask; may return what is added to the logits, as a mask of floats."""
 
 # What attention functions are told beside masks and scales that changes their weights: caps on logits, and sinks.
 UNREAD = ("softcap", "s_aux")

@@ -91,6 +91,11 @@ class VisionSignal(Signal):
 
     def block(self, info: ModelInfo) -> int:
         """The number of the block, from 0."""
+        if not info.vision_depth:
+            raise UnsupportedError(
+                f"winnow does not know the vision tower of {info.model}, whose adapter is the generic one; use "
+                "a method that does not look at it (`winnow methods` lists what each looks at)."
+            )
         layer = info.feature_layer if self.layer == "feature" else self.layer
         return block_index(layer, info.vision_depth, f"the vision tower of {info.model}")
 
