@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +10,20 @@ from typing import Any
 import builds
 import pytest
 import torch
+import transformers
 from alone import Alone, Encoders, items
 from builds.build import Build
 from byhand import top
 from contract.signals import BlockShift, CellPixels, TowerFeatures
 from masked import Cut, MaskedReference
+from packaging.version import Version
 from probes import Folded, Look, Pick, Received, forward, generate, new_tokens, score, step_logits
 from torch import Tensor
 from transformers import ShieldGemma2ForImageClassification
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 import winnow
+from winnow.core.plan import Plan
 from winnow.models.families import family_of
 from winnow.signals.vision import VisionAttention, VisionKeys
 
@@ -106,7 +110,6 @@ class Case:
     attention: str = "attn"
     projector: str = "visual.merger"
     features: bool = False
-    deepstack: bool = False
     hybrid: bool = False
 
 
@@ -115,8 +118,8 @@ GEMMA4 = SIGLIP | {"projector": "embed_vision.embedding_projection"}
 
 CASES = {
     "qwen2_vl": Case(patch_grid),
-    "qwen3_vl": Case(patch_grid, deepstack=True),
-    "qwen3_vl_moe": Case(patch_grid, deepstack=True),
+    "qwen3_vl": Case(patch_grid),
+    "qwen3_vl_moe": Case(patch_grid),
     "qwen3_5": Case(patch_grid, hybrid=True),
     "qwen3_5_moe": Case(patch_grid, hybrid=True),
     "glm4v": Case(patch_grid),
@@ -133,10 +136,34 @@ CASES = {
 }
 ROWS = ("3 A 6", "3 B 9", "11", "2 B 4 C 5")
 VIDEOS = ("3 V 6", "9", "2 V 4")
+BOTH = ("3 V 2 A 6", "2 B 4 V 3 C 5", "4 A 2", "7")
+
+# Their encoder of videos calls that of pictures, which the engine takes for a second encoding.
+NESTED = pytest.mark.xfail(raises=TypeError, strict=True, reason="the engine does not know an encoder inside another")
+# From 5.24 on layers without keys of their own have layers of the cache that hold nothing.
+SHARED = pytest.mark.xfail(
+    Version(transformers.__version__) >= Version("5.24"),
+    raises=winnow.UnsupportedError,
+    strict=True,
+    reason="the engine does not know the layers of a cache that hold nothing",
+)
 
 
 def build_of(name: str) -> Build:
     return builds.every()[name]
+
+
+def known(name: str, *more: Any, video: bool = False, cut: bool = False) -> Any:
+    """A parameter of a test, with what the engine is known not to do yet."""
+    marks = [NESTED] if video and name.startswith("qwen3") else [SHARED] if cut and name == "gemma4" else []
+    return pytest.param(name, *more, marks=marks)
+
+
+def with_videos(*names: str) -> list[str]:
+    return [name for name in names or CASES if "V" in build_of(name).letters]
+
+
+SEEN = [known(n, ROWS) for n in CASES] + [known(n, VIDEOS, video=True) for n in with_videos()]
 
 
 def encoders(name: str, model: Any) -> Encoders:
@@ -180,32 +207,29 @@ def lane_of(found: list[Any], projected: Tensor) -> Any:
     return own[0]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_each_token_stands_where_its_patches_are(name):
+@pytest.mark.parametrize(("name", "rows"), SEEN)
+def test_each_token_stands_where_its_patches_are(name, rows):
     model = build_of(name).model()
     look = Look(needs=(CellPixels(),))
-    for rows in (ROWS, VIDEOS) if "V" in build_of(name).letters else (ROWS,):
-        look.views.clear()
-        with winnow.compress(model, look):
-            forward(model, build_of(name).batch(rows))
-        found = lanes(look)
-        expected = pictures(name, model, rows)
-        assert len(found) == len(expected)
-        for _, tensors, grid, alone in expected:
-            tokens, signals, layout = lane_of(found, alone.projected)
-            assert layout.n == layout.n_content == len(tokens) == len(grid.rows)
-            boxes = torch.from_numpy(layout.boxes)
-            down, across = grid.size
-            centres = (grid.places[grid.pixels].double().mean(1) + 0.5) / torch.tensor([down, across])
-            assert torch.allclose((boxes[:, :2] + boxes[:, 2:]) / 2, centres.flip(1))
-            area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-            assert torch.allclose(area, torch.full_like(area, grid.frames / len(tokens)))
-            frames = torch.arange(len(tokens)) // (len(tokens) // grid.frames)
-            assert layout.place[:, 1].tolist() == frames.tolist()
-            pixels = tensors.get("pixel_values", tensors.get("pixel_values_videos"))
-            own = square_patches(model, pixels) if pixels.ndim == 4 else pixels.reshape(-1, pixels.shape[-1])
-            expected_pixels = own[grid.pixels].flatten(1).sort(1).values
-            assert torch.equal(signals[CellPixels()].sort(1).values, expected_pixels)
+    with winnow.compress(model, look):
+        forward(model, build_of(name).batch(rows))
+    found, expected = lanes(look), pictures(name, model, rows)
+    assert len(found) == len(expected)
+    for _, tensors, grid, alone in expected:
+        tokens, signals, layout = lane_of(found, alone.projected)
+        assert layout.n == layout.n_content == len(tokens) == len(grid.rows)
+        boxes = torch.tensor(layout.boxes)
+        down, across = grid.size
+        centres = (grid.places[grid.pixels].double().mean(1) + 0.5) / torch.tensor([down, across])
+        assert torch.allclose((boxes[:, :2] + boxes[:, 2:]) / 2, centres.flip(1))
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        assert torch.allclose(area, torch.full_like(area, grid.frames / len(tokens)))
+        frames = torch.arange(len(tokens)) // (len(tokens) // grid.frames)
+        assert layout.place[:, 1].tolist() == frames.tolist()
+        pixels = tensors.get("pixel_values", tensors.get("pixel_values_videos"))
+        own = square_patches(model, pixels) if pixels.ndim == 4 else pixels.reshape(-1, pixels.shape[-1])
+        behind = own[grid.pixels].flatten(1)
+        assert torch.equal(signals[CellPixels()].sort(1).values, behind.sort(1).values)
 
 
 def square_patches(model: Any, pixels: Tensor) -> Tensor:
@@ -214,25 +238,24 @@ def square_patches(model: Any, pixels: Tensor) -> Tensor:
     return pixels[0].unflatten(1, (-1, size)).unflatten(3, (-1, size)).permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_signals_of_a_batch_are_those_of_each_picture_alone(name):
+@pytest.mark.parametrize(("name", "rows"), SEEN)
+def test_signals_of_a_batch_are_those_of_each_picture_alone(name, rows):
     model = build_of(name).model()
     blocks = range(len(encoders(name, model).blocks))
     kinds = (lambda i: VisionAttention(i, query="all"), VisionKeys, BlockShift)
     needs = (*(kind(i) for kind in kinds for i in blocks), TowerFeatures())
     look = Look(needs=needs)
-    for rows in (ROWS, VIDEOS) if "V" in build_of(name).letters else (ROWS,):
-        look.views.clear()
-        with winnow.compress(model, look):
-            forward(model, build_of(name).batch(rows))
-        found = lanes(look)
-        for _, _, grid, alone in pictures(name, model, rows):
-            _, signals, _ = lane_of(found, alone.projected)
-            for i in blocks:
-                check(signals[VisionAttention(i, query="all")], alone.received[i], grid, 1e-6)
-                check(signals[VisionKeys(i)], alone.keys[i], grid, 1e-4)
-                check(signals[BlockShift(i)], (alone.after[i] - alone.before[i]).norm(dim=-1), grid, 1e-4)
-            check(signals[TowerFeatures()], alone.projector, grid, 1e-3)
+    with winnow.compress(model, look):
+        forward(model, build_of(name).batch(rows))
+    found = lanes(look)
+    for _, _, grid, alone in pictures(name, model, rows):
+        _, signals, _ = lane_of(found, alone.projected)
+        for i in blocks:
+            check(signals[VisionAttention(i, query="all")], alone.received[i], grid, 1e-6)
+            check(signals[VisionKeys(i)], alone.keys[i], grid, 1e-4)
+            shift = (alone.after[i] - alone.before[i]).norm(dim=-1)
+            check(signals[BlockShift(i)], shift, grid, 1e-4)
+        check(signals[TowerFeatures()], alone.projector, grid, 1e-3)
 
 
 def check(found: Tensor, rows: Tensor, grid: Grid, tolerance: float) -> None:
@@ -253,8 +276,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("plan", METHODS)
-@pytest.mark.parametrize("name", CASES)
+RUN = [known(n, p, cut=(p, n) not in REFUSED) for n in CASES for p in METHODS]
+
+
+@pytest.mark.parametrize(("name", "plan"), RUN)
 def test_methods_keep_what_they_promise_and_batches_are_their_samples_alone(name, plan):
     model, parts = build_of(name).model(), build_of(name).samples(ROWS)
     if reason := REFUSED.get((plan, name)):
@@ -272,11 +297,8 @@ def test_methods_keep_what_they_promise_and_batches_are_their_samples_alone(name
     assert (together - plain).abs().max() > 1e-2
 
 
-BOTH = ("3 V 2 A 6", "2 B 4 V 3 C 5", "4 A 2", "7")
-
-
 @pytest.mark.parametrize("plan", ["divprune:keep=5", "hiprune:keep=5"])
-@pytest.mark.parametrize("name", [n for n in CASES if "V" in build_of(n).letters and not n.startswith("glm")])
+@pytest.mark.parametrize("name", [known(n, video=True, cut=True) for n in with_videos() if not n.startswith("glm")])
 def test_videos_are_items_of_their_own(name, plan):
     """In any order among pictures; frames with text between them are one item."""
     model, parts = build_of(name).model(), build_of(name).samples(BOTH)
@@ -302,7 +324,7 @@ def test_videos_of_glm_stand_under_the_placeholder_of_pictures(name):
             assert (torch.stack(own.logits, 1)[0] - together[row]).abs().max() <= 2e-5
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if "U" in build_of(n).letters])
+@pytest.mark.parametrize("name", [known(n, cut=True) for n in CASES if "U" in build_of(n).letters])
 def test_sounds_are_read_in_full(name):
     build = build_of(name)
     model, parts = build.model(), build.samples(("3 U 6", "2 A 3 U 5", "9"))
@@ -402,3 +424,120 @@ def test_the_classifier_of_shieldgemma_is_compressed_through_the_model_inside():
     with winnow.compress(inner, "divprune:keep=5") as handle:
         assert (forward(model, part).probabilities - plain).abs().max() > 1e-4
         assert len(handle.last.items[0].kept) == 5
+
+
+class TowerByHand:
+    """A plain copy whose encoder goes on with some units of a single picture from a block on.
+
+    What the merger makes of them stands at their places, and zeros elsewhere, so that the plain model can run on.
+
+    Args:
+        block: before which, or between whose attention and MLP (`half`), units leave.
+        choose: from `[units, 4 · C]` the units that stay.
+    """
+
+    def __init__(self, model: Any, block: int, half: bool, choose: Callable[[Tensor], Tensor]) -> None:
+        self.reference = MaskedReference(model)
+        self.visual = self.reference.model.base_model.visual
+        self.block, self.half, self.choose = block, half, choose
+        for index, module in enumerate(self.visual.blocks):
+            if index >= block:
+                module.register_forward_pre_hook(functools.partial(self._enter, index), with_kwargs=True)
+        if half:
+            self.visual.blocks[block].register_forward_hook(self._leave_half, with_kwargs=True)
+        for merger in (self.visual.merger, *getattr(self.visual, "deepstack_merger_list", ())):
+            merger.register_forward_hook(self._leave_merger)
+
+    def _enter(self, index: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if index == self.block and not self.half:
+            self.kept = self.choose(args[0].unflatten(0, (-1, MERGE**2)).flatten(1))
+            args = (self._cut(args[0]), *args[1:])
+        if index == self.block and self.half:
+            return None
+        ends = torch.tensor([0, len(self.kept) * MERGE**2], dtype=torch.int32)
+        turns = tuple(map(self._cut, kwargs["position_embeddings"]))
+        return args, {**kwargs, "cu_seqlens": ends, "position_embeddings": turns}
+
+    def _leave_half(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor:
+        rows = args[0] + module.attn(module.norm1(args[0]), **kwargs)
+        self.kept = self.choose(rows.unflatten(0, (-1, MERGE**2)).flatten(1))
+        rows = self._cut(rows)
+        return rows + module.mlp(module.norm2(rows))
+
+    def _cut(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (-1, MERGE**2))[self.kept].flatten(0, 1)
+
+    def _leave_merger(self, module: Any, args: tuple, made: Tensor) -> Tensor | None:
+        if len(made) == self.units:
+            return None  # a lower block's features, before anything left
+        return made.new_zeros(self.units, made.shape[-1]).index_copy(0, self.kept, made)
+
+    def run(self, sample: dict[str, Tensor], run: Tensor, forced: list[int]) -> Tensor:
+        """`[T, vocabulary]`; `run` are the positions of the picture's placeholders."""
+        self.units = len(run)
+        cut = Cut(0, lambda rows, left: [run[self.kept]])
+        return self.reference.run(sample, [run], forced, [cut]).logits
+
+
+PACKED = [name for name in CASES if CASES[name].grid is patch_grid and not CASES[name].hybrid]
+
+
+@pytest.mark.parametrize("at", ["blocks[0]", "blocks[1]", "blocks[2]", "blocks[1].mlp"])
+@pytest.mark.parametrize("name", PACKED)
+def test_units_that_leave_between_blocks_equal_by_hand(name, at):
+    """Also DeepStack: what lower blocks made of a unit that is kept is added to its row."""
+    model, build = build_of(name).model(), build_of(name)
+    parts = build.samples(("3 A 6", "3 B 9"))
+    with winnow.compress(model, Pick(keep=6, at=at)) as handle:
+        output = generate(model, build.collate(parts))
+        items = handle.last.items
+    logits, tokens = step_logits(output), new_tokens(output, build.collate(parts))
+    for row, part in enumerate(parts):
+        by_hand = TowerByHand(model, int(at[7]), at.endswith("mlp"), lambda units: top(score(units), 6))
+        places = (part["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
+        expected = by_hand.run(part, places, tokens[row, :-1].tolist())
+        assert items[row].kept.tolist() == by_hand.kept.tolist()
+        assert (logits[row] - expected).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].features])
+def test_patches_that_leave_between_blocks_equal_by_hand(name):
+    model, build = build_of(name).model(), build_of(name)
+    model.set_attn_implementation("eager")
+    parts = build.samples(("3 A 6", "3 B 9"))
+    with winnow.compress(model, Pick(keep=6, at="blocks[1]")) as handle:
+        output = generate(model, build.collate(parts))
+        items = handle.last.items
+    for row, part in enumerate(parts):
+        reference, kept = MaskedReference(model), []
+        base = reference.model.base_model
+
+        def leave(module: Any, args: tuple, kept: list[Tensor] = kept) -> Any:
+            kept.append(top(score(args[0][0]), 6))
+            return (args[0][:, kept[0]], *args[1:])
+
+        def come_back(module: Any, args: tuple, made: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            return made.new_zeros(1, 16, made.shape[-1]).index_copy(1, kept[0], made)
+
+        base.vision_tower.encoder.layers[1].register_forward_pre_hook(leave)
+        base.multi_modal_projector.register_forward_hook(come_back)
+        run = (part["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
+        tokens = new_tokens(output, build.collate(parts))[row, :-1].tolist()
+        cut = Cut(0, lambda rows, left, run=run, kept=kept: [run[kept[0]]])
+        expected = reference.run(part, [run], tokens, [cut]).logits
+        assert items[row].kept.tolist() == kept[0].tolist()
+        assert (step_logits(output)[row] - expected).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].hybrid])
+def test_units_that_leave_between_blocks_of_a_hybrid_enter_its_lm_as_by_hand(name):
+    model, build = build_of(name).model(), build_of(name)
+    part, look = build.sample("3 A 6"), Look()
+    with winnow.compress(model, Plan((Pick(keep=6, at="blocks[1]"), look))):
+        forward(model, part)
+    by_hand = TowerByHand(model, 1, False, lambda units: top(score(units), 6))
+    by_hand.units = int((part["input_ids"] == model.config.image_token_id).sum())
+    base = by_hand.reference.model.base_model
+    with torch.no_grad():
+        (rows,) = base.get_image_features(part["pixel_values"], part["image_grid_thw"], return_dict=True).pooler_output
+    assert (look.views[0].tokens[0] - rows[by_hand.kept]).abs().max() <= 1e-5
