@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
@@ -203,13 +204,15 @@ def tag(cache: Cache, attachment: Any, logical: int) -> CacheState:
     return state
 
 
-# Storages that can hold a different number of tokens in each layer. Linear layers hold a state and no tokens.
+# Storages that can hold a different number of tokens in each layer. Linear layers hold a state and no tokens; from 5.24
+# on, layers that share the keys of another one hold nothing.
 _HOLD = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
+    *filter(None, (getattr(cache_utils, "DummyLayer", None),)),
 )
 
 

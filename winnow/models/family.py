@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -185,3 +186,8 @@ def feature_block(vision_feature_layer: int | Sequence[int]) -> int:
 def join_tiles(values: Sequence[Tensor]) -> Tensor:
     """`[calls][tiles, N, …]` → `[tiles · N, …]`."""
     return torch.cat([x.flatten(0, 1) for x in values])
+
+
+def token_starts(encoding: Encoding) -> tuple[int, ...]:
+    """The first cell of each item, where `cells` gives a row for each of its tokens."""
+    return (0, *accumulate(encoding.lengths))[:-1]

@@ -47,13 +47,19 @@ class HiddenStates:
     """What a signal is shown at `shows="hidden"`, and at the projector: what goes into the module and what comes out.
 
     Attributes:
-        before, after: `[tiles, N, D]` in the tower, `[B, P, D]` in the language model.
+        before, after: `[tiles, N, D]` in the tower, `[B, P, D]` in the language model. Where the module reads all
+            pictures as one sequence, `[1, N, D]`.
         prefix: tokens before the patches, in the tower.
     """
 
     before: Tensor
     after: Tensor
     prefix: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("before", "after"):
+            if getattr(self, name).ndim == 2:
+                object.__setattr__(self, name, getattr(self, name)[None])
 
 
 @dataclass(frozen=True, eq=False)
