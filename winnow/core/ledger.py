@@ -90,6 +90,7 @@ class Ledger:
         plan: key of the plan.
         resolved: the plan with the settings that this model made definite.
         positions: position policy.
+        adapter: of the model's class: its own, or `generic`.
         logical: real prompt tokens of each sample, as given.
         layer_tokens: by LM layer, the real tokens of each sample that it read in prefill.
         flops, flops_full: of the LM's prefill, analytic, and what they would be without compression.
@@ -101,6 +102,7 @@ class Ledger:
     plan: str
     positions: str
     resolved: str = ""
+    adapter: str = ""
     logical: tuple[int, ...] = ()
     items: tuple[ItemLedger, ...] = ()
     layer_tokens: tuple[tuple[int, ...], ...] = ()
@@ -132,6 +134,8 @@ class Ledger:
             f"none ({self.read_in_full})" if self.read_in_full else "none"
         )
         share = f"{self.flops / self.flops_full:.0%}" if self.flops_full else "–"
+        how = "; generic adapter" if self.adapter == "generic" else ""
         return (
-            f"Ledger({self.plan}; content tokens {kept}; LM prefill FLOPs {share} of full; KV {self.kv_bytes:,} bytes)"
+            f"Ledger({self.plan}; content tokens {kept}; LM prefill FLOPs {share} of full; "
+            f"KV {self.kv_bytes:,} bytes{how})"
         )

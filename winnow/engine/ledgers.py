@@ -60,6 +60,7 @@ def _ledger(
         plan=plan.plan.key,
         positions=plan.plan.positions,
         resolved=plan.resolved.key,
+        adapter=request.bound.family.name,
         logical=sizes,
         layer_tokens=layers,
         flops=lm_flops(config, layers),
