@@ -17,6 +17,7 @@ from winnow.models.supported_versions import check_version, is_trying
 FAMILIES = {
     "gemma3": "winnow.models.gemma3:Gemma3",
     "gemma4": "winnow.models.gemma4:Gemma4",
+    "gemma4_unified": "winnow.models.gemma4:Gemma4Unified",
     "glm46v": "winnow.models.glm4v:Glm4V",
     "glm4v": "winnow.models.glm4v:Glm4V",
     "glm4v_moe": "winnow.models.glm4v:Glm4V",
