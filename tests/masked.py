@@ -68,7 +68,7 @@ class MaskedReference:
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = copy.deepcopy(model)
         self.model.set_attn_implementation("eager")
-        self.lm = self.model.get_decoder()
+        self.lm = decoder(self.model)
 
     @torch.no_grad()
     def run(
@@ -88,7 +88,7 @@ class MaskedReference:
 
         def before(index: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
             rows = args[0] if args else kwargs["hidden_states"]
-            if seen["prompt"] and rows.shape[-2] == length:
+            if seen["prompt"] and index not in state:
                 for cut in (c for c in cuts if c.layer == index):
                     flat = rows if rows.ndim == 3 else rows[0]
                     if cut.merge is not None:
@@ -147,3 +147,82 @@ class MaskedReference:
             for hook in hooks:
                 hook.remove()
         return Masked(torch.cat(out.logits), left, tuple(lengths))
+
+
+class Gathered:
+    """The reference of classes whose layers keep a state: nobody's key can be hidden there, so rows really leave.
+
+    One sample, unpadded, under SDPA needs no mask, so the rows of a layer and their positions are all that is cut.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = copy.deepcopy(model)
+        self.lm = decoder(self.model)
+
+    @torch.no_grad()
+    def run(
+        self, sample: dict[str, Tensor], items: Sequence[Tensor], forced: Sequence[int] = (), cuts: Sequence[Cut] = ()
+    ) -> Masked:
+        """As `MaskedReference.run`."""
+        sample = {name: value for name, value in sample.items() if name != "attention_mask"}
+        length = sample["input_ids"].shape[1]
+        left = [item.clone() for item in items]
+        stays = torch.ones(length, dtype=torch.bool)
+        lengths: list[int] = []
+        state: dict[int, Tensor] = {}
+
+        def before(index: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+            if index in state:  # a decoded token
+                return None
+            rows = args[0] if args else kwargs["hidden_states"]
+            was = stays.clone()
+            for cut in (c for c in cuts if c.layer == index):
+                whole = rows.new_zeros(length, rows.shape[-1])
+                whole[was] = rows[0]
+                if cut.merge is not None:
+                    for place, value in cut.merge(whole, left).items():
+                        whole[place] = value
+                chosen = cut.choose(whole, left)
+                for item, own in zip(left, chosen, strict=True):
+                    stays[item] = False
+                    stays[own] = True
+                left[:] = chosen
+                rows = whole[stays][None]
+            lengths.append(int(stays.sum()))
+            state[index] = stays.clone()
+
+            def part(value: Any) -> Any:
+                if isinstance(value, tuple):
+                    return tuple(part(x) for x in value)
+                if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == length:
+                    return value[:, stays]
+                return value
+
+            rest = {
+                name: part(value) for name, value in kwargs.items() if name not in ("attention_mask", "hidden_states")
+            }
+            if args:
+                return (rows, *map(part, args[1:])), {**rest, "attention_mask": None}
+            return (), {**rest, "attention_mask": None, "hidden_states": rows}
+
+        hooks = [
+            layer.register_forward_pre_hook(lambda m, a, k, i=i: before(i, m, a, k), with_kwargs=True)
+            for i, layer in enumerate(self.lm.layers)
+        ]
+        try:
+            out = self.model.generate(
+                **sample, max_new_tokens=len(forced) + 1, do_sample=False,
+                logits_processor=[_Force(list(forced), length)], output_logits=True, return_dict_in_generate=True,
+            )  # fmt: skip
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Masked(torch.cat(out.logits), left, tuple(lengths))
+
+
+def decoder(model: Any) -> Any:
+    """The module that runs the layers of the language model."""
+    found = model.get_decoder()
+    while not hasattr(found, "layers"):
+        found = found.model
+    return found

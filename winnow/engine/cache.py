@@ -213,15 +213,19 @@ _HOLD = (
 )
 
 
-def check_cache(cache: Cache) -> None:
-    """Refuse storages that cannot hold a different number of tokens in each layer."""
+def check_cache(cache: Cache, windowed: bool) -> None:
+    """Refuse storages that cannot hold a different number of tokens in each layer.
+
+    Args:
+        windowed: whether the model has layers that attend to a window, so that caches of windows are its own.
+    """
     for layer in cache.layers:
         if isinstance(layer, StaticLayer):
             raise UnsupportedError(
                 "a static cache has one fixed length for all layers and cannot hold a compressed prompt; "
                 "use the default dynamic cache (drop cache_implementation='static')."
             )
-        if type(layer) not in _HOLD:
+        if type(layer) not in _HOLD or (getattr(layer, "is_sliding", False) and not windowed):
             raise UnsupportedError(
                 f"a cache with {type(layer).__name__} cannot hold a compressed prompt; use the default dynamic cache."
             )

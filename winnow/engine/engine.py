@@ -217,11 +217,12 @@ class Engine:
         bound = self.bound
         match site.stack, site.shows:
             case "vision", "attention":
-                module = getattr(bound.blocks[site.index], bound.family.attention)
-                return Tap(module, functools.partial(self._see_tower, site)).remove
+                modules = [getattr(block, bound.family.attention) for block in bound.blocks_at(site.index)]
+                return _all([Tap(module, functools.partial(self._see_tower, site)).remove for module in modules])
             case "vision", "hidden":
                 watch = functools.partial(self._see_block, site)
-                return bound.blocks[site.index].register_forward_hook(Hook(watch), with_kwargs=True).remove
+                blocks = bound.blocks_at(site.index)
+                return _all([block.register_forward_hook(Hook(watch), with_kwargs=True).remove for block in blocks])
             case "lm", "attention":
                 return Tap(bound.attention_of(site.index), functools.partial(self._see_lm, site.index)).remove
             case "lm", "hidden":
@@ -459,7 +460,7 @@ class Engine:
         if tower is not None:
             return tower.attend(site.index, module, q, k, v)
         if request is not None:
-            encoder.read(request, site, encoder.tower_attention(self.bound, module, q, k, v))
+            encoder.read_attention(request, site, module, q, k, v)
         return None
 
     def _see_block(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -516,6 +517,16 @@ class Engine:
         self.train = on
         for module in self.default.modules.values():
             module.train(on)
+
+
+def _all(calls: list[Callable[[], None]]) -> Callable[[], None]:
+    """One call for several."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
 
 
 def _nothing() -> None:

@@ -418,7 +418,7 @@ class LMPass:
         return hidden
 
     def _tag(self) -> None:
-        check_cache(self.cache)  # type: ignore[arg-type]
+        check_cache(self.cache, self.bound.windowed)  # type: ignore[arg-type]
         self.state = tag(self.cache, self.request.attachment, self.before)  # type: ignore[arg-type]
         self.state.inside = self.bound.short
 

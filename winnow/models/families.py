@@ -15,6 +15,8 @@ from winnow.models.generic import Generic
 from winnow.models.supported_versions import check_version, is_trying
 
 FAMILIES = {
+    "aya_vision": "winnow.models.cohere_vision:CohereVision",
+    "cohere2_vision": "winnow.models.cohere_vision:CohereVision",
     "gemma3": "winnow.models.gemma3:Gemma3",
     "gemma4": "winnow.models.gemma4:Gemma4",
     "gemma4_unified": "winnow.models.gemma4:Gemma4Unified",
@@ -22,9 +24,17 @@ FAMILIES = {
     "glm4v": "winnow.models.glm4v:Glm4V",
     "glm4v_moe": "winnow.models.glm4v:Glm4V",
     "glm_ocr": "winnow.models.glm4v:Glm4V",
+    "idefics3": "winnow.models.idefics3:Idefics3",
+    "internvl": "winnow.models.internvl:InternVL",
+    "lighton_ocr": "winnow.models.mistral3:LightOnOcr",
     "llava": "winnow.models.llava:Llava",
     "llava_next": "winnow.models.llava_next:LlavaNext",
+    "llava_next_video": "winnow.models.llava_next_video:LlavaNextVideo",
+    "llava_onevision": "winnow.models.llava_onevision:LlavaOnevision",
+    "minicpmv4_6": "winnow.models.minicpmv4_6:MiniCPMV46",
+    "mistral3": "winnow.models.mistral3:Mistral3",
     "paligemma": "winnow.models.paligemma:PaliGemma",
+    "qianfan_ocr": "winnow.models.internvl:QianfanOCR",
     "qwen2_5_omni_thinker": "winnow.models.qwen2_5_omni:Qwen25Omni",
     "qwen2_5_vl": "winnow.models.qwen2_5_vl:Qwen25VL",
     "qwen2_vl": "winnow.models.qwen2_vl:Qwen2VL",
@@ -33,6 +43,8 @@ FAMILIES = {
     "qwen3_vl": "winnow.models.qwen3_vl:Qwen3VL",
     "qwen3_vl_moe": "winnow.models.qwen3_vl:Qwen3VL",
     "shieldgemma2": "winnow.models.gemma3:Gemma3",
+    "smolvlm": "winnow.models.idefics3:Idefics3",
+    "video_llava": "winnow.models.video_llava:VideoLlava",
 }
 
 
