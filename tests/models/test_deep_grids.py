@@ -140,8 +140,6 @@ ROWS = ("3 A 6", "3 B 9", "11", "2 B 4 C 5")
 VIDEOS = ("3 V 6", "9", "2 V 4")
 BOTH = ("3 V 2 A 6", "2 B 4 V 3 C 5", "4 A 2", "7")
 
-# Their encoder of videos calls that of pictures, which the engine takes for a second encoding.
-NESTED = pytest.mark.xfail(raises=TypeError, strict=True, reason="the engine does not know an encoder inside another")
 # From 5.24 on layers without keys of their own have layers of the cache that hold nothing.
 SHARED = pytest.mark.xfail(
     Version(transformers.__version__) >= Version("5.24"),
@@ -155,17 +153,16 @@ def build_of(name: str) -> Build:
     return builds.every()[name]
 
 
-def known(name: str, *more: Any, video: bool = False, cut: bool = False) -> Any:
+def known(name: str, *more: Any, cut: bool = False) -> Any:
     """A parameter of a test, with what the engine is known not to do yet."""
-    marks = [NESTED] if video and name.startswith("qwen3") else [SHARED] if cut and name == "gemma4" else []
-    return pytest.param(name, *more, marks=marks)
+    return pytest.param(name, *more, marks=[SHARED] if cut and name == "gemma4" else [])
 
 
 def with_videos(*names: str) -> list[str]:
     return [name for name in names or CASES if "V" in build_of(name).letters]
 
 
-SEEN = [known(n, ROWS) for n in CASES] + [known(n, VIDEOS, video=True) for n in with_videos()]
+SEEN = [known(n, ROWS) for n in CASES] + [known(n, VIDEOS) for n in with_videos()]
 
 
 def encoders(name: str, model: Any) -> Encoders:
@@ -301,7 +298,7 @@ def test_methods_keep_what_they_promise_and_batches_are_their_samples_alone(name
     assert (together - plain).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", [known(n, video=True, cut=True) for n in with_videos() if not n.startswith("glm")])
+@pytest.mark.parametrize("name", [known(n, cut=True) for n in with_videos() if not n.startswith("glm")])
 def test_videos_are_items_of_their_own(name):
     """In any order among pictures; frames with text between them are one item."""
     model, parts = build_of(name).model(), build_of(name).samples(BOTH)
