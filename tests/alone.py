@@ -71,14 +71,15 @@ class Encoders:
     """A plain copy of a model; the original is never touched.
 
     Args:
-        blocks, attention, projector: paths of the tower's blocks, of a block's attention, and of the projector.
+        blocks, attention, projector: paths of the tower's blocks (None: it has none), of a block's attention, and of
+            the projector.
     """
 
-    def __init__(self, model: nn.Module, blocks: str, attention: str, projector: str) -> None:
+    def __init__(self, model: nn.Module, blocks: str | None, attention: str, projector: str) -> None:
         self.model: Any = copy.deepcopy(model)
         self.model.set_attn_implementation(NAME)
         self.base = self.model.base_model
-        self.blocks: Any = self.base.get_submodule(blocks)
+        self.blocks: Any = nn.ModuleList() if blocks is None else self.base.get_submodule(blocks)
         self.attentions = [getattr(block, attention) for block in self.blocks]
         self.projector = self.base.get_submodule(projector)
 

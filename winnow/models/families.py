@@ -19,6 +19,7 @@ FAMILIES = {
     "cohere2_vision": "winnow.models.cohere_vision:CohereVision",
     "gemma3": "winnow.models.gemma3:Gemma3",
     "gemma4": "winnow.models.gemma4:Gemma4",
+    "gemma4_unified": "winnow.models.gemma4:Gemma4Unified",
     "glm46v": "winnow.models.glm4v:Glm4V",
     "glm4v": "winnow.models.glm4v:Glm4V",
     "glm4v_moe": "winnow.models.glm4v:Glm4V",

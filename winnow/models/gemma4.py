@@ -4,7 +4,7 @@ Which patches make a token follows from their positions. Sounds are read in full
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,12 @@ from winnow.models.family import Encoding, Family, seam, token_starts
 
 
 class Gemma4(Family):
+    """A family whose pictures are patches with positions.
+
+    Class attributes:
+        tower_width: the setting of `vision_config` that is the width of what the projector reads.
+    """
+
     name = "gemma4"
     model_types = ("gemma4",)
     # The module around it is called with keywords; this is the part of it that makes rows of the language model.
@@ -26,6 +32,7 @@ class Gemma4(Family):
     )
     # The tower pools squares of patches, so single patches cannot leave before the projector.
     points = ("projected", "layers")
+    tower_width: ClassVar[str] = "hidden_size"
 
     def info(self, model: Any) -> ModelInfo:
         text, vision = model.config.get_text_config(), model.config.vision_config
@@ -34,8 +41,8 @@ class Gemma4(Family):
             family=self.name,
             depth=text.num_hidden_layers,
             width=text.hidden_size,
-            vision_width=vision.hidden_size,
-            vision_depth=len(seam(model.base_model, self.blocks or "", model)),
+            vision_width=getattr(vision, self.tower_width),
+            vision_depth=0 if self.blocks is None else len(seam(model.base_model, self.blocks, model)),
             feature_layer=-1,
             has_cls=False,
             points=self.points,
@@ -109,3 +116,16 @@ class Gemma4(Family):
 
     def cell_starts(self, model: Any, encoding: Encoding) -> tuple[int, ...]:
         return token_starts(encoding)
+
+
+class Gemma4Unified(Gemma4):
+    """Gemma 4 without a tower: each patch, as the processor cuts it, is projected to a token."""
+
+    name = "gemma4_unified"
+    model_types = ("gemma4_unified",)
+    tower = blocks = None
+    projector = "embed_vision.multimodal_embedder.embedding_projection"
+    tower_width = "output_proj_dims"
+
+    def kernel(self, model: Any) -> int:
+        return 1

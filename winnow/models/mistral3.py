@@ -40,7 +40,9 @@ class Mistral3(KnownTower):
         return found
 
     def windows(self, model: Any, encoding: Encoding, tokens: int) -> tuple[int, ...]:
-        return tuple(h * w for h, w in self.grids(model, encoding))
+        """Where a mask keeps pictures apart, they come one by one; FlashAttention knows them by their positions."""
+        own = tuple(h * w for h, w in self.grids(model, encoding))
+        return own if sum(own) == tokens else (tokens,)
 
     def cells(self, model: Any, encoding: Encoding, values: Sequence[Tensor]) -> Tensor:
         rows = torch.cat([x.flatten(0, 1) for x in values])

@@ -1,8 +1,8 @@
 """Qwen3.5: the tower of Qwen3-VL without deepstack; most layers of its language model keep a state, not keys.
 
-A layer that keeps a state has read the tokens that came before a cut into it, so a cut is right at any layer: from
-there on neither states nor keys hold what was dropped. But only a layer of full attention (every fourth as published)
-has attention to look at: methods that read it must name such a layer.
+A cut is right before any layer: the states of the layers before it have read all tokens, those behind it only what is
+left. But only layers of full attention (every fourth as published: 3, 7, 11, …) have attention to look at, so methods
+that read it must act at such a layer or behind it, as in `fastv:layer=4`; others are refused with the layers that can.
 """
 
 from winnow.models.patch_grids import PatchGrids

@@ -42,7 +42,7 @@ class SquarePictures(Family):
             depth=text.num_hidden_layers,
             width=text.hidden_size,
             vision_width=vision.hidden_size,
-            vision_depth=len(seam(model.base_model, self.blocks or "", model)),
+            vision_depth=len(seam(model.base_model, self.blocks, model)),
             feature_layer=-1,
             has_cls=False,
             points=self.points,

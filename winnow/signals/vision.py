@@ -93,8 +93,8 @@ class VisionSignal(Signal):
         """The number of the block, from 0."""
         if not info.vision_depth:
             raise UnsupportedError(
-                f"winnow does not know the vision tower of {info.model}, whose adapter is the generic one; use "
-                "a method that does not look at it (`winnow methods` lists what each looks at)."
+                f"winnow knows no vision tower of {info.model}: some models have none, and the generic adapter sees "
+                "none. Use a method that does not look at it (`winnow methods` lists what each looks at)."
             )
         layer = info.feature_layer if self.layer == "feature" else self.layer
         return block_index(layer, info.vision_depth, f"the vision tower of {info.model}")
