@@ -143,11 +143,13 @@ class LogicalLength:
                 "prompt, which cannot be cut; start with a new cache."
             )
         if count == 0:
+            if any(getattr(layer, "record_past", False) for layer in self.layers):  # type: ignore[attr-defined]
+                super().crop(0)  # type: ignore[misc]  # what was recorded for this crop is let go
             return
         if not all(_croppable(layer) for layer in self.layers):  # type: ignore[attr-defined]
             raise WinnowError(
                 f"cannot crop {count} tokens: layers with a sliding window or a linear state have forgotten what stood "
-                "before them; start with a new cache."
+                "before them; start with a new cache, or call activate_past_recording() on it before its first token."
             )
         super().crop(-count)  # type: ignore[misc]
         state.logical -= count
@@ -179,7 +181,8 @@ class LogicalLength:
 def _croppable(layer: Any) -> bool:
     if isinstance(layer, LinearAttentionLayer):
         return False
-    return not getattr(layer, "is_sliding", False) or layer.get_seq_length() < layer.sliding_window
+    whole = not getattr(layer, "is_sliding", False) or layer.get_seq_length() < layer.sliding_window
+    return whole or getattr(layer, "record_past", False)
 
 
 @functools.cache
