@@ -10,6 +10,7 @@ from winnow.engine.engine import Engine
 from winnow.engine.forward import check_training
 from winnow.engine.handle import Handle
 from winnow.engine.spans import template_suffix
+from winnow.engine.turns import Turns
 from winnow.models.families import family_of, unwrap
 
 DEFAULT = "hiprune"
@@ -22,6 +23,8 @@ def compress(
     keep: int | float | str | None = None,
     processor: Any = None,
     positions: str | None = None,
+    turns: str = "first",
+    keep_features: str = "device",
 ) -> Handle:
     """Make a vision-language model read fewer tokens; call `model(**inputs)` and `model.generate(**inputs)` as usual.
 
@@ -35,6 +38,10 @@ def compress(
         processor: its chat template shows where the question ends. Without it, what the template adds behind the
             question counts as part of it, and plans that read the question warn.
         positions: `keep` or `compact`; overrides the plan's.
+        turns: what a later question on the same cache does, where the plan reads the text: `first` keeps what was
+            selected for the first question, `again` selects again, and reads the conversation again for it. Either
+            way the ledger says so (`ledger.selection`).
+        keep_features: under `again`, where the features of the pictures wait for it: on the `device`, or on the `cpu`.
 
     Raises:
         UnsupportedError: the model, the method on this model, or the version; with what does work.
@@ -48,6 +55,6 @@ def compress(
         plan = method_class(DEFAULT).configured(**({} if keep is None else {"keep": keep}))
     check_training(inner)
     suffix = None if processor is None else template_suffix(processor)
-    engine = Engine(inner, family, Plan.of(plan, positions=positions), suffix)
+    engine = Engine(inner, family, Plan.of(plan, positions=positions), suffix, Turns.of(turns, keep_features))
     engine.attach()
     return Handle(engine)

@@ -156,5 +156,5 @@ def _questions(request: Request, arguments: dict[str, Any], ids: Tensor, ends: l
             continue
         real = None if mask is None else mask[row, -length:].nonzero()
         stop = int(real[-1]) + 1 if real is not None and len(real) else length
-        questions.append(question_span(ids[row], end, stop, request.suffix or ()))
+        questions.append(question_span(ids[row], max(end, request.question_from), stop, request.suffix or ()))
     return questions

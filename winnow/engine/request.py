@@ -49,6 +49,9 @@ class Request:
         encoding: the encoder call that is running now.
         lm: the pass through the language model that is running now.
         reached_lm: whether the language model was called.
+        positions: with which it was called.
+        outputs: modality → what the encoder gave in this forward.
+        question_from: where the question of a conversation that is read again begins at the earliest.
         uses_layers: whether the layers of the LM are hooked for this request.
         ledger: of this request, once its prefill is done.
     """
@@ -65,6 +68,9 @@ class Request:
     encoding: EncoderRecord | None = None
     lm: Any = None
     reached_lm: bool = False
+    positions: Any = None
+    outputs: dict[str, Any] = field(default_factory=dict)
+    question_from: int = 0
     uses_layers: bool = False
     ledger: Ledger | None = None
 
