@@ -78,8 +78,7 @@ def test_selecting_again_over_a_padded_batch_equals_the_whole_conversation_at_on
 )
 def test_selecting_again_on_other_classes_equals_the_whole_conversation_at_once(subject):
     model, inputs = subject.model(), subject.sample("3 A 6")
-    plan = Question() if subject.name in HYBRID else PLAN
-    with compress(model, plan, turns="again") as handle:
+    with compress(model, turns="again") as handle:
         first = generate(model, inputs, steps=3)
         talk = prolonged(inputs, first.sequences, TURN[:1])
         second = generate(model, talk, past_key_values=first.past_key_values)
@@ -87,11 +86,6 @@ def test_selecting_again_on_other_classes_equals_the_whole_conversation_at_once(
         at_once = generate(model, whole(inputs, talk))
         assert kept(handle) == now
     assert close(second, at_once)
-
-
-def Question():
-    """FastV at a layer that has attention, in a model of which most have none."""
-    return "fastv:layer=3,keep=4"
 
 
 @pytest.mark.parametrize("build", zoo.BUILDS)
@@ -200,10 +194,6 @@ def test_a_cache_of_any_step_by_hand_asks_again():
 
 
 # What cannot be selected again is refused, with what to do
-
-
-def _beams(model, inputs):
-    return generate(model, inputs, steps=3, num_beams=2), {}
 
 
 def _reordered(model, inputs):

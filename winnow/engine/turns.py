@@ -152,6 +152,8 @@ class Rereading:
         request, ids = self.request, called.get("input_ids")
         if self.talk is None:
             reason: str | None = "nothing was kept for it when it was filled"
+        elif self.talk.lost is not None:
+            reason = self.talk.lost
         elif ids is None:
             reason = "this turn came as inputs_embeds"
         elif is_drafted():
@@ -163,7 +165,7 @@ class Rereading:
         elif any(record.lengths != self.talk.lengths(name) for name, record in request.encodings.items()):
             reason = "the pixels that came with this turn are not those of its pictures"
         else:
-            reason = self.talk.lost
+            reason = None
         if reason is not None:
             raise UnsupportedError(
                 f"turns='again' cannot select again on this cache: {reason}; give the whole conversation with its "
