@@ -1,4 +1,4 @@
-"""The command line: `winnow run`, `bench`, `speed`, `report`, `methods`, `systems`, `doctor`, `world`, `train`."""
+"""The command line: `winnow run`, `bench`, `speed`, `turns`, `report`, `methods`, `systems`, `doctor`, …"""
 
 from __future__ import annotations
 
