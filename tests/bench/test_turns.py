@@ -40,7 +40,7 @@ def test_both_ways_are_measured_beside_the_full_model(loaded):
 
 
 def test_a_template_without_a_second_turn_is_refused(loaded):
-    model, processor = loaded
+    model, _ = loaded
     plain = AutoProcessor.from_pretrained(reference.path())
     plain.chat_template = "USER: <image>\n{{ messages[0]['content'][1]['text'] }} ASSISTANT:"
     with pytest.raises(WinnowError, match="second question"):

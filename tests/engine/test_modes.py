@@ -171,6 +171,61 @@ def test_inputs_embeds_give_what_the_plain_model_gives_for_them(subject):
     assert (step_logits(found) - step_logits(want)).abs().max() <= 1e-5
 
 
+def merged(model: nn.Module, sample: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What enters the language model: text, and the pictures' features in their places."""
+    seen: list[torch.Tensor] = []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda m, a, k: seen.append(k["inputs_embeds"]), with_kwargs=True
+    )
+    generate(model, sample, steps=1)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("subject", kinds(("llava_clip",), ("idefics3",)))
+def test_embeddings_with_pictures_in_them_are_compressed_where_the_caller_says(subject, options):
+    """The mask says which rows are a picture's; then it is as with ids and pixels."""
+    model, sample = subject.model(), subject.sample("3 A 6")
+    hand = Deep(subject, model, sample)
+    want = hand.generate(sample, max_new_tokens=STEPS, **options)
+    where = torch.zeros_like(sample["input_ids"], dtype=torch.bool)
+    where[0, torch.cat(hand.items)] = True
+    given = {"inputs_embeds": merged(model, sample), "attention_mask": sample["attention_mask"]}
+    with compress(model, hand.plan) as handle:
+        generate(model, given)
+        assert "inputs_embeds" in handle.last.read_in_full
+        with handle.using(hand.plan, placeholders=where):
+            found = generate(model, given, **options)
+    assert torch.equal(said(found, STEPS), said(want, STEPS))
+    assert (step_logits(found) - step_logits(want)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("plan", "where", "reason"),
+    [
+        (Pick(keep=3), torch.ones(1, 5, dtype=torch.bool), "placeholders"),
+        (Pick(keep=3), torch.ones(1, 5), "booleans"),
+        ("visionzip:keep=5", None, "behind it"),
+        ("fastervlm:keep=5", None, "not recorded"),
+    ],
+    ids=["width", "numbers", "features", "tower"],
+)
+def test_placeholders_that_say_too_little_are_refused(plan, where, reason):
+    subject = Subject("llava_clip")
+    model, sample = subject.model(), subject.sample("3 A 6")
+    if where is None:
+        where = torch.zeros_like(sample["input_ids"], dtype=torch.bool)
+        where[0, torch.cat(subject.content(model, sample))] = True
+    given = {"inputs_embeds": merged(model, sample), "attention_mask": sample["attention_mask"]}
+    with (
+        compress(model, Pick(keep=3)) as handle,
+        pytest.raises(winnow.WinnowError, match=reason),
+        handle.using(plan, placeholders=where),
+    ):
+        generate(model, given)
+
+
 @pytest.mark.parametrize("subject", EVERY)
 def test_eager_attention_says_the_same(subject):
     """Eager attention gives every layer a mask of its own, a lone token's too."""

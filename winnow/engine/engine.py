@@ -218,7 +218,9 @@ class Engine:
     def _request(self, clock: Clock) -> Request:
         override = self.override
         spans = None if override is None else override.spans
-        return Request(self.bound, self.attachment, self.active(), spans, self.suffix, clock, train=self.train)
+        made = Request(self.bound, self.attachment, self.active(), spans, self.suffix, clock, train=self.train)
+        made.placeholders = None if override is None else override.placeholders
+        return made
 
     @contextlib.contextmanager
     def _opened(self, request: Request) -> Iterator[Request]:

@@ -7,6 +7,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from winnow.core.ledger import Ledger
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
@@ -30,6 +32,7 @@ class Override:
 
     plan: BoundPlan
     spans: Spans | None
+    placeholders: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -51,6 +54,7 @@ class Request:
         reached_lm: whether the language model was called.
         positions: with which it was called.
         outputs: modality → what the encoder gave in this forward.
+        placeholders: `[B, S]` where the caller's embeddings hold pictures.
         question_from: where the question of a conversation that is read again begins at the earliest.
         uses_layers: whether the layers of the LM are hooked for this request.
         ledger: of this request, once its prefill is done.
@@ -70,6 +74,7 @@ class Request:
     reached_lm: bool = False
     positions: Any = None
     outputs: dict[str, Any] = field(default_factory=dict)
+    placeholders: Tensor | None = None
     question_from: int = 0
     uses_layers: bool = False
     ledger: Ledger | None = None
