@@ -124,6 +124,11 @@ class Ledger:
         return self.notes.get("read_in_full")
 
     @property
+    def selection(self) -> str | None:
+        """In a later turn of a conversation, for which question the tokens were selected; None in the first."""
+        return self.notes.get("selection")
+
+    @property
     def average_tokens(self) -> float:
         """Layer-averaged tokens of a sample: the x-axis of an honest comparison."""
         rows = [sum(layer) / len(layer) for layer in self.layer_tokens]

@@ -76,6 +76,8 @@ class CacheState:
         layers: by LM layer; a layer without entry holds everything.
         rope_deltas: `[B, 1]` for 3-D positions: belongs to the request, not to the module.
         real: `[B]` real tokens seen so far; needed with 3-D positions.
+        talk: the conversation, where pictures are to be selected again; see `turns`.
+        ledger: of the request that filled it.
     """
 
     attachment: Any
@@ -87,6 +89,8 @@ class CacheState:
     inside: bool = False
     padded: bool = False
     first_other: int | None = None
+    talk: Any = None
+    ledger: Any = None
 
     def settle(self, depth: int) -> None:
         """Note what decoded tokens ask for at every step.
@@ -102,12 +106,15 @@ class CacheState:
         made = CacheState(self.attachment, self.logical, self.prompt, rope_deltas=self.rope_deltas, real=self.real)
         made.layers = dict(self.layers)  # entries are never changed in place
         made.padded, made.first_other = self.padded, self.first_other
+        made.talk, made.ledger = None if self.talk is None else self.talk.copy(), self.ledger
         return made
 
     def select(self, index: Tensor) -> None:
         """Reorder or repeat the batch."""
         moved = {id(past): past.rows(index) for past in self.layers.values()}
         self.layers = {i: moved[id(past)] for i, past in self.layers.items()}
+        if self.talk is not None:
+            self.talk.lost = "its rows were moved or repeated (beams do so)"
         if self.rope_deltas is not None and self.real is not None:
             at = index.to(self.real.device)
             self.rope_deltas, self.real = self.rope_deltas[at], self.real[at]
@@ -144,14 +151,18 @@ class LogicalLength:
                 "prompt, which cannot be cut; start with a new cache."
             )
         if count == 0:
+            if any(getattr(layer, "record_past", False) for layer in self.layers):  # type: ignore[attr-defined]
+                super().crop(0)  # type: ignore[misc]  # what was recorded for this crop is let go
             return
         if not all(_croppable(layer) for layer in self.layers):  # type: ignore[attr-defined]
             raise WinnowError(
                 f"cannot crop {count} tokens: layers with a sliding window or a linear state have forgotten what stood "
-                "before them; start with a new cache."
+                "before them; start with a new cache, or call activate_past_recording() on it before its first token."
             )
         super().crop(-count)  # type: ignore[misc]
         state.logical -= count
+        if state.talk is not None:
+            state.talk.crop(count)
         if state.real is not None:
             state.real = state.real - count
         cut = {id(past): past.cropped(count, state.logical) for past in state.layers.values()}
@@ -180,7 +191,8 @@ class LogicalLength:
 def _croppable(layer: Any) -> bool:
     if isinstance(layer, LinearAttentionLayer):
         return False
-    return not getattr(layer, "is_sliding", False) or layer.get_seq_length() < layer.sliding_window
+    whole = not getattr(layer, "is_sliding", False) or layer.get_seq_length() < layer.sliding_window
+    return whole or getattr(layer, "record_past", False)
 
 
 @functools.cache

@@ -96,7 +96,8 @@ def finish(request: Request, record: EncoderRecord, output: Any) -> Any:
     record.times = request.clock.times
     record.tower = record.tower_output = None
     request.encodings[record.modality] = record
-    return mark(output, record)
+    made = request.outputs[record.modality] = mark(output, record)
+    return made
 
 
 def read(request: Request, site: Site, seen: Any) -> None:

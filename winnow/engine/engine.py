@@ -27,6 +27,7 @@ from winnow.engine.hooks import ForwardMethod, Hook
 from winnow.engine.ledgers import write_ledger
 from winnow.engine.request import Attachment, Ledgers, Override, Request, request_now
 from winnow.engine.tower_pass import TowerPass
+from winnow.engine.turns import Rereading, Turns, finish_turn, is_turn, shortened
 from winnow.engine.versions import cache_of
 from winnow.engine.watch import LayerWatch
 from winnow.models.family import Family, seam
@@ -43,10 +44,12 @@ overrides: ContextVar[Mapping[int, Override]] = ContextVar("winnow_overrides", d
 class Engine:
     """A model with a plan attached. What belongs to a request lives in its `Request` and on its cache, never here."""
 
-    def __init__(self, model: Any, family: Family, plan: Plan, suffix: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self, model: Any, family: Family, plan: Plan, suffix: tuple[int, ...] | None = None, turns: Turns | None = None
+    ) -> None:
         self.bound = BoundModel.of(model, family)
         self.attachment = Attachment(self.bound)
-        self.suffix = suffix
+        self.suffix, self.turns = suffix, turns or Turns()
         self.timing = False
         self.train = False
         self.ledgers = Ledgers()
@@ -273,7 +276,9 @@ class Engine:
     def _request(self, clock: Clock) -> Request:
         override = self.override
         spans = None if override is None else override.spans
-        return Request(self.bound, self.attachment, self.active(), spans, self.suffix, clock, train=self.train)
+        made = Request(self.bound, self.attachment, self.active(), spans, self.suffix, clock, train=self.train)
+        made.placeholders = None if override is None else override.placeholders
+        return made
 
     @contextlib.contextmanager
     def _opened(self, request: Request) -> Iterator[Request]:
@@ -303,20 +308,27 @@ class Engine:
         state, held = state_of(cache), cache is not None and cache.get_seq_length() > 0
         if state is not None and state.attachment.bound.model is self.bound.model:
             state.attachment = self.attachment  # detached and compressed again in between
+        turn = is_turn(state, called)
+        again = turn and self.turns.again and self.active().reads_text
+        held = held and not again
         request = self._request(Clock(self.timing, self.bound.device, self._times(called, held)))
         request.encodings = encodings_of(called, request.plan)
         if state is not None and self.bound.info.mrope:
             called = {**called, "position_ids": positions_of_later_turn(state, called, self.bound.family.axes)}
-        request.called = called
+        read = Rereading(request, state, cache) if again else None
+        request.called = called if read is None else read.whole(called)
         with self._opened(request):
             try:
                 with request.clock.phase("decode" if held else "prefill"):
-                    output = plain(**called)
+                    output = plain(**request.called)
                 if not request.reached_lm and request.plan.plan.methods:
                     self._explain_the_silence()
+                filled = state_of(cache_of(output) if cache is None else cache)
+                if filled is not None:
+                    finish_turn(self.turns, request, filled, turn, held, read)
                 if request.ledger is not None:
                     self.ledgers.add(request.ledger)
-                return output
+                return output if read is None else shortened(output, read.new)
             finally:
                 self._leave_layers(request)
                 if request.lm is not None:
@@ -358,6 +370,7 @@ class Engine:
         if request is None:
             return None
         request.reached_lm = True
+        request.positions = kwargs.get("position_ids")
         if kwargs.get("inputs_embeds") is None:
             return None
         given = without_cache(self.bound, kwargs) if request.plan.plan.methods else kwargs

@@ -15,6 +15,7 @@ from winnow.engine.cache import CacheState, check_cache, state_of
 from winnow.engine.encoding import EncoderRecord, is_marked, record_of
 from winnow.engine.item_tokens import Span, find_spans, join_runs
 from winnow.engine.lm_pass import LMPass
+from winnow.engine.merged import merged_items
 from winnow.engine.request import Request, padding_mask
 from winnow.engine.spans import question_span
 
@@ -61,7 +62,8 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
     """The pass through the LM, if there is anything to do: items, or a cache that holds a reduced prompt."""
     cache = arguments.get(request.bound.cache_name)
     _refuse_unseen(request)
-    if not request.encodings and state_of(cache) is None:
+    merged = merged_items(request) if not request.encodings else None
+    if not request.encodings and merged is None and state_of(cache) is None:
         _refuse_chunks(request)
         return None
     if request.plan.plan.methods:
@@ -72,6 +74,9 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
     given = padding_mask(request, arguments)
     if given is not None and (not isinstance(given, Tensor) or given.ndim != 2):
         raise UnsupportedError("compression takes a 2-D attention_mask (1 real, 0 padding); got a prepared mask.")
+    if merged is not None:
+        spans, ends, ids = merged
+        return LMPass(request, arguments, spans, _questions(request, arguments, ids, ends), ends)
     if not request.encodings:
         return LMPass(request, arguments)
     ids = _token_ids(request)
@@ -194,5 +199,5 @@ def _questions(request: Request, arguments: dict[str, Any], ids: Tensor, ends: l
             continue
         real = None if mask is None else mask[row, -length:].nonzero()
         stop = int(real[-1]) + 1 if real is not None and len(real) else length
-        questions.append(question_span(ids[row], end, stop, request.suffix or ()))
+        questions.append(question_span(ids[row], max(end, request.question_from), stop, request.suffix or ()))
     return questions

@@ -192,6 +192,11 @@ class LMPass:
     def flash(self) -> bool:
         return "flash" in (self.bound.lm.config._attn_implementation or "")
 
+    @property
+    def sdpa(self) -> bool:
+        """Whether a lone token is given no mask; other implementations make one for the length that layer 0 holds."""
+        return self.bound.lm.config._attn_implementation == "sdpa"
+
     def first_layer(self, arguments: dict[str, Any]) -> int | None:
         """The first layer that must be told something before it runs; None where all go on as the LM is called.
 
@@ -205,7 +210,7 @@ class LMPass:
         first = [self.plan.first_layer] if self.items and self.plan.first_layer is not None else []
         state = self.state
         if state is not None and state.first_other is not None:
-            quiet = not state.padded and self._nothing_to_mask(self._lm_past, arguments)
+            quiet = self.sdpa and not state.padded and self._nothing_to_mask(self._lm_past, arguments)
             if not quiet:
                 first.append(state.first_other)
         return min(first, default=None)
@@ -219,7 +224,7 @@ class LMPass:
         if self.state is not None and self.state.layers:
             given = arguments.get("attention_mask")
             masks = given.values() if isinstance(given, dict) else (given,)
-            one = self.tokens.packing.width == 1 and self.bound.lm.config._attn_implementation == "sdpa"
+            one = self.tokens.packing.width == 1 and self.sdpa
             quiet = one and not self.state.padded and all(mask is None for mask in masks)
             first += [] if quiet else [min(self.state.layers)]
         return min(first, default=None)
