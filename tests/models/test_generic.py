@@ -120,7 +120,7 @@ def test_what_cannot_work_is_refused_with_the_reason(name):
 def test_methods_that_look_at_the_tower_are_refused(own_cache):
     model = builds.every()[NAME].model()
     checked(model)
-    with pytest.raises(winnow.UnsupportedError, match="does not know the vision tower"):
+    with pytest.raises(winnow.UnsupportedError, match="knows no vision tower"):
         winnow.compress(model, "hiprune:keep=4")
 
 

@@ -95,6 +95,8 @@ class LMPass:
         self.notes: dict[str, Any] = {}
         self.packings: list[tuple[int, Packing]] = [(0, self.tokens.packing)]
         self.items = [self._item(span, record, mask) for span, record in spans]
+        if self.items and self.plan.plan.methods:
+            self.bound.family.check_prompt(self.bound.model, self.before + length)
         self.runner = StepRunner(self.plan, self.note, request.train)
         self._lm_past: Past | None = None
         self.merged: list[Merged] = []

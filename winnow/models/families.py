@@ -27,6 +27,7 @@ FAMILIES = {
     "idefics3": "winnow.models.idefics3:Idefics3",
     "internvl": "winnow.models.internvl:InternVL",
     "lighton_ocr": "winnow.models.mistral3:LightOnOcr",
+    "llama4": "winnow.models.llama4:Llama4",
     "llava": "winnow.models.llava:Llava",
     "llava_next": "winnow.models.llava_next:LlavaNext",
     "llava_next_video": "winnow.models.llava_next_video:LlavaNextVideo",
@@ -69,8 +70,9 @@ def family_of(model: Any) -> Family:
         return family()
     if family is None and Generic.fits(model):
         return Generic(model, _checked_points(model))
+    reason = Generic.why_not(model) if family is None else "it has no head that says words"
     raise UnsupportedError(
-        f"{type(model).__name__} (model_type {_kind(model)!r}) is not supported: {Generic.why_not(model)}. `winnow "
+        f"{type(model).__name__} (model_type {_kind(model)!r}) is not supported: {reason}. `winnow "
         "families` lists what works for each class. An adapter is one short file: see the page 'Add a model family' of "
         "the documentation."
     )
@@ -102,7 +104,9 @@ def _kind(model: Any) -> str | None:
 
 
 def _has_head(model: Any) -> bool:
-    return hasattr(model, "lm_head")
+    """Whether a model says words: a base model of a known family does not."""
+    outputs = getattr(model, "get_output_embeddings", None)
+    return hasattr(model, "lm_head") or (outputs is not None and outputs() is not None)
 
 
 _registered: dict[str, type[Family]] = {}

@@ -76,6 +76,9 @@ class Family:
     def check(self, model: Any) -> None:
         """Raise an UnsupportedError where this very model has something that the family cannot do."""
 
+    def check_prompt(self, model: Any, tokens: int) -> None:
+        """Raise an UnsupportedError where a prompt of this many tokens, those of the cache included, is too long."""
+
     def rows(self, output: Any) -> Any:
         """`[items][n, D]` the tokens of each item in an encoder's output, or None where it holds none."""
         return getattr(output, "pooler_output", None)
