@@ -42,12 +42,18 @@ def compress(
     """
     inner = unwrap(model)
     family = family_of(inner)
+    chosen = chosen_plan(plan, keep, positions)
+    check_training(inner)
+    suffix = None if processor is None else template_suffix(processor)
+    engine = Engine(inner, family, chosen, suffix)
+    engine.attach()
+    return Handle(engine)
+
+
+def chosen_plan(plan: str | Plan | Method | None, keep: int | float | str | None, positions: str | None) -> Plan:
+    """The plan that a user asks for: as it is given, or the default method."""
     if plan is not None and keep is not None:
         raise WinnowError(f"give a plan or keep=, not both: write keep into the plan, as in '{DEFAULT}:keep={keep}'.")
     if plan is None:
         plan = method_class(DEFAULT).configured(**({} if keep is None else {"keep": keep}))
-    check_training(inner)
-    suffix = None if processor is None else template_suffix(processor)
-    engine = Engine(inner, family, Plan.of(plan, positions=positions), suffix)
-    engine.attach()
-    return Handle(engine)
+    return Plan.of(plan, positions=positions)
