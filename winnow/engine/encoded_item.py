@@ -65,7 +65,8 @@ class EncodedItem(ItemTokens):
         ledger = ItemLedger(span.row, record.modality, layout, layout.n_content)
         item = EncodedItem(
             span.row, span.number, layout, ids, layout.n_content, ledger,
-            where=span.where.to(device), content=content, separators=separators, places=ids, seen=int(seen.sum()), changed=hidden,
+            where=span.where.to(device), content=content, separators=separators,
+            places=ids, seen=int(seen.sum()), changed=hidden,
         )  # fmt: skip
         if record.items:
             item._after_features(record, hidden)

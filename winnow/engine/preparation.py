@@ -19,7 +19,7 @@ from winnow.core.ledger import Ledger
 from winnow.core.method import Method
 from winnow.core.packing import Packing
 from winnow.core.plan import Plan
-from winnow.engine.bound_model import WINDOWED
+from winnow.engine.bound_model import LINEAR, WINDOWED
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.clock import Clock
 from winnow.engine.compress import chosen_plan
@@ -88,7 +88,7 @@ class Preparation:
         ids, mask = self._checked(given)
         host = mask.bool().cpu()
         sizes = tuple(host.sum(1).tolist())
-        self._check_windows(max(sizes))
+        self._check_layers(max(sizes))
         positions = self._positions(given, ids, mask)
         outputs, consumed = self._encode(given)
         records = {m: record for m, output in outputs.items() if (record := record_of(output)) is not None}
@@ -113,10 +113,12 @@ class Preparation:
         if outputs:
             made["mm_encoder_outputs"] = outputs
 
-        # Gapped positions with neither padding nor cache would be read as packed samples.
-        bare = touched and positions.ndim == 2 and self.plan.plan.positions == "keep"
-        full = bare and min(real) == made["input_ids"].shape[1]
-        made = widened(made, bucketed(made["input_ids"].shape[1] + (full and not use_cache), bucket), self.pad)
+        # Gapped positions with neither padding nor cache would be read as packed samples. And `generate` leaves out a
+        # mask without padding, which compiled code takes for another kind of call: in a bucket there is always some.
+        width = made["input_ids"].shape[1]
+        bare = touched and not self._text_row(positions) and self.plan.plan.positions == "keep"
+        slack = min(real) == width and (bucket is not None or (bare and not use_cache))
+        made = widened(made, bucketed(width + slack, bucket), self.pad)
         fixed: dict[str, Any] = {}
         if bare and min(real) == made["input_ids"].shape[1]:
             fixed["use_cache"] = True
@@ -129,7 +131,7 @@ class Preparation:
             ledger=self._ledger(given, ids, sizes, real, items, notes),
             pad=self.pad,
             _inputs=made,
-            _first_positions=self._first_positions(made),
+            _first_positions=self._first_positions(made, touched),
             _fixed=fixed,
         )
 
@@ -161,18 +163,26 @@ class Preparation:
             )
         return ids, mask
 
-    def _check_windows(self, longest: int) -> None:
+    def _check_layers(self, longest: int) -> None:
         bound = self.bound
+        if not self.plan.plan.methods:
+            return
+        strange = sorted(set(bound.kinds) - {"full_attention", *WINDOWED, *LINEAR})
+        if strange:
+            raise UnsupportedError(
+                f"{bound.info.model} has layers of the kind {', '.join(strange)}, which may count what lies between "
+                "tokens; use winnow.compress."
+            )
         kinds = sorted(set(bound.kinds) & set(WINDOWED))
-        if not kinds or not self.plan.plan.methods:
+        if not kinds:
             return
         config = bound.lm.config
         sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
         window = min((size for size in sizes if isinstance(size, int)), default=0)
         if longest > window:
             raise UnsupportedError(
-                f"{bound.info.model} has layers of the kind {', '.join(kinds)} over {window} tokens, and the prompt has "
-                f"{longest}: in shortened inputs a window would reach further than the model was trained with. "
+                f"{bound.info.model} has layers of the kind {', '.join(kinds)} over {window} tokens, and the prompt "
+                f"has {longest}: in shortened inputs a window would reach further than the model was trained with. "
                 "Use winnow.compress, which counts windows in true positions."
             )
 
@@ -188,6 +198,7 @@ class Preparation:
         """What the encoders give, by modality, and the names of the inputs that they read."""
         outputs: dict[str, Any] = {}
         consumed: set[str] = set()
+        unread: list[tuple[str, str]] = []
         for name, modality, _ in self.bound.family.encoders:
             encode = getattr(self.model.base_model, name)
             names = [n for n in inspect.signature(encode).parameters if n in given and n != "input_ids"]
@@ -198,7 +209,16 @@ class Preparation:
                         f"prepare shortens pictures and videos, and these inputs hold {modality}; use winnow.compress."
                     )
                 outputs[modality] = encode(**{n: given[n] for n in names}, return_dict=True)
+            elif bool((given["input_ids"] == self.bound.token_ids[modality]).any()):
+                unread.append((modality, main))
             consumed.update(names)
+        known = {self.bound.token_ids[modality] for modality in outputs}
+        for modality, main in unread:
+            if self.bound.token_ids[modality] not in known:
+                raise WinnowError(
+                    f"the prompt holds {modality} placeholders, and the inputs hold no {main}; pass it, or leave the "
+                    "placeholders out."
+                )
         return outputs, consumed
 
     def _items(
@@ -211,8 +231,8 @@ class Preparation:
             spans, _ = find_spans(tokens, self.bound.token_ids[modality], record.lengths, modality)
             if len(spans) != len(record.lengths):
                 raise WinnowError(
-                    f"the prompt holds the placeholders of {len(spans)} {modality} items for {len(record.lengths)} that "
-                    "were given; repeat the pixels with the rows."
+                    f"the prompt holds the placeholders of {len(spans)} {modality} items for {len(record.lengths)} "
+                    "that were given; repeat the pixels with the rows."
                 )
             given = [x.reshape(-1, x.shape[-1]) for x in outputs[modality].pooler_output]
             deep = deep_layers(outputs[modality])
@@ -237,10 +257,15 @@ class Preparation:
             short["position_ids"] = first + ranks
         else:
             short["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-2], *index.shape))
-        if positions.ndim == 3 and positions.shape[0] == 4:
-            short["position_ids"][0] = ranks  # the text's own row tells packed samples apart, and nothing else
+        if self._text_row(positions):
+            short["position_ids"][0] = ranks
         short["position_ids"] = short["position_ids"].masked_fill(~real, 0)
         return short
+
+    def _text_row(self, positions: Tensor) -> bool:
+        """Whether positions have a row before their axes, which tells packed samples apart and nothing else."""
+        rope = getattr(self.bound.lm.config, "rope_parameters", None) or {}
+        return positions.ndim == 3 and positions.shape[0] == len(rope.get("mrope_section") or ()) + 1
 
     def _check_ends(self, host: Bool[Tensor, "b s"], items: list[EncodedItem]) -> None:
         """Refuse where what is generated would go on from another position than behind the prompt."""
@@ -257,11 +282,17 @@ class Preparation:
                     "elsewhere; put text behind the picture, or use positions=compact or winnow.compress."
                 )
 
-    def _first_positions(self, made: dict[str, Any]) -> Tensor:
-        """The positions that `generate` hands to the first forward: some classes count from 1."""
+    def _first_positions(self, made: dict[str, Any], touched: bool) -> Tensor | None:
+        """The positions that `generate` hands to the first forward: some classes count from 1, some leave them out."""
         rest = {name: value for name, value in made.items() if name != "input_ids"}
         first = self.model.prepare_inputs_for_generation(made["input_ids"], is_first_iteration=True, **rest)
-        return first.get("position_ids", made["position_ids"])
+        found = first.get("position_ids")
+        if found is None and touched:
+            raise UnsupportedError(
+                f"generate of {self.bound.info.model} leaves out the positions that it is given, so that kept tokens "
+                "would lose theirs; use winnow.compress."
+            )
+        return found
 
     def _reads_chunks(self, made: dict[str, Any]) -> bool:
         """Whether `generate` can prefill this prompt in chunks: it hands each its pictures, and no mask looks ahead."""

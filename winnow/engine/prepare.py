@@ -30,8 +30,8 @@ def prepare(
         model: as `compress` takes it; what is compiled in place may stay so, and is encoded with eagerly.
         inputs: what a processor made: `input_ids`, `attention_mask` and pixels. Rows of a batch may differ in length.
         plan, keep, positions: as in `compress`; steps act at `features` and `projected`.
-        bucket: prompts are padded to a multiple of this number, or to the smallest width of a list that holds them, so
-            that what is compiled for shapes is compiled for few.
+        bucket: prompts are padded to a multiple of this number, or to the smallest width of a list that holds them and
+            one slot of padding, so that what is compiled for shapes is compiled for few.
         use_cache: False makes inputs for `generate(use_cache=False)`, which are one slot wider.
         weights: a folder that `handle.save` wrote for this plan, for methods that were trained.
 
@@ -67,7 +67,8 @@ def prepare_many(
     groups: dict[int, list[Prepared]] = {}
     for number, inputs in enumerate(requests):
         own = made.of(inputs)
-        groups.setdefault(bucketed(own.width, bucket), []).append(replace(own, requests=(number,) * len(own.sizes)))
+        width = own.width if bucket is None else bucketed(own.width + 1, bucket)  # with padding in every row
+        groups.setdefault(width, []).append(replace(own, requests=(number,) * len(own.sizes)))
     batches: list[Prepared] = []
     for width, group in sorted(groups.items()):
         batches += [joined(part, width) for part in _parts(group, batch)]

@@ -37,7 +37,7 @@ class Prepared:
     ledger: Ledger
     pad: int
     _inputs: dict[str, Any]
-    _first_positions: Tensor
+    _first_positions: Tensor | None
     _fixed: dict[str, Any]
 
     @property
@@ -135,6 +135,7 @@ def joined(parts: Sequence[Prepared], width: int) -> Prepared:
     }
     longest = max(part.prompt.shape[1] for part in parts)
     full = all(size == width for part in parts for size in part.sizes)
+    first = [_padded(p._first_positions, width, 0) for p in parts if p._first_positions is not None]
     fixed = {k: v for part in parts for k, v in part._fixed.items() if k != "use_cache" or full}
     return Prepared(
         prompt=torch.cat([_padded(part.prompt, longest, pad) for part in parts]),
@@ -143,7 +144,7 @@ def joined(parts: Sequence[Prepared], width: int) -> Prepared:
         ledger=_joined_ledger([part.ledger for part in parts]),
         pad=pad,
         _inputs=made | ({"mm_encoder_outputs": outputs} if outputs else {}),
-        _first_positions=torch.cat([_padded(part._first_positions, width, 0) for part in parts], -2),
+        _first_positions=torch.cat(first, -2) if len(first) == len(parts) else None,
         _fixed=fixed,
     )
 
