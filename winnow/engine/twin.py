@@ -1,6 +1,5 @@
 """Twins: a second set of module objects around the weights of a model, so that hooks on it never touch the model."""
 
-import copy
 from typing import Any
 
 from torch import nn
@@ -23,7 +22,7 @@ def _twin(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     new: nn.Module = object.__new__(type(module))
     made[id(module)] = new
     # Weights, buffers and hooks lie in private tables: the tables are copied, what they hold is shared.
-    tables = {k: copy.copy(v) for k, v in module.__dict__.items() if k.startswith("_") and isinstance(v, dict | set)}
+    tables = {k: v.copy() for k, v in module.__dict__.items() if k.startswith("_") and isinstance(v, dict | set)}
     new.__dict__.update(module.__dict__ | tables)
     new.__dict__.pop("_compiled_call_impl", None)
     new.__dict__["_modules"] = {
