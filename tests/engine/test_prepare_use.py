@@ -65,18 +65,21 @@ def test_the_language_model_compiles_in_one_graph_for_each_bucket(build, fresh_c
 
 @pytest.mark.parametrize("build", zoo.BUILDS)
 def test_a_compiled_model_with_a_static_cache(build, fresh_compiler):
-    """One graph for the prefill of each bucket and one for its decoded tokens."""
+    """One graph for the prefill of each bucket and one for all decoded tokens.
+
+    The widest comes first: `generate` keeps its static cache, and makes a longer one only where it must.
+    """
     plain, model = zoo.model(build), zoo.model(build)
-    counter, widths = compiled(model), set()
-    for inputs in requests(build):
-        prepared = winnow.prepare(model, inputs, Pick(keep=6), bucket=[16, 32, 64])
-        widths.add(prepared.width)
+    counter = compiled(model)
+    made = [(winnow.prepare(model, x, Pick(keep=6), bucket=[16, 32, 64]), x) for x in requests(build)]
+    for prepared, inputs in sorted(made, key=lambda pair: -pair[0].width):
         output = generate(model, prepared.inputs, steps=4, cache_implementation="static", disable_compile=True)
         with winnow.compress(plain, Pick(keep=6)):
             expected = generate(plain, inputs, steps=4)
         assert torch.equal(prepared.restore(output.sequences), expected.sequences)
         assert (step_logits(output) - step_logits(expected)).abs().max() <= 1e-5
-    assert 2 <= counter.frame_count <= 2 * len(widths)
+    widths = {prepared.width for prepared, _ in made}
+    assert 2 <= counter.frame_count <= len(widths) + 1
 
 
 @pytest.mark.parametrize("build", zoo.BUILDS)
@@ -286,7 +289,7 @@ def test_a_prompt_longer_than_a_window_is_refused():
     ("name", "message"),
     [
         ("hyperclovax_vision_v2", "leaves out the positions"),
-        ("paddleocr_vl", "mm_encoder_outputs"),
+        ("kosmos_2", "mm_encoder_outputs|has no .layers."),
         ("qwen4_exp", "indexed_attention"),
     ],
 )

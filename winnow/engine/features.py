@@ -6,9 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from winnow.core.errors import UnsupportedError
 from winnow.engine.encoded_item import EncodedItem
 
 POOLED, DEEP = "pooler_output", "deepstack_features"
+OF_THE_TOWER = ("last_hidden_state", "hidden_states", "attentions")
+
+
+def other_fields(output: Any) -> list[str]:
+    """What a class puts beside the features for its own use, and what nobody else knows how to cut or to join."""
+    return sorted(set(output) - {POOLED, DEEP, *OF_THE_TOWER})
 
 
 def deep_layers(output: Any) -> list[Sequence[Tensor]]:
@@ -56,6 +63,12 @@ def _like(given: Any, rows: list[Tensor]) -> Any:
 def joined_features(outputs: Sequence[Any]) -> Any:
     """The outputs of several requests as one."""
     first = outputs[0]
+    if len(outputs) == 1:
+        return first
+    if found := other_fields(first):
+        raise UnsupportedError(
+            f"requests whose features come with {', '.join(found)} cannot be one batch; prepare them one by one."
+        )
     made: dict[str, Any] = {POOLED: _together([output[POOLED] for output in outputs])}
     if getattr(first, DEEP, None):
         layers = [_together([deep_layers(output)[n] for output in outputs]) for n in range(len(first[DEEP]))]

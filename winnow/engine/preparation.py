@@ -26,7 +26,7 @@ from winnow.engine.compress import chosen_plan
 from winnow.engine.encoded_item import EncodedItem, run_projected
 from winnow.engine.encoding import record_of, unmarked
 from winnow.engine.engine import Engine, is_compressed
-from winnow.engine.features import deep_layers, shortened_features
+from winnow.engine.features import deep_layers, other_fields, shortened_features
 from winnow.engine.handle import Handle
 from winnow.engine.item_tokens import find_spans
 from winnow.engine.ledgers import ledger_of, why_in_full
@@ -297,7 +297,8 @@ class Preparation:
     def _reads_chunks(self, made: dict[str, Any]) -> bool:
         """Whether `generate` can prefill this prompt in chunks: it hands each its pictures, and no mask looks ahead."""
         typed = "token_type_ids" in made or ("mm_token_type_ids" in made and not self.bound.info.mrope)
-        return hasattr(generation, "_slice_mm_encoder_output") and not typed
+        whole = any(other_fields(output) for output in made["mm_encoder_outputs"].values())
+        return hasattr(generation, "_slice_mm_encoder_output") and not typed and not whole
 
     def _ledger(
         self,
