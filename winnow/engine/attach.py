@@ -17,7 +17,6 @@ def attach(
     model: Any,
     plan: str | Plan | Method,
     *,
-    positions: str | None = None,
     suffix: tuple[int, ...] | None = None,
     turns: Turns = FIRST_TURN,
 ) -> Handle:
@@ -29,7 +28,7 @@ def attach(
     """
     inner = unwrap(model)
     family = family_of(inner)
-    engine = Engine(inner, family, Plan.of(plan, positions=positions), suffix, turns)
+    engine = Engine(inner, family, Plan.of(plan), suffix, turns)
     engine.attach()
     handle = Handle(engine)
     for owner in savers(model, inner):

@@ -50,11 +50,17 @@ def compress(
         WinnowError: the plan cannot be read, or the model is compressed already.
     """
     inner = unwrap(model)
+    chosen = chosen_plan(plan, keep, positions)
+    if processor is not None and is_unchecked(inner):
+        diagnose(inner, processor)  # a class without an adapter of its own; what it finds is remembered
+    suffix = None if processor is None else template_suffix(processor)
+    return attach(model, chosen, suffix=suffix, turns=Turns.of(turns, keep_features))
+
+
+def chosen_plan(plan: str | Plan | Method | None, keep: int | float | str | None, positions: str | None) -> Plan:
+    """The plan that a user asks for: as it is given, or the default method."""
     if plan is not None and keep is not None:
         raise WinnowError(f"give a plan or keep=, not both: write keep into the plan, as in '{DEFAULT}:keep={keep}'.")
     if plan is None:
         plan = method_class(DEFAULT).configured(**({} if keep is None else {"keep": keep}))
-    if processor is not None and is_unchecked(inner):
-        diagnose(inner, processor)  # a class without an adapter of its own; what it finds is remembered
-    suffix = None if processor is None else template_suffix(processor)
-    return attach(model, plan, positions=positions, suffix=suffix, turns=Turns.of(turns, keep_features))
+    return Plan.of(plan, positions=positions)

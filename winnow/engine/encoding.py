@@ -89,6 +89,14 @@ def mark(output: Any, record: EncoderRecord) -> Any:
     return _marked(kind)(**fields, winnow=record)
 
 
+def unmarked(output: Any) -> Any:
+    """The encoder's output as the plain class gives it."""
+    if not is_marked(output):
+        return output
+    plain: Any = type(output).__bases__[0]
+    return plain(**{f.name: getattr(output, f.name) for f in dataclasses.fields(plain)})
+
+
 def record_of(output: Any) -> EncoderRecord | None:
     """The record that an encoder's output carries."""
     return getattr(output, "winnow", None)

@@ -41,6 +41,12 @@ _attached_lock = threading.Lock()
 overrides: ContextVar[Mapping[int, Override]] = ContextVar("winnow_overrides", default=MappingProxyType({}))
 
 
+def is_compressed(model: nn.Module) -> bool:
+    """Whether a plan is attached to this very model."""
+    with _attached_lock:
+        return model in _attached
+
+
 class Engine:
     """A model with a plan attached. What belongs to a request lives in its `Request` and on its cache, never here."""
 

@@ -27,7 +27,7 @@ from winnow.engine.item_tokens import LMTokens, Span, carried, content_mask
 from winnow.engine.packed import PackedSequence, packed_segments, row_mask
 from winnow.engine.probing import probe_layer
 from winnow.engine.request import Request, padding_mask
-from winnow.engine.runner import Change, StepRunner
+from winnow.engine.runner import Change, StepRunner, add_notes
 from winnow.engine.whole_call import WholeCall
 from winnow.signals.language import LMAttentionInputs, TextSpans, as_visible
 from winnow.signals.tap import scaling_of
@@ -122,10 +122,7 @@ class LMPass:
 
     def note(self, notes: dict[str, Any]) -> None:
         """Take what a step recorded: counts add up."""
-        for name, value in notes.items():
-            known = self.notes.get(name)
-            adds = known is not None and isinstance(value, int | Tensor) and not isinstance(value, bool)
-            self.notes[name] = known + value if adds else value
+        add_notes(self.notes, notes)
 
     def _item(self, span: Span, record: EncoderRecord, mask: Tensor) -> LMTokens:
         layout = record.layouts[span.number]
