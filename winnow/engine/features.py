@@ -32,20 +32,30 @@ def _numbered(entry: Any) -> bool:
     return isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], int)
 
 
-def shortened_features(output: Any, items: Sequence[EncodedItem]) -> Any:
-    """An encoder's output with what is left of its items, which come in the order of the prompt."""
+def by_item(features: Any, lengths: Sequence[int]) -> Sequence[Tensor]:
+    """`[t, D]` the rows of each item, whatever the elements are in which an encoder gives them."""
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in features]).split(list(lengths))
+
+
+def shortened_features(output: Any, items: Sequence[EncodedItem], lengths: Sequence[int]) -> Any:
+    """An encoder's output with what is left of its items, which come in the order of the prompt.
+
+    Args:
+        lengths: rows of each item before.
+    """
     items = sorted(items, key=lambda item: item.number)
-    given = [x.reshape(-1, x.shape[-1]) for x in output[POOLED]]
+    given = by_item(output[POOLED], lengths)
     made = {POOLED: _like(output[POOLED], [i.features(x, i.rows) for i, x in zip(items, given, strict=True)])}
     layers = getattr(output, DEEP, None)
     if layers:
-        made[DEEP] = type(layers)(_deep(entry, n, items) for n, entry in enumerate(layers))
+        made[DEEP] = type(layers)(_deep(entry, n, items, lengths) for n, entry in enumerate(layers))
     return type(output)(**{**output, **made})
 
 
-def _deep(entry: Any, number: int, items: Sequence[EncodedItem]) -> Any:
+def _deep(entry: Any, number: int, items: Sequence[EncodedItem], lengths: Sequence[int]) -> Any:
     layer = _layer(entry)
-    short = _like(layer, [i.features(layer[i.number], i.deep[number]) for i in items])
+    given = by_item(layer, lengths)
+    short = _like(layer, [i.features(given[i.number], i.deep[number]) for i in items])
     return (entry[0], short) if _numbered(entry) else short
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.cache import CacheState, check_cache, state_of
 from winnow.engine.encoding import EncoderRecord, is_marked, record_of
@@ -150,7 +151,7 @@ def _spans(request: Request, ids: Tensor) -> tuple[list[tuple[Span, EncoderRecor
             _split_by_runs(request, ids, record)
         own, last = find_spans(ids, request.bound.token_ids[modality], record.lengths, modality)
         if request.bound.family.joined:
-            own, record = _joined(request, own, record)
+            own, record = joined_items(request.bound, own, record)
         found += [(span, record) for span in own]
         ends = [max(a, b) for a, b in zip(ends, last, strict=True)]
     return sorted(found, key=lambda pair: (pair[0].row, int(pair[0].where[0]))), ends
@@ -171,13 +172,13 @@ def _split_by_runs(request: Request, ids: Tensor, record: EncoderRecord) -> None
         record.layouts = request.bound.family.layouts(request.bound.model, record)
 
 
-def _joined(request: Request, spans: list[Span], record: EncoderRecord) -> tuple[list[Span], EncoderRecord]:
+def joined_items(bound: BoundModel, spans: list[Span], record: EncoderRecord) -> tuple[list[Span], EncoderRecord]:
     """Items of the encoder in one run of placeholders are one item; readings are shared with the encoder's record."""
     own, parts = join_runs(spans)
     ends = list(itertools.accumulate(parts))
     lengths = tuple(sum(record.lengths[end - n : end]) for end, n in zip(ends, parts, strict=True))
     made = dataclasses.replace(record, lengths=lengths, parts=parts)
-    made.layouts = request.bound.family.layouts(request.bound.model, made)
+    made.layouts = bound.family.layouts(bound.model, made)
     return own, made
 
 

@@ -26,7 +26,8 @@ from winnow.engine.compress import chosen_plan
 from winnow.engine.encoded_item import EncodedItem, run_projected
 from winnow.engine.encoding import record_of, unmarked
 from winnow.engine.engine import Engine, is_compressed
-from winnow.engine.features import deep_layers, other_fields, shortened_features
+from winnow.engine.features import by_item, deep_layers, other_fields, shortened_features
+from winnow.engine.forward import joined_items
 from winnow.engine.handle import Handle
 from winnow.engine.item_tokens import find_spans
 from winnow.engine.ledgers import ledger_of, why_in_full
@@ -93,6 +94,8 @@ class Preparation:
         outputs, consumed = self._encode(given)
         records = {m: record for m, output in outputs.items() if (record := record_of(output)) is not None}
         items = self._items(ids, host, records, outputs)
+        if items and self.plan.plan.methods:
+            self.bound.family.check_prompt(self.model, max(sizes))
         notes: dict[str, Any] = {}
         for record in records.values():
             add_notes(notes, record.notes)
@@ -109,7 +112,8 @@ class Preparation:
             real = packing.sizes
             made |= self._shortened(made, packing, position_from)
             for modality, output in outputs.items():
-                outputs[modality] = shortened_features(output, [i for i in items if i.record.modality == modality])
+                own = [item for item in items if item.record.modality == modality]
+                outputs[modality] = shortened_features(output, own, records[modality].lengths)
         if outputs:
             made["mm_encoder_outputs"] = outputs
 
@@ -234,8 +238,11 @@ class Preparation:
                     f"the prompt holds the placeholders of {len(spans)} {modality} items for {len(record.lengths)} "
                     "that were given; repeat the pixels with the rows."
                 )
-            given = [x.reshape(-1, x.shape[-1]) for x in outputs[modality].pooler_output]
-            deep = deep_layers(outputs[modality])
+            if self.bound.family.joined:
+                spans, records[modality] = joined_items(self.bound, spans, record)
+            record = records[modality]
+            given = by_item(outputs[modality].pooler_output, record.lengths)
+            deep = [by_item(layer, record.lengths) for layer in deep_layers(outputs[modality])]
             for span in spans:
                 own = [layer[span.number] for layer in deep]
                 items.append(EncodedItem.of(span, record, given[span.number], own, host[span.row, span.where]))
