@@ -218,6 +218,17 @@ def test_what_cannot_be_selected_again_is_refused(start, reason):
             generate(model, talk, past_key_values=first.past_key_values, **options)
 
 
+def test_another_plan_is_refused_and_the_conversation_goes_on_under_its_own():
+    model, inputs = zoo.model("llava_clip"), zoo.sample("llava_clip", "3 A 6")
+    with compress(model, turns="again") as handle:
+        first = generate(model, inputs, steps=3)
+        talk, cache = prolonged(inputs, first.sequences, TURN[:1]), first.past_key_values
+        with handle.using("fastv:layer=2,keep=3"), pytest.raises(winnow.UnsupportedError, match="another plan"):
+            generate(model, talk, past_key_values=cache)
+        found = generate(model, talk, past_key_values=cache)
+        assert close(found, generate(model, whole(inputs, talk)))
+
+
 def test_a_new_picture_in_a_later_turn_is_refused():
     model, inputs, new = zoo.model("llava_clip"), *(zoo.sample("llava_clip", row) for row in ("3 A 6", "2 B 4"))
     with compress(model, turns="again"):

@@ -154,6 +154,8 @@ class Rereading:
             reason: str | None = "nothing was kept for it when it was filled"
         elif self.talk.lost is not None:
             reason = self.talk.lost
+        elif any(record_of(output).plan is not request.plan for output in self.talk.outputs.values()):  # type: ignore[union-attr]
+            reason = "its pictures were encoded under another plan"
         elif ids is None:
             reason = "this turn came as inputs_embeds"
         elif is_drafted():
