@@ -152,8 +152,13 @@ def turns(
     from winnow.bench.turns import ask_in_turns
     from winnow.models.load import load, quiet
 
+    if not plan:
+        raise WinnowError(
+            "winnow turns compares plans that read the question: give one or more with --plan slug:key=value "
+            "(`winnow methods` lists what each looks at)."
+        )
     quiet()
-    plans = plan or ["fastv:layer=2,keep=32"]
+    plans = plan
     loaded, processor = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     side = getattr(getattr(loaded.config, "vision_config", None), "image_size", 224)
     asked = world_turns(pairs, split=split, seed=start, size=336 if isinstance(side, int) and side > 224 else 224)
