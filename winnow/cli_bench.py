@@ -132,9 +132,7 @@ def speed(
 
 
 def turns(
-    plan: Annotated[
-        list[str] | None, typer.Option("--plan", help="A plan that reads the text. Several: repeat it.")
-    ] = None,
+    plan: Annotated[list[str], typer.Option("--plan", help="A plan that reads the text. Several: repeat it.")],
     pairs: Annotated[int, typer.Option(min=1, help="Scenes, each with two questions.")] = 200,
     split: Annotated[str, typer.Option(help="Of winnow's world: train, test or heldout_glyphs.")] = "test",
     start: Annotated[int, typer.Option(min=0, help="The first scene.")] = 0,
@@ -152,18 +150,12 @@ def turns(
     from winnow.bench.turns import ask_in_turns
     from winnow.models.load import load, quiet
 
-    if not plan:
-        raise WinnowError(
-            "winnow turns compares plans that read the question: give one or more with --plan slug:key=value "
-            "(`winnow methods` lists what each looks at)."
-        )
     quiet()
-    plans = plan
     loaded, processor = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     side = getattr(getattr(loaded.config, "vision_config", None), "image_size", 224)
     asked = world_turns(pairs, split=split, seed=start, size=336 if isinstance(side, int) and side > 224 else 224)
-    with bar(len(asked) * (2 * len(plans) + 1), sys.stderr.isatty() and not as_json) as step:
-        found = ask_in_turns(loaded, processor, plans, asked, step=step)
+    with bar(len(asked) * (2 * len(plan) + 1), sys.stderr.isatty() and not as_json) as step:
+        found = ask_in_turns(loaded, processor, plan, asked, step=step)
     if as_json:
         print_json([dataclasses.asdict(row) for row in found])
         return
