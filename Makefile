@@ -80,6 +80,7 @@ lint: $(STAMP) ## ruff, mypy, and no circle of imports
 bench: $(STAMP) ## Speed against the plain model and against the same model with M tokens
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/prefill.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decode.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/classes.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/tower.py
 
 selection: $(STAMP) ## Time each method's selection against the prefill of 32 layers, for the rule of the default method

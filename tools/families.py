@@ -1,7 +1,8 @@
 """Write, or check, the table of model classes: where each can be compressed, or why it cannot.
 
 Every image-text-to-text class of transformers is built small with random weights (`tests/builds`), and the checks of
-`winnow doctor` run on it. The table is `winnow/data/families.json`, which `winnow families` shows.
+`winnow doctor` run on it. The table is `winnow/data/families.json`, which `winnow families` shows, and the page
+`docs/model-classes.md`; the README has the numbers.
 
 Usage: python tools/families.py write | check
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "winnow" / "data" / "families.json"
+PAGE, README = ROOT / "docs" / "model-classes.md", ROOT / "README.md"
 ROWS = ("3 A 6", "3 B 9")
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -84,24 +86,48 @@ def _reason(message: str) -> str:
     return message.partition("is not supported: ")[2].partition(". `winnow")[0] or message
 
 
+def page(found: dict[str, Any]) -> str:
+    """The table as the documentation shows it."""
+    lines = ["| model type | adapter | points | why not, or not everywhere |", "|---|---|---|---|"]
+    for kind, own in sorted(found.items()):
+        points = ", ".join(f"`{point}`" for point in own["points"])
+        reason = own["reason"].replace("|", "\\|")
+        lines.append(f"| `{kind}` | {own['adapter'] or '–'} | {points or '–'} | {reason} |")
+    return "\n".join(lines)
+
+
+def between(text: str, name: str, new: str, gap: str) -> str:
+    """A text with what stands between the marks of this name exchanged."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}{gap}{new}{gap}{end}{rest.partition(end)[2]}"
+
+
 def main(action: str) -> int:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["WINNOW_CACHE"] = cache  # what was accepted before must not answer for this run
         found = table()
-    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
     works = {point: sum(point in own["points"] for own in found.values()) for point in ("projected", "layers")}
     print(f"{len(found)} classes: {works['projected']} at projected, {works['layers']} at layers[k]")
+    said = f"{works['projected']} can be compressed before the language model and {works['layers']} inside it"
+    made = {
+        TABLE: json.dumps(found, indent=1, ensure_ascii=False) + "\n",
+        PAGE: between(PAGE.read_text(encoding="utf-8"), "families", page(found), "\n"),
+        README: between(README.read_text(encoding="utf-8"), "classes", said, ""),
+    }
+    stale = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if action == "write":
-        TABLE.write_text(text, encoding="utf-8")
+        for path in stale:
+            path.write_text(made[path], encoding="utf-8")
         return 0
-    if TABLE.read_text(encoding="utf-8") != text:
+    if TABLE in stale:
         was = json.loads(TABLE.read_text(encoding="utf-8"))
         for kind in sorted(was.keys() | found.keys()):
             if was.get(kind) != found.get(kind):
                 print(f"{kind}: committed {was.get(kind)}, found {found.get(kind)}")
-        print("winnow/data/families.json differs from this run: say make families", file=sys.stderr)
-        return 1
-    return 0
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} differs from this run: say make families", file=sys.stderr)
+    return int(bool(stale))
 
 
 if __name__ == "__main__":
