@@ -68,8 +68,9 @@ test: $(STAMP) ## The fast suite (no network, no GPU), and its report for the sy
 test-newest: $(NEWEST)/.installed ## The tests of the engine and of the families on the newest supported transformers
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(FAST) $(ON_NEWEST)
 
-test-all: $(STAMP) ## Everything: the full product of methods and builds, and GPU tests where there is one
+test-all: $(STAMP) $(NEWEST)/.installed ## Everything: the full product of methods and builds on both ends, and GPU tests where there is one
 	$(PYTEST) -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(ON_NEWEST)
 
 lint: $(STAMP) ## ruff, mypy, and no circle of imports
 	$(BIN)/ruff check .

@@ -179,3 +179,15 @@ def test_a_second_turn_on_the_cache_equals_one_run(name):
     want = by_hand(model, parts[0], positions, said[:-1], Cut(0, picks("40%", [len(own) for own in positions])))
     behind = len(said) - 3
     assert apart(step_logits(second)[0], want.logits[behind:]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gemma3", "internvl", "qwen3_vl"])
+def test_a_method_that_reads_the_question_runs_on_a_batch(name):
+    """A mask that is one for all rows of a batch is read for each of them."""
+    own = build(name)
+    model, parts = own.model(), own.samples(("3 A 6", "3 A 6"))
+    with winnow.compress(model, "todre:keep=6") as handle:
+        logits = forward(model, own.collate(parts)).logits[:, -1]
+        for row, part in enumerate(parts):
+            assert apart(logits[row], forward(model, part).logits[0, -1]) <= TOLERANCE
+            assert len(handle.last.items[0].kept) <= 6

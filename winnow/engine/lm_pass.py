@@ -315,7 +315,7 @@ class LMPass:
         spans = TextSpans(self.questions, self.ends, content)
         packing, past = self.tokens.packing.to(q.device), None if past is None else past.to(q.device)
         seen = None if self.whole is None else as_visible(mask)
-        seen = None if seen is None else seen.to(q.device)
+        seen = None if seen is None else seen.to(q.device).expand(q.shape[0], -1, -1, -1)
         return LMAttentionInputs(q, k, scaling_of(module, q), packing, past, spans, seen)
 
     def _probe(self, index: int, step: Any, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:

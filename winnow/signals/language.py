@@ -102,10 +102,10 @@ class LMAttentionInputs:
         total = self.k.new_zeros(self.k.shape[2], dtype=torch.promote_types(self.k.dtype, torch.float32))
         at = slice(b, b + 1)
         past, mask = (None if x is None else x[at] for x in (self.past, self.mask))
-        own = replace(self, packing=self.packing.row(b), past=past, mask=mask)
+        own = replace(self, q=self.q[at], k=self.k[at], packing=self.packing.row(b), past=past, mask=mask)
         for part in slots.split(TILE):
             seen = own._visible(part[None])[:, None]
-            rows = attention_rows(self.q[b : b + 1, :, part], self.k[b : b + 1], self.scaling, seen)
+            rows = attention_rows(own.q[:, :, part], own.k, self.scaling, seen)
             total += rows.mean(1)[0].sum(0)
         return total / max(1, slots.shape[0])
 
