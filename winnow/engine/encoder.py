@@ -49,8 +49,8 @@ class EncoderMethod:
 
     def _encode(self, *args: Any, **kwargs: Any) -> Any:
         with self.open_request() as request:
-            if request is None:
-                return self.plain(*args, **kwargs)
+            if request is None or request.encoding is not None:
+                return self.plain(*args, **kwargs)  # some models encode a video as a picture: one call, a video's
             given = inspect.signature(self.plain).bind_partial(*args, **kwargs).arguments
             record = EncoderRecord(self.modality, {**given, **given.pop("kwargs", {})}, plan=request.plan)
             request.encoding = record
