@@ -1,10 +1,11 @@
-"""Fine-tune a vision-language model with a plan attached, so that it learns to do with the tokens that are left.
+"""Fine-tune a vision-language model with a plan attached, so that it learns to live with it.
 
-The bundled reference model (6.5 million parameters) reads 256 visual tokens of a picture. Here a plan leaves it 12, and
-it answers worse. Adapters (LoRA) are then trained on drawn scenes with the plan attached, as in any other training
-loop: `labels` go in, a loss comes out, and gradients flow through what was kept. Nothing but `winnow.compress` is new.
+The bundled reference model (6.5 million parameters, 8 layers) reads 256 visual tokens of a picture. With this plan all
+but one of them leave before its layer 3, while it still looks at the picture, and it answers worse. Adapters (LoRA) are
+then trained on drawn scenes with the plan attached, as in any other training loop: `labels` go in, a loss comes out,
+and gradients flow through what was kept. So the model learns to look earlier. Only `winnow.compress` is new.
 
-Needs peft: pip install "tokenwinnow[train]". Takes two minutes on two CPU cores.
+Needs peft: pip install "tokenwinnow[train]". Takes a few minutes on two CPU cores.
 """
 
 import random
@@ -16,9 +17,8 @@ from peft import LoraConfig, get_peft_model
 import winnow
 from winnow import reference, world
 
-KEEP = 12  # of 256 visual tokens
+PLAN = "fastv:layer=3,keep=1"
 BATCH = 16
-PLAN = f"hiprune:keep={KEEP}"
 
 
 def examples(first: int, count: int, split: str) -> list[tuple]:
@@ -82,7 +82,7 @@ def fine_tune(model, processor, steps: int) -> None:
             print(f"  step {step:4d}   loss {loss.item():.3f}", flush=True)
 
 
-def main(steps: int = 120, questions: int = 300) -> dict:
+def main(steps: int = 100, questions: int = 100) -> dict:
     torch.manual_seed(0)
     plain, processor = reference.load()
     processor.tokenizer.padding_side = "left"
@@ -102,10 +102,10 @@ def main(steps: int = 120, questions: int = 300) -> dict:
     print(f"  {time.perf_counter() - start:.0f} seconds")
     print(f"loss on held-out questions   {found['loss before']:.3f} -> {found['loss after']:.3f}")
     print(f"answered exactly, of {len(held_out)} held-out questions:")
-    print(f"  all 256 tokens             {found['plain']:.3f}")
-    print(f"  {KEEP} tokens                  {found['compressed']:.3f}")
-    print(f"  {KEEP} tokens, fine-tuned      {found['tuned']:.3f}")
-    print(f"  fine-tuned, all 256 tokens {found['tuned, in full']:.3f}")
+    print(f"  as it is                   {found['plain']:.3f}")
+    print(f"  with the plan              {found['compressed']:.3f}")
+    print(f"  the same, fine-tuned       {found['tuned']:.3f}")
+    print(f"  fine-tuned, without it     {found['tuned, in full']:.3f}")
     return found
 
 

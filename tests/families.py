@@ -33,7 +33,16 @@ EVERY = (
     *("aria", "aya_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni", "deepseek_ocr2", "deepseek_vl"),
     *("deepseek_vl_hybrid", "emu3", "exaone4_5", "fast_vlm", "fuyu", "gemma3n", "gemma4_moe", "gemma4_unified"),
     *("glm4v", "glm4v_moe", "glm_ocr", "got_ocr2", "hyperclovax_vision_v2", "idefics2", "idefics3", "janus"),
-    *("kimi_k25", "lfm2_vl", "lighton_ocr", "llava_next_video", "llava_onevision", "minicpmv4_6", "minicpmv4_7"),
+    *(
+        "kimi_k25",
+        "lfm2_vl",
+        "lighton_ocr",
+        "llama4",
+        "llava_next_video",
+        "llava_onevision",
+        "minicpmv4_6",
+        "minicpmv4_7",
+    ),
     *("mistral3_full", "muse_glimmer", "ovis2", "paddleocr_vl", "perception_lm", "qianfan_ocr", "qwen2_5_omni_thinker"),
     *("qwen2_vl", "qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen3_vl_moe", "smolvlm", "step3p7", "video_llama_3"),
     *("video_llava", "vipllava"),
@@ -44,7 +53,8 @@ RAGGED = ("3 A 6", "3 B 9", "11", "2 B 4 C 5")
 
 def kinds() -> list[Any]:
     """The builds as parameters: one of each kind in the fast suite, all in the full one."""
-    return [pytest.param(name, marks=() if name in FAST else pytest.mark.full) for name in EVERY]
+    here = [name for name in EVERY if name in builds.every()]  # a class can be broken in a version of transformers
+    return [pytest.param(name, marks=() if name in FAST else pytest.mark.full) for name in here]
 
 
 def content(model: Any, sample: dict[str, Tensor], items: Sequence[Any]) -> list[Tensor]:

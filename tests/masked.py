@@ -62,6 +62,26 @@ class _Force(LogitsProcessor):
         return scores
 
 
+@dataclass
+class Hiding:
+    """What the hooks of one run know.
+
+    Attributes:
+        length: of the prompt.
+        left: for each item, the positions that are left.
+        keys: by layer, which positions of the prompt are hidden from it.
+    """
+
+    length: int
+    left: list[Tensor]
+    keys: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of the prompt that each layer reads."""
+        return tuple(int(self.length - self.keys[layer].sum()) for layer in sorted(self.keys))
+
+
 class MaskedReference:
     """A plain copy of a model under eager attention; the original is never touched."""
 
@@ -80,36 +100,51 @@ class MaskedReference:
             items: the positions of the content tokens of each item.
             forced: tokens that it goes on with.
         """
-        length = sample["input_ids"].shape[1]
-        left = [item.clone() for item in items]
-        hidden_keys = torch.zeros(length, dtype=torch.bool)
-        lengths: list[int] = []
-        seen = {"prompt": True}
+        given = sample["inputs_embeds"] if "input_ids" not in sample else sample["input_ids"]
+        start = given.shape[1] if "input_ids" in sample else 0  # `generate` says no ids for embeddings
+        force = _Force(list(forced), start)
+        out, hiding = self.generate(sample, items, cuts, max_new_tokens=len(forced) + 1, logits_processor=[force])
+        return Masked(torch.cat(out.logits), hiding.left, hiding.lengths)
+
+    @torch.no_grad()
+    def generate(
+        self, sample: dict[str, Tensor], items: Sequence[Tensor], cuts: Sequence[Cut] = (), **options: Any
+    ) -> tuple[Any, Hiding]:
+        """One sample, unpadded, in any mode of `generate` in which all rows have the same prompt.
+
+        Returns:
+            What `generate` gives, with the raw logits of each step (greedy unless the options say otherwise).
+        """
+        given = sample["inputs_embeds"] if "input_ids" not in sample else sample["input_ids"]
+        hiding = Hiding(given.shape[1], [item.clone() for item in items])
+        hooks = self._hooks(hiding, cuts)
+        defaults = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        try:
+            return self.model.generate(**sample, **defaults | options), hiding
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hooks(self, hiding: Hiding, cuts: Sequence[Cut]) -> list[Any]:
+        total = 0  # tokens that this forward ends with, those of the cache included
+
+        def entering(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            nonlocal total
+            given = kwargs.get("inputs_embeds")
+            given = kwargs.get("input_ids") if given is None else given
+            cache = kwargs.get("past_key_values", kwargs.get("cache"))
+            total = given.shape[1] + (0 if cache is None else cache.get_seq_length())
 
         def before(index: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
             rows = args[0] if args else kwargs["hidden_states"]
-            if seen["prompt"] and index not in state:
-                for cut in (c for c in cuts if c.layer == index):
-                    flat = rows if rows.ndim == 3 else rows[0]
-                    if cut.merge is not None:
-                        rows = rows.clone()
-                        for place, value in cut.merge(flat[0], left).items():
-                            rows[..., place, :] = value
-                    stay = cut.choose(flat[0], left)
-                    for item, own in zip(left, stay, strict=True):
-                        hidden_keys[item] = True
-                        hidden_keys[own] = False
-                    left[:] = stay
-                lengths.append(int(length - hidden_keys.sum()))
-                state[index] = hidden_keys.clone()
-            mask = kwargs.get("attention_mask")
-            dropped = state[index]
+            if index not in hiding.keys:
+                rows = _cut(hiding, index, rows, cuts)
+            mask, dropped = kwargs.get("attention_mask"), hiding.keys[index]
             if dropped.any():
                 if mask is None or mask.ndim != 4:
                     raise AssertionError(f"layer {index} got no 4-D mask")
                 at = dropped.nonzero()[:, 0]
-                # A sliding cache has forgotten the first positions.
-                at = at - (total(rows) - mask.shape[-1])
+                at = at - (total - mask.shape[-1])  # a sliding cache has forgotten the first positions
                 mask = mask.clone()
                 mask[..., at[at >= 0]] = torch.finfo(mask.dtype).min if mask.is_floating_point() else False
                 kwargs = {**kwargs, "attention_mask": mask}
@@ -117,36 +152,29 @@ class MaskedReference:
             kwargs = kwargs if args else {**kwargs, "hidden_states": rows}
             return args, kwargs
 
-        state: dict[int, Tensor] = {}
-        grown = {"total": 0}
-
-        def total(rows: Tensor) -> int:
-            return grown["total"]
-
-        def entering(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            given = kwargs.get("inputs_embeds")
-            given = kwargs.get("input_ids") if given is None else given
-            grown["total"] += given.shape[1]
-            seen["prompt"] = grown["total"] == length
-
         hooks = [self.lm.register_forward_pre_hook(entering, with_kwargs=True)]
-        hooks += [
+        return hooks + [
             layer.register_forward_pre_hook(lambda m, a, k, i=i: before(i, m, a, k), with_kwargs=True)
             for i, layer in enumerate(self.lm.layers)
         ]
-        try:
-            out = self.model.generate(
-                **sample,
-                max_new_tokens=len(forced) + 1,
-                do_sample=False,
-                logits_processor=[_Force(list(forced), length)],
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return Masked(torch.cat(out.logits), left, tuple(lengths))
+
+
+def _cut(hiding: Hiding, index: int, rows: Tensor, cuts: Sequence[Cut]) -> Tensor:
+    """Before a layer that runs for the first time: what is hidden from it, and the rows that it gets."""
+    hidden = hiding.keys.get(index - 1, torch.zeros(hiding.length, dtype=torch.bool)).clone()
+    for cut in (c for c in cuts if c.layer == index):
+        flat = rows if rows.ndim == 3 else rows[0]
+        if cut.merge is not None:
+            rows = rows.clone()
+            for place, value in cut.merge(flat[0], hiding.left).items():
+                rows[..., place, :] = value
+        stay = cut.choose(flat[0], hiding.left)
+        for item, own in zip(hiding.left, stay, strict=True):
+            hidden[item] = True
+            hidden[own] = False
+        hiding.left[:] = stay
+    hiding.keys[index] = hidden
+    return rows
 
 
 class Gathered:

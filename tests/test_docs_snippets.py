@@ -91,6 +91,15 @@ def streaming(names: Names) -> None:
     assert not names["thread"].is_alive()
 
 
+def turns(names: Names) -> None:
+    assert kept(names) == [(32, 256)]
+    ledger = names["handle"].last
+    assert ledger.selection is not None
+    assert "again" in ledger.selection
+    assert ledger.notes["read_again"] > 256
+    assert ledger.logical[0] == names["ids"].shape[1]
+
+
 def adapters(names: Names) -> None:
     assert kept(names) == [(64, 256)]
     assert names["answer"].strip() == "yes", "a fresh adapter changes nothing"
@@ -113,6 +122,7 @@ CHECKS: dict[str, Callable[[Names], None]] = {
     "Pipelines": pipelines,
     "Batches": batches,
     "Streaming": streaming,
+    "Several questions about one picture": turns,
     "PEFT": adapters,
 }
 

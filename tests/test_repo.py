@@ -22,7 +22,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OM
 # Rooms, lowest first. A module imports from its own room and from lower ones.
 RANKS = [
     {"core", "children", "media_headers", "_version", "__version__"},
-    {"media", "overlay", "parts", "signals", "systems", "world"},
+    {"media", "overlay", "parts", "signals", "systems", "model_classes", "world"},
     {"contract", "reference"},
     {"methods", "models", "cache"},
     {"engine"},

@@ -7,7 +7,8 @@ need `parameterized`, `timeout-decorator`, `pytest-rerunfailures`, `datasets`, `
 of `tests/models`.
 
 The run is green if every test ends with the plan as it does without, or by a refusal that is listed in
-`tools/upstream_refusals.toml`. A test that ends otherwise is run three more times in both ways, so that one that is random does not count.
+`tools/upstream_refusals.toml`. A test that ends otherwise is run three more times in both ways, so that one that is
+random does not count.
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from winnow.engine.compress import compress
     from winnow.engine.handle import Handle, handle_of
     from winnow.engine.load import load
+    from winnow.engine.prepare import prepare, prepare_many
+    from winnow.engine.prepared import Prepared
     from winnow.methods.divprune import DivPrune
     from winnow.methods.fastervlm import FasterVLM
     from winnow.methods.fastv import FastV
@@ -45,6 +47,7 @@ _LAZY = {
     "Handle": "winnow.engine.handle:Handle",
     "Method": "winnow.core.method:Method",
     "Plan": "winnow.core.plan:Plan",
+    "Prepared": "winnow.engine.prepared:Prepared",
     "Reduction": "winnow.core.reduction:Reduction",
     "View": "winnow.core.view:View",
     "compress": "winnow.engine.compress:compress",
@@ -52,6 +55,8 @@ _LAZY = {
     "list_methods": "winnow.core.registry:entries",
     "load": "winnow.engine.load:load",
     "plan": "winnow.core.plan:Plan.of",
+    "prepare": "winnow.engine.prepare:prepare",
+    "prepare_many": "winnow.engine.prepare:prepare_many",
     "register": "winnow.core.registry:register",
     "register_family": "winnow.models.families:register_family",
 }
@@ -75,6 +80,7 @@ __all__ = [
     "HiPrune",
     "Method",
     "Plan",
+    "Prepared",
     "PyramidDrop",
     "Reduction",
     "ToDRE",
@@ -90,6 +96,8 @@ __all__ = [
     "list_methods",
     "load",
     "plan",
+    "prepare",
+    "prepare_many",
     "register",
     "register_family",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `winnow run`, `bench`, `speed`, `report`, `methods`, `systems`, `families`, `doctor` and others."""
+"""The command line: `winnow run`, `bench`, `speed`, `turns`, `report`, `methods`, `families`, `doctor` and others."""
 
 from __future__ import annotations
 

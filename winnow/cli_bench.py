@@ -1,4 +1,4 @@
-"""`winnow bench`, `winnow speed` and `winnow report`."""
+"""`winnow bench`, `winnow speed`, `winnow turns` and `winnow report`."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command("bench")(bench)
     app.command("speed")(speed)
+    app.command("turns")(turns)
     app.command("report")(report)
 
 
@@ -128,6 +129,47 @@ def speed(
             new_tokens=new_tokens, allow_busy=allow_busy, progress=sys.stderr.isatty() and not as_json,
         )  # fmt: skip
         _print_speed(results, run, as_json)
+
+
+def turns(
+    plan: Annotated[list[str], typer.Option("--plan", help="A plan that reads the text. Several: repeat it.")],
+    pairs: Annotated[int, typer.Option(min=1, help="Scenes, each with two questions.")] = 200,
+    split: Annotated[str, typer.Option(help="Of winnow's world: train, test or heldout_glyphs.")] = "test",
+    start: Annotated[int, typer.Option(min=0, help="The first scene.")] = 0,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Ask two questions about each scene in turns, with the first selection kept, and with it made again."""
+    import dataclasses
+
+    from winnow.bench.runner import bar
+    from winnow.bench.tasks import world_turns
+    from winnow.bench.turns import ask_in_turns
+    from winnow.models.load import load, quiet
+
+    quiet()
+    loaded, processor = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    side = getattr(getattr(loaded.config, "vision_config", None), "image_size", 224)
+    asked = world_turns(pairs, split=split, seed=start, size=336 if isinstance(side, int) and side > 224 else 224)
+    with bar(len(asked) * (2 * len(plan) + 1), sys.stderr.isatty() and not as_json) as step:
+        found = ask_in_turns(loaded, processor, plan, asked, step=step)
+    if as_json:
+        print_json([dataclasses.asdict(row) for row in found])
+        return
+    from winnow.cli_show import listing
+
+    rows = [
+        (
+            row.plan or "full", row.turns or "–", str(row.first), str(row.second), str(row.change or "–"),
+            f"{row.recall:.2f}", f"{row.read:.0f}",
+        )
+        for row in found
+    ]  # fmt: skip
+    columns = ("plan", "turns", "first question", "second question", "change", "evidence recall", "tokens read")
+    listing(columns, rows)
 
 
 def report(

@@ -32,7 +32,7 @@ def _llama4(text: dict[str, Any]) -> nn.Module:
         "interleave_moe_layer_step": 2,
         "no_rope_layer_interval": 2,
         "attention_chunk_size": 12,
-        "floor_scale": 8,
+        "floor_scale": 8192,
     }
     config = Llama4Config(
         text_config=Llama4TextConfig(**settings | text),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from contextlib import contextmanager
 
+import builds
 import pytest
 import torch
 import zoo
 from transformers.cache_utils import DynamicLayer
 
-from winnow.engine import doctor_checks
+import winnow
+from winnow.core.errors import UnsupportedError
+from winnow.engine import doctor_checks, forward, whole_call
 from winnow.engine.doctor import diagnose, run_checks
 from winnow.engine.doctor_checks import CHECKS
 from winnow.models import supported_versions
@@ -164,7 +168,7 @@ def test_a_static_cache_that_is_taken_and_wrong_is_found(monkeypatch):
     plain = doctor_checks.Subject.answer
 
     def answer(self, inputs, cache_implementation=None):
-        if cache_implementation:  # taken, and its padding forgotten
+        if cache_implementation and winnow.handle_of(self.model):  # taken, and its padding forgotten
             inputs = {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}
         return plain(self, inputs)
 
@@ -234,3 +238,47 @@ def test_the_processor_of_a_checkpoint_makes_the_requests():
 
     checks = diagnose(*winnow.load())
     assert {check.name: check.detail for check in checks if not check.ok} == {}
+
+
+def shifted(monkeypatch):
+    """Items are taken to stand one token further on than they do."""
+    plain = forward.find_spans
+
+    def find(*args):
+        spans, ends = plain(*args)
+        return [dataclasses.replace(span, where=span.where + 1) for span in spans], ends
+
+    monkeypatch.setattr(forward, "find_spans", find)
+
+
+def stale(monkeypatch):
+    """Masks are those of the first slots, whoever stands in them."""
+
+    def mask(self, given, past, held, linear):
+        width = self.tokens.packing.width
+        return None if given is None else given[..., -width:, : held + width]
+
+    monkeypatch.setattr(whole_call.WholeCall, "mask", mask)
+
+
+@pytest.mark.parametrize("breaks", [shifted, stale])
+@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
+def test_a_wrong_span_and_a_stale_mask_are_found_on_whole_called_classes(monkeypatch, name, breaks):
+    own = builds.every()[name]
+    parts = own.samples(ROWS)
+    breaks(monkeypatch)
+    found = run_checks(own.model(), parts, own.collate(parts, extra=1))
+    broken = next(check for check in found if check.name == "a subset equals the same subset by hand")
+    assert not broken.ok
+    assert "Suspect: what enters the LM (inputs_embeds, position_ids, attention_mask)" in broken.detail
+
+
+@pytest.mark.parametrize("name", ["gemma3", "internvl", "qwen3_vl"])
+def test_a_renamed_attribute_is_named(name):
+    own = builds.every()[name]
+    model = own.model()
+    lm = model.get_decoder()
+    lm.blocks = lm.layers
+    del lm.layers
+    with pytest.raises(UnsupportedError, match=r"layers"):
+        run_checks(model, own.samples(ROWS))

@@ -122,3 +122,17 @@ def test_state_from_features_reaches_the_steps_at_layers():
     assert torch.equal(state.token["rank"], (24 - patches).float().expand(3, -1))
     assert torch.equal(state.summed["size"], torch.ones(3, 13))
     assert all(item.kept.tolist() == patches[-6:].tolist() for item in items)
+
+
+def test_inputs_are_prepared_with_what_was_trained(tmp_path):
+    model, inputs = zoo.model("llava_clip"), zoo.inputs("llava_clip", zoo.RAGGED)
+    with winnow.compress(model, Mixer()) as handle:
+        with torch.no_grad():
+            for parameter in handle.parameters():
+                parameter.normal_()
+        expected = forward(model, inputs).logits[:, -1]
+        handle.save(tmp_path)
+    made = forward(model, winnow.prepare(model, inputs, Mixer(), weights=tmp_path).forward_inputs).logits[:, -1]
+    fresh = forward(model, winnow.prepare(model, inputs, Mixer()).forward_inputs).logits[:, -1]
+    assert (made - expected).abs().max() <= 1e-5
+    assert (fresh - expected).abs().max() > 1e-3

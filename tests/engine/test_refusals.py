@@ -66,12 +66,6 @@ def test_a_prepared_mask_is_refused():
         forward(model, {**inputs, "attention_mask": prepared})
 
 
-def test_sliding_windows_are_refused_at_compress():
-    text = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
-    with pytest.raises(winnow.UnsupportedError, match="sliding"):
-        winnow.compress(zoo.model("qwen2_5_vl", **text), Pick(keep=3))
-
-
 @pytest.mark.parametrize("build", zoo.BUILDS)
 def test_pictures_that_do_not_match_the_prompt_are_refused_by_the_model(build):
     """transformers counts placeholders itself; compression neither hides that nor leaves anything behind."""

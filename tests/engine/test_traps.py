@@ -1,7 +1,7 @@
 """Traps of transformers that were found by experiment; each has its number in the engine notes.
 
-Not here: 3 (the cost of ragged batches, a matter of speed), 6 (features as one tensor) and 7 (positions from 1), which
-belong to families that are not supported yet.
+Not here: 3 (the cost of ragged batches, a matter of speed). 6 (features as one tensor) and 7 (positions from 1) are
+those of InternVL and PaliGemma, in `test_families`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import torch
 import zoo
 from byhand import Reference
 from cases import CASES, check_against_hand, pairs
+from families import content, picks
+from masked import Cut, MaskedReference
 from probes import STEPS, Pick, Probed, Tapped, forward, generate, new_tokens, step_logits
 from transformers import LogitsProcessor, LogitsProcessorList, masking_utils
 
@@ -108,16 +110,20 @@ def test_trap_05_hidden_states_stay_the_first_argument_of_a_layer(build):
         assert shapes == [(3, max(handle.last.layer_tokens[3]), 64)]
 
 
-def test_trap_08_sliding_windows_are_refused():
-    """Whether a window counts slots or positions is another model: nobody has tested it, so nobody gets it."""
-    for text in (
-        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
-        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-    ):
-        model = zoo.model("qwen2_5_vl", **text)
-        assert "sliding_attention" in model.config.get_text_config().layer_types
-        with pytest.raises(winnow.UnsupportedError, match="sliding"):
-            winnow.compress(model, Pick(keep=3))
+@pytest.mark.parametrize("first", [0, 2])
+def test_trap_08_sliding_windows_count_true_positions(first):
+    """As the checkpoint was trained; counted in slots, a window would reach further back with each dropped token."""
+    text = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": first}
+    model, part = zoo.model("qwen2_5_vl", **text), zoo.sample("qwen2_5_vl", "3 A 6")
+    assert "sliding_attention" in model.config.get_text_config().layer_types
+    with winnow.compress(model, Pick(keep="40%")) as handle:
+        output, items = generate(model, part), handle.last.items
+    positions = content(model, part, items)
+    cut = Cut(0, picks("40%", [len(own) for own in positions]))
+    want = MaskedReference(model).run(part, positions, new_tokens(output, part)[0, :-1].tolist(), [cut])
+    assert (step_logits(output)[0] - want.logits).abs().max() <= 1e-5
+    with pytest.raises(winnow.UnsupportedError, match="positions=compact"):
+        winnow.compress(model, Pick(keep="40%"), positions="compact")
 
 
 @pytest.mark.parametrize("build", zoo.BUILDS)

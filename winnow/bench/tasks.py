@@ -92,6 +92,22 @@ def world_task(
     return Task(settings | _identity(asked), tuple(asked), open_world)
 
 
+def world_turns(count: int, *, split: str = "test", seed: int = 0, size: int = 224) -> tuple[tuple[Ask, Ask], ...]:
+    """`count` pairs of questions, both about one scene and with different evidence, from consecutive scenes."""
+    if count < 1:
+        raise WinnowError(f"pairs={count}; ask at least 1.")
+    pairs: list[tuple[Ask, Ask]] = []
+    for number in range(seed, seed + SCENES_FOR_EACH * count):
+        drawn = _scene(number, size, split)
+        asked = [_of_world(drawn, place) for place in range(len(drawn.questions))]
+        second = next((ask for ask in asked[1:] if ask.evidence and ask.evidence != asked[0].evidence), None)
+        if second is not None and asked[0].evidence:
+            pairs.append((asked[0], second))
+        if len(pairs) == count:
+            return tuple(pairs)
+    raise WinnowError(f"The split {split!r} gives too few scenes with two questions; ask fewer than {count} pairs.")
+
+
 def _of_world(drawn: Scene, place: int) -> Ask:
     question = drawn.questions[place]
     return Ask(

@@ -90,6 +90,7 @@ class Ledger:
         plan: key of the plan.
         resolved: the plan with the settings that this model made definite.
         positions: position policy.
+        adapter: of the model's class: its own, or `generic`.
         logical: real prompt tokens of each sample, as given.
         layer_tokens: by LM layer, the real tokens of each sample that it read in prefill.
         flops, flops_full: of the LM's prefill, analytic, and what they would be without compression.
@@ -101,6 +102,7 @@ class Ledger:
     plan: str
     positions: str
     resolved: str = ""
+    adapter: str = ""
     logical: tuple[int, ...] = ()
     items: tuple[ItemLedger, ...] = ()
     layer_tokens: tuple[tuple[int, ...], ...] = ()
@@ -122,6 +124,11 @@ class Ledger:
         return self.notes.get("read_in_full")
 
     @property
+    def selection(self) -> str | None:
+        """In a later turn of a conversation, for which question the tokens were selected; None in the first."""
+        return self.notes.get("selection")
+
+    @property
     def average_tokens(self) -> float:
         """Layer-averaged tokens of a sample: the x-axis of an honest comparison."""
         rows = [sum(layer) / len(layer) for layer in self.layer_tokens]
@@ -132,6 +139,8 @@ class Ledger:
             f"none ({self.read_in_full})" if self.read_in_full else "none"
         )
         share = f"{self.flops / self.flops_full:.0%}" if self.flops_full else "–"
+        how = "; generic adapter" if self.adapter == "generic" else ""
         return (
-            f"Ledger({self.plan}; content tokens {kept}; LM prefill FLOPs {share} of full; KV {self.kv_bytes:,} bytes)"
+            f"Ledger({self.plan}; content tokens {kept}; LM prefill FLOPs {share} of full; "
+            f"KV {self.kv_bytes:,} bytes{how})"
         )

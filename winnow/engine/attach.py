@@ -7,20 +7,28 @@ from winnow.core.plan import Plan
 from winnow.engine.engine import Engine
 from winnow.engine.handle import Handle
 from winnow.engine.saving import SaveMethod, savers
+from winnow.engine.turns import Turns
 from winnow.models.families import family_of, unwrap
+
+FIRST_TURN = Turns()
 
 
 def attach(
-    model: Any, plan: str | Plan | Method, *, positions: str | None = None, suffix: tuple[int, ...] | None = None
+    model: Any,
+    plan: str | Plan | Method,
+    *,
+    suffix: tuple[int, ...] | None = None,
+    turns: Turns = FIRST_TURN,
 ) -> Handle:
     """Attach a plan; see `compress`.
 
     Args:
         suffix: token ids that the chat template puts behind the question; None: unknown.
+        turns: what a later turn does with pictures that were selected for an earlier question.
     """
     inner = unwrap(model)
     family = family_of(inner)
-    engine = Engine(inner, family, Plan.of(plan, positions=positions), suffix)
+    engine = Engine(inner, family, Plan.of(plan), suffix, turns)
     engine.attach()
     handle = Handle(engine)
     for owner in savers(model, inner):

@@ -115,6 +115,11 @@ class BoundModel:
                     "compressed; call detach() on its handle, replace the part, and compress again."
                 )
 
+    def blocks_at(self, index: int) -> list[Any]:
+        """Block `index` of the tower, and of each further tower."""
+        others = [seam(self.base, path, self.model) for path in self.family.other_blocks]
+        return [blocks[index] for blocks in (self.blocks, *others)]
+
     def attention_of(self, layer: int) -> Any:
         """The attention module of an LM layer."""
         for name in ATTENTIONS:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
@@ -75,6 +76,8 @@ class CacheState:
         layers: by LM layer; a layer without entry holds everything.
         rope_deltas: `[B, 1]` for 3-D positions: belongs to the request, not to the module.
         real: `[B]` real tokens seen so far; needed with 3-D positions.
+        talk: the conversation, where pictures are to be selected again; see `turns`.
+        ledger: of the request that filled it.
     """
 
     attachment: Any
@@ -86,6 +89,8 @@ class CacheState:
     inside: bool = False
     padded: bool = False
     first_other: int | None = None
+    talk: Any = None
+    ledger: Any = None
 
     def settle(self, depth: int) -> None:
         """Note what decoded tokens ask for at every step.
@@ -101,12 +106,15 @@ class CacheState:
         made = CacheState(self.attachment, self.logical, self.prompt, rope_deltas=self.rope_deltas, real=self.real)
         made.layers = dict(self.layers)  # entries are never changed in place
         made.padded, made.first_other = self.padded, self.first_other
+        made.talk, made.ledger = None if self.talk is None else self.talk.copy(), self.ledger
         return made
 
     def select(self, index: Tensor) -> None:
         """Reorder or repeat the batch."""
         moved = {id(past): past.rows(index) for past in self.layers.values()}
         self.layers = {i: moved[id(past)] for i, past in self.layers.items()}
+        if self.talk is not None:
+            self.talk.lost = "its rows were moved or repeated (beams do so)"
         if self.rope_deltas is not None and self.real is not None:
             at = index.to(self.real.device)
             self.rope_deltas, self.real = self.rope_deltas[at], self.real[at]
@@ -143,14 +151,18 @@ class LogicalLength:
                 "prompt, which cannot be cut; start with a new cache."
             )
         if count == 0:
+            if any(getattr(layer, "record_past", False) for layer in self.layers):  # type: ignore[attr-defined]
+                super().crop(0)  # type: ignore[misc]  # what was recorded for this crop is let go
             return
         if not all(_croppable(layer) for layer in self.layers):  # type: ignore[attr-defined]
             raise WinnowError(
                 f"cannot crop {count} tokens: layers with a sliding window or a linear state have forgotten what stood "
-                "before them; start with a new cache."
+                "before them; start with a new cache, or call activate_past_recording() on it before its first token."
             )
         super().crop(-count)  # type: ignore[misc]
         state.logical -= count
+        if state.talk is not None:
+            state.talk.crop(count)
         if state.real is not None:
             state.real = state.real - count
         cut = {id(past): past.cropped(count, state.logical) for past in state.layers.values()}
@@ -179,7 +191,8 @@ class LogicalLength:
 def _croppable(layer: Any) -> bool:
     if isinstance(layer, LinearAttentionLayer):
         return False
-    return not getattr(layer, "is_sliding", False) or layer.get_seq_length() < layer.sliding_window
+    whole = not getattr(layer, "is_sliding", False) or layer.get_seq_length() < layer.sliding_window
+    return whole or getattr(layer, "record_past", False)
 
 
 @functools.cache
@@ -203,25 +216,31 @@ def tag(cache: Cache, attachment: Any, logical: int) -> CacheState:
     return state
 
 
-# Storages that can hold a different number of tokens in each layer. Linear layers hold a state and no tokens.
+# Storages that can hold a different number of tokens in each layer. Linear layers hold a state and no tokens; from 5.24
+# on, layers that share the keys of another one hold nothing.
 _HOLD = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
+    *filter(None, (getattr(cache_utils, "DummyLayer", None),)),
 )
 
 
-def check_cache(cache: Cache) -> None:
-    """Refuse storages that cannot hold a different number of tokens in each layer."""
+def check_cache(cache: Cache, windowed: bool) -> None:
+    """Refuse storages that cannot hold a different number of tokens in each layer.
+
+    Args:
+        windowed: whether the model has layers that attend to a window, so that caches of windows are its own.
+    """
     for layer in cache.layers:
         if isinstance(layer, StaticLayer):
             raise UnsupportedError(
                 "a static cache has one fixed length for all layers and cannot hold a compressed prompt; "
                 "use the default dynamic cache (drop cache_implementation='static')."
             )
-        if type(layer) not in _HOLD:
+        if type(layer) not in _HOLD or (getattr(layer, "is_sliding", False) and not windowed):
             raise UnsupportedError(
                 f"a cache with {type(layer).__name__} cannot hold a compressed prompt; use the default dynamic cache."
             )

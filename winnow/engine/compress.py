@@ -10,6 +10,7 @@ from winnow.engine.attach import attach
 from winnow.engine.doctor import diagnose
 from winnow.engine.handle import Handle
 from winnow.engine.spans import template_suffix
+from winnow.engine.turns import Turns
 from winnow.models.families import is_unchecked, unwrap
 
 DEFAULT = "hiprune"
@@ -22,6 +23,8 @@ def compress(
     keep: int | float | str | None = None,
     processor: Any = None,
     positions: str | None = None,
+    turns: str = "first",
+    keep_features: str = "device",
 ) -> Handle:
     """Make a vision-language model read fewer tokens; call `model(**inputs)` and `model.generate(**inputs)` as usual.
 
@@ -37,17 +40,27 @@ def compress(
         processor: its chat template shows where the question ends. Without it, what the template adds behind the
             question counts as part of it, and plans that read the question warn.
         positions: `keep` or `compact`; overrides the plan's.
+        turns: what a later question on the same cache does, where the plan reads the text: `first` keeps what was
+            selected for the first question, `again` selects again, and reads the conversation again for it. Either
+            way the ledger says so (`ledger.selection`).
+        keep_features: under `again`, where the features of the pictures wait for it: on the `device`, or on the `cpu`.
 
     Raises:
         UnsupportedError: the model, the method on this model, or the version; with what does work.
         WinnowError: the plan cannot be read, or the model is compressed already.
     """
     inner = unwrap(model)
+    chosen = chosen_plan(plan, keep, positions)
+    if processor is not None and is_unchecked(inner):
+        diagnose(inner, processor)  # a class without an adapter of its own; what it finds is remembered
+    suffix = None if processor is None else template_suffix(processor)
+    return attach(model, chosen, suffix=suffix, turns=Turns.of(turns, keep_features))
+
+
+def chosen_plan(plan: str | Plan | Method | None, keep: int | float | str | None, positions: str | None) -> Plan:
+    """The plan that a user asks for: as it is given, or the default method."""
     if plan is not None and keep is not None:
         raise WinnowError(f"give a plan or keep=, not both: write keep into the plan, as in '{DEFAULT}:keep={keep}'.")
     if plan is None:
         plan = method_class(DEFAULT).configured(**({} if keep is None else {"keep": keep}))
-    if processor is not None and is_unchecked(inner):
-        diagnose(inner, processor)  # a class without an adapter of its own; what it finds is remembered
-    suffix = None if processor is None else template_suffix(processor)
-    return attach(model, plan, positions=positions, suffix=suffix)
+    return Plan.of(plan, positions=positions)

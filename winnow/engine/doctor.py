@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from winnow.core.errors import WinnowError
+from winnow.engine.bound_model import BoundModel
 from winnow.engine.doctor_checks import CHECKS, Run, Subject
 from winnow.models.acceptance import accept_points
 from winnow.models.families import family_of, unwrap
@@ -60,6 +61,7 @@ def run_checks(model: Any, samples: Sequence[dict[str, Tensor]], batch: dict[str
     """
     with trying():
         inner = unwrap(model)
+        BoundModel.of(inner, family_of(inner))  # a seam that is missing is named here, before the model fails on it
         checks = _run(model, samples, batch, ("projected", "layers"))
         if family_of(inner).generic:
             checks = _accept(model, samples, batch, checks)

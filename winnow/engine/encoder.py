@@ -49,8 +49,8 @@ class EncoderMethod:
 
     def _encode(self, *args: Any, **kwargs: Any) -> Any:
         with self.open_request() as request:
-            if request is None or request.encoding is not None:
-                return self.plain(*args, **kwargs)  # some models encode a video as a picture: one call, a video's
+            if request is None or request.encoding is not None:  # an encoder may call another one for its own work
+                return self.plain(*args, **kwargs)
             given = inspect.signature(self.plain).bind_partial(*args, **kwargs).arguments
             record = EncoderRecord(self.modality, {**given, **given.pop("kwargs", {})}, plan=request.plan)
             request.encoding = record
@@ -83,8 +83,8 @@ def finish(request: Request, record: EncoderRecord, output: Any) -> Any:
                 "was kept; call it with return_dict=True, or inside handle.using('full')."
             )
         return output
-    record.joined = isinstance(pooled, Tensor) and pooled.shape[0] == 1
-    record.lengths = tuple(x.reshape(-1, x.shape[-1]).shape[0] for x in pooled)
+    record.undivided = isinstance(pooled, Tensor) and pooled.shape[0] == 1
+    record.lengths = request.bound.family.lengths(request.bound.model, record, pooled)
     record.layouts = request.bound.family.layouts(request.bound.model, record)
     if record.items:
         settle(record)
@@ -96,7 +96,8 @@ def finish(request: Request, record: EncoderRecord, output: Any) -> Any:
     record.times = request.clock.times
     record.tower = record.tower_output = None
     request.encodings[record.modality] = record
-    return mark(output, record)
+    made = request.outputs[record.modality] = mark(output, record)
+    return made
 
 
 def read(request: Request, site: Site, seen: Any) -> None:
@@ -115,9 +116,15 @@ def read(request: Request, site: Site, seen: Any) -> None:
             reading.calls.append(value)
 
 
-def tower_attention(bound: BoundModel, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> TowerAttention:
-    """What a tapped tower block shows."""
-    return TowerAttention(q, k, v, scaling_of(module, q), int(bound.info.has_cls))
+def read_attention(request: Request, site: Site, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Let the signals of a tower block read its attention, window by window."""
+    bound, record = request.bound, request.encoding
+    if record is None:
+        return
+    windows = bound.family.windows(bound.model, record, q.shape[2])
+    scaling, prefix = scaling_of(module, q), int(bound.info.has_cls)
+    for parts in zip(q.split(windows, 2), k.split(windows, 2), v.split(windows, 2), strict=True):
+        read(request, site, TowerAttention(*parts, scaling, prefix))
 
 
 def lm_signal(bound: BoundModel, record: EncoderRecord, number: int, signal: Signal) -> Tensor:

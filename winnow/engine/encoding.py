@@ -36,7 +36,7 @@ class EncoderRecord(Encoding):
 
     Attributes:
         plan: under which it was made.
-        joined: whether the encoder gave one tensor for all items, which only the prompt can tell apart.
+        undivided: whether the encoder gave one tensor for all items, which only the prompt can tell apart.
         layouts: of the items in the LM's sequence.
         readings: what the plan's signals read.
         tower: the pass through the blocks, while it lasts, where the plan has steps there.
@@ -48,7 +48,7 @@ class EncoderRecord(Encoding):
     """
 
     plan: BoundPlan | None = None
-    joined: bool = False
+    undivided: bool = False
     layouts: tuple[Layout, ...] = ()
     readings: dict[Signal, Reading] = field(default_factory=dict)
     tower: Any = None
@@ -87,6 +87,14 @@ def mark(output: Any, record: EncoderRecord) -> Any:
     fields = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
     kind: Any = type(output)
     return _marked(kind)(**fields, winnow=record)
+
+
+def unmarked(output: Any) -> Any:
+    """The encoder's output as the plain class gives it."""
+    if not is_marked(output):
+        return output
+    plain: Any = type(output).__bases__[0]
+    return plain(**{f.name: getattr(output, f.name) for f in dataclasses.fields(plain)})
 
 
 def record_of(output: Any) -> EncoderRecord | None:

@@ -26,12 +26,12 @@ from winnow.engine.forward import encodings_of, positions_of_later_turn, start_l
 from winnow.engine.hooks import ForwardMethod, Hook
 from winnow.engine.ledgers import write_ledger
 from winnow.engine.request import Attachment, Ledgers, Override, Request, request_now
-from winnow.engine.tower_pass import TowerPass
+from winnow.engine.tower_hooks import TowerHooks
+from winnow.engine.turns import Rereading, Turns, finish_turn, is_turn, shortened
 from winnow.engine.versions import cache_of
 from winnow.engine.watch import LayerWatch
-from winnow.models.family import Family, seam
+from winnow.models.family import Family
 from winnow.signals.tap import Tap
-from winnow.signals.vision import HiddenStates
 
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _attached_lock = threading.Lock()
@@ -40,13 +40,21 @@ _attached_lock = threading.Lock()
 overrides: ContextVar[Mapping[int, Override]] = ContextVar("winnow_overrides", default=MappingProxyType({}))
 
 
+def is_compressed(model: nn.Module) -> bool:
+    """Whether a plan is attached to this very model."""
+    with _attached_lock:
+        return model in _attached
+
+
 class Engine:
     """A model with a plan attached. What belongs to a request lives in its `Request` and on its cache, never here."""
 
-    def __init__(self, model: Any, family: Family, plan: Plan, suffix: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self, model: Any, family: Family, plan: Plan, suffix: tuple[int, ...] | None = None, turns: Turns | None = None
+    ) -> None:
         self.bound = BoundModel.of(model, family)
         self.attachment = Attachment(self.bound)
-        self.suffix = suffix
+        self.suffix, self.turns = suffix, turns or Turns()
         self.timing = False
         self.train = False
         self.ledgers = Ledgers()
@@ -55,8 +63,7 @@ class Engine:
         self._plans: dict[tuple[Any, ...], BoundPlan] = {}
         self._removers: list[Callable[[], None]] = []
         self._tapped: set[Site] = set()
-        self._blocks_hooked = False
-        self._halves_hooked: set[int] = set()
+        self._tower = TowerHooks(self.bound, self._mine)
         self._layer_hooks: dict[int, Any] = {}
         self._checkpoints: dict[int, BeforeCheckpoint] = {}
         self._layer_users = 0
@@ -142,8 +149,7 @@ class Engine:
         while self._removers:
             self._removers.pop()()
         self._tapped.clear()
-        self._blocks_hooked = False
-        self._halves_hooked.clear()
+        self._tower.forget()
         with _attached_lock:
             _attached.discard(self.bound.model)
 
@@ -165,11 +171,8 @@ class Engine:
         self._hook(bound.lm.register_forward_hook(Hook(self._leave_lm), with_kwargs=True, prepend=True))
         if hasattr(bound.lm, deepstack.NAME):
             self.stand_in(bound.lm, deepstack.DeepstackMethod(self._lm_pass, bound.lm))
-        if bound.tower is not None:
-            self._hook(bound.tower.register_forward_hook(Hook(self._leave_tower)))
-        if bound.projector is not None:
-            self._hook(bound.projector.register_forward_pre_hook(Hook(self._enter_projector)))
-            self._hook(bound.projector.register_forward_hook(Hook(self._leave_projector)))
+        for handle in self._tower.install():
+            self._hook(handle)
 
     def _hook(self, handle: Any) -> None:
         self._removers.append(handle.remove)
@@ -181,47 +184,31 @@ class Engine:
                 self._tapped.add(site)
                 self._removers.append(self._listener(site))
         if plan.first_block is not None:
-            self._hook_blocks(plan)
+            for handle in self._tower.hook_blocks(plan):
+                self._hook(handle)
+            # Taps wherever tokens may be weighted or hidden from then on.
+            behind = [Site("vision", index) for index in range(plan.first_block, len(self.bound.blocks))]
+            for site in (site for site in behind if site not in self._tapped):
+                self._tapped.add(site)
+                self._removers.append(self._listener(site))
         for layer in plan.probed:
             if Site("lm", layer) not in self._tapped:
                 self._tapped.add(Site("lm", layer))
                 self._removers.append(self._listener(Site("lm", layer)))
-
-    def _hook_blocks(self, plan: BoundPlan) -> None:
-        """Hooks of steps at blocks, and taps where tokens may be weighted or hidden from then on."""
-        bound, halves = self.bound, plan.halves
-        if not self._blocks_hooked:
-            self._blocks_hooked = True
-            for index, block in enumerate(bound.blocks):
-                # First in line: other hooks see what the block is given, and what is left of its output.
-                enter = Hook(functools.partial(self._enter_block, index))
-                self._hook(block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-            for path in bound.family.side_mergers:
-                for module in seam(bound.base, path, bound.model):
-                    self._hook(module.register_forward_hook(Hook(self._leave_side_merger), prepend=True))
-        for index in set(halves) - self._halves_hooked:
-            self._halves_hooked.add(index)
-            block = bound.blocks[index]
-            norm, mlp = (seam(block, name, bound.model) for name in bound.family.halves)
-            self._hook(norm.register_forward_pre_hook(Hook(functools.partial(self._enter_half, index)), prepend=True))
-            self._hook(mlp.register_forward_hook(Hook(functools.partial(self._leave_mlp, index)), prepend=True))
-            self._hook(block.register_forward_hook(Hook(functools.partial(self._leave_block, index)), prepend=True))
-        for index in range(plan.first_block or 0, len(bound.blocks)):
-            site = Site("vision", index)
-            if site not in self._tapped:
-                self._tapped.add(site)
-                self._removers.append(self._listener(site))
 
     def _listener(self, site: Site) -> Callable[[], None]:
         """What shows a site to its signals, and how to remove it."""
         bound = self.bound
         match site.stack, site.shows:
             case "vision", "attention":
-                module = getattr(bound.blocks[site.index], bound.family.attention)
-                return Tap(module, functools.partial(self._see_tower, site)).remove
+                modules = [getattr(block, bound.family.attention) for block in bound.blocks_at(site.index)]
+                return _all(
+                    [Tap(module, functools.partial(self._tower.see_attention, site)).remove for module in modules]
+                )
             case "vision", "hidden":
-                watch = functools.partial(self._see_block, site)
-                return bound.blocks[site.index].register_forward_hook(Hook(watch), with_kwargs=True).remove
+                watch = functools.partial(self._tower.see_block, site)
+                blocks = bound.blocks_at(site.index)
+                return _all([block.register_forward_hook(Hook(watch), with_kwargs=True).remove for block in blocks])
             case "lm", "attention":
                 return Tap(bound.attention_of(site.index), functools.partial(self._see_lm, site.index)).remove
             case "lm", "hidden":
@@ -272,7 +259,9 @@ class Engine:
     def _request(self, clock: Clock) -> Request:
         override = self.override
         spans = None if override is None else override.spans
-        return Request(self.bound, self.attachment, self.active(), spans, self.suffix, clock, train=self.train)
+        made = Request(self.bound, self.attachment, self.active(), spans, self.suffix, clock, train=self.train)
+        made.placeholders = None if override is None else override.placeholders
+        return made
 
     @contextlib.contextmanager
     def _opened(self, request: Request) -> Iterator[Request]:
@@ -302,20 +291,27 @@ class Engine:
         state, held = state_of(cache), cache is not None and cache.get_seq_length() > 0
         if state is not None and state.attachment.bound.model is self.bound.model:
             state.attachment = self.attachment  # detached and compressed again in between
+        turn = is_turn(state, called)
+        again = turn and self.turns.again and self.active().reads_text
+        held = held and not again
         request = self._request(Clock(self.timing, self.bound.device, self._times(called, held)))
         request.encodings = encodings_of(called, request.plan)
         if state is not None and self.bound.info.mrope:
             called = {**called, "position_ids": positions_of_later_turn(state, called, self.bound.family.axes)}
-        request.called = called
+        read = Rereading(request, state, cache) if again else None
+        request.called = called if read is None else read.whole(called)
         with self._opened(request):
             try:
                 with request.clock.phase("decode" if held else "prefill"):
-                    output = plain(**called)
+                    output = plain(**request.called)
                 if not request.reached_lm and request.plan.plan.methods:
                     self._explain_the_silence()
+                filled = state_of(cache_of(output) if cache is None else cache)
+                if filled is not None:
+                    finish_turn(self.turns, request, filled, turn, held, read)
                 if request.ledger is not None:
                     self.ledgers.add(request.ledger)
-                return output
+                return output if read is None else shortened(output, read.new)
             finally:
                 self._leave_layers(request)
                 if request.lm is not None:
@@ -357,6 +353,7 @@ class Engine:
         if request is None:
             return None
         request.reached_lm = True
+        request.positions = kwargs.get("position_ids")
         if kwargs.get("inputs_embeds") is None:
             return None
         given = without_cache(self.bound, kwargs) if request.plan.plan.methods else kwargs
@@ -412,100 +409,10 @@ class Engine:
             request.checkpointed = index
         return changed
 
-    def _tower_pass(self) -> TowerPass | None:
-        request = self._mine()
-        return None if request is None or request.encoding is None else request.encoding.tower
-
-    def _enter_block(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before a vision block. Hidden states stay positional: transformers records the first argument."""
-        request = self._mine()
-        if request is None or request.encoding is None or request.plan.first_block is None:
-            return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        rest = kwargs if args else {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        with request.clock.phase("select"):
-            if request.encoding.tower is None:
-                request.encoding.tower = TowerPass(self.bound, request.plan, request.encoding, hidden, request.train)
-            hidden, rest = request.encoding.tower.enter(index, hidden, rest)
-        return (hidden, *args[1:]), rest
-
-    def _enter_half(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Before the norm that leads to a block's MLP."""
-        request, tower = self._mine(), self._tower_pass()
-        if request is None or tower is None or index not in request.plan.halves:
-            return None
-        with request.clock.phase("select"):
-            return (tower.enter_half(index, args[0]), *args[1:])
-
-    def _leave_mlp(self, index: int, module: nn.Module, args: Any, output: Tensor) -> Any:
-        tower = self._tower_pass()
-        return None if tower is None or index not in tower.plan.halves else tower.leave_mlp(output)
-
-    def _leave_block(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:
-        tower = self._tower_pass()
-        if tower is None or index not in tower.plan.halves:
-            return None
-        if isinstance(output, tuple):
-            return (tower.leave(index, output[0]), *output[1:])
-        return tower.leave(index, output)
-
-    def _leave_side_merger(self, module: nn.Module, args: Any, output: Tensor) -> Any:
-        tower = self._tower_pass()
-        return None if tower is None else tower.expanded(output)
-
-    def _see_tower(self, site: Site, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor | None:
-        """A tapped block shows its attention; what it returns is added to the logits."""
-        request, tower = self._mine(), self._tower_pass()
-        if tower is not None:
-            return tower.attend(site.index, module, q, k, v)
-        if request is not None:
-            encoder.read(request, site, encoder.tower_attention(self.bound, module, q, k, v))
-        return None
-
-    def _see_block(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        request, tower = self._mine(), self._tower_pass()
-        if request is not None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
-            if tower is not None:
-                tower.watch(site.index, before.to(after.device), after)
-                return
-            encoder.read(request, site, HiddenStates(before.to(after.device), after, int(self.bound.info.has_cls)))
-
     def _see_lm(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> None:
         lm = self._lm_pass()
         if lm is not None:
             lm.attention(layer, module, q, k, mask)
-
-    def _leave_tower(self, module: nn.Module, args: Any, output: Any) -> None:
-        request = self._mine()
-        if request is not None and request.encoding is not None and request.plan.features:
-            request.encoding.tower_output = output
-
-    def _enter_projector(self, module: nn.Module, args: Any) -> Any:
-        request = self._mine()
-        if request is None or request.encoding is None:
-            return None
-        rows = None
-        if request.plan.acts_in_tower:
-            rows = encoder.enter_projector(request, args[0])
-        request.clock.start("projector")
-        return None if rows is None else (rows, *args[1:])
-
-    def _leave_projector(self, module: nn.Module, args: Any, output: Tensor) -> Any:
-        request = self._mine()
-        if request is None or request.encoding is None:
-            return None
-        request.clock.stop()
-        site = Site("projector", 0, "hidden")
-        if request.encoding.reduced:
-            if request.plan.listeners.get(site):
-                raise UnsupportedError("a signal of the projector cannot be read where a step reduces in the tower.")
-            return encoder.take_projected(request, output)
-        if request.plan.listeners.get(site):
-            before, after = (x[None] if x.ndim == 2 else x for x in (args[0], output))
-            encoder.read(request, site, HiddenStates(before.to(after.device), after))
-        return None
 
     def parameters(self) -> dict[str, nn.Module]:
         """What the methods of the default plan built, under names that a file can hold."""
@@ -516,6 +423,16 @@ class Engine:
         self.train = on
         for module in self.default.modules.values():
             module.train(on)
+
+
+def _all(calls: list[Callable[[], None]]) -> Callable[[], None]:
+    """One call for several."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
 
 
 def _nothing() -> None:

@@ -1,5 +1,7 @@
 """What one forward of the base model was called with: its encodings, its positions, its items and its questions."""
 
+import dataclasses
+import itertools
 import sys
 from typing import Any
 
@@ -8,11 +10,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.cache import CacheState, check_cache, state_of
 from winnow.engine.encoding import EncoderRecord, is_marked, record_of
-from winnow.engine.item_tokens import Span, find_spans
+from winnow.engine.item_tokens import Span, find_spans, join_runs
 from winnow.engine.lm_pass import LMPass
+from winnow.engine.merged import merged_items
 from winnow.engine.request import Request, padding_mask
 from winnow.engine.spans import question_span
 
@@ -59,17 +63,21 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
     """The pass through the LM, if there is anything to do: items, or a cache that holds a reduced prompt."""
     cache = arguments.get(request.bound.cache_name)
     _refuse_unseen(request)
-    if not request.encodings and state_of(cache) is None:
+    merged = merged_items(request) if not request.encodings else None
+    if not request.encodings and merged is None and state_of(cache) is None:
         _refuse_chunks(request)
         return None
     if request.plan.plan.methods:
         if request.encodings:
             request.bound.check_seams()
         if cache is not None:
-            check_cache(cache)
+            check_cache(cache, request.bound.windowed)
     given = padding_mask(request, arguments)
     if given is not None and (not isinstance(given, Tensor) or given.ndim != 2):
         raise UnsupportedError("compression takes a 2-D attention_mask (1 real, 0 padding); got a prepared mask.")
+    if merged is not None:
+        spans, ends, ids = merged
+        return LMPass(request, arguments, spans, _questions(request, arguments, ids, ends), ends)
     if not request.encodings:
         return LMPass(request, arguments)
     ids = _token_ids(request)
@@ -139,9 +147,11 @@ def _spans(request: Request, ids: Tensor) -> tuple[list[tuple[Span, EncoderRecor
     for modality, record in request.encodings.items():
         if record.plan is not request.plan:
             raise WinnowError("these encoder outputs were made under another plan; encode again under this one.")
-        if request.bound.family.generic and record.joined:
+        if request.bound.family.generic and record.undivided:
             _split_by_runs(request, ids, record)
         own, last = find_spans(ids, request.bound.token_ids[modality], record.lengths, modality)
+        if request.bound.family.joined:
+            own, record = joined_items(request.bound, own, record)
         found += [(span, record) for span in own]
         ends = [max(a, b) for a, b in zip(ends, last, strict=True)]
     return sorted(found, key=lambda pair: (pair[0].row, int(pair[0].where[0]))), ends
@@ -162,6 +172,16 @@ def _split_by_runs(request: Request, ids: Tensor, record: EncoderRecord) -> None
         record.layouts = request.bound.family.layouts(request.bound.model, record)
 
 
+def joined_items(bound: BoundModel, spans: list[Span], record: EncoderRecord) -> tuple[list[Span], EncoderRecord]:
+    """Items of the encoder in one run of placeholders are one item; readings are shared with the encoder's record."""
+    own, parts = join_runs(spans)
+    ends = list(itertools.accumulate(parts))
+    lengths = tuple(sum(record.lengths[end - n : end]) for end, n in zip(ends, parts, strict=True))
+    made = dataclasses.replace(record, lengths=lengths, parts=parts)
+    made.layouts = bound.family.layouts(bound.model, made)
+    return own, made
+
+
 def _questions(request: Request, arguments: dict[str, Any], ids: Tensor, ends: list[int]) -> list[tuple[int, int]]:
     """The span of the question of each row: the caller's, or the text behind the last item."""
     length, given = ids.shape[1], request.spans
@@ -180,5 +200,5 @@ def _questions(request: Request, arguments: dict[str, Any], ids: Tensor, ends: l
             continue
         real = None if mask is None else mask[row, -length:].nonzero()
         stop = int(real[-1]) + 1 if real is not None and len(real) else length
-        questions.append(question_span(ids[row], end, stop, request.suffix or ()))
+        questions.append(question_span(ids[row], max(end, request.question_from), stop, request.suffix or ()))
     return questions

@@ -15,6 +15,7 @@ from winnow.engine import saving
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.engine import Engine, overrides
+from winnow.engine.merged import checked_placeholders
 from winnow.engine.request import Override
 from winnow.engine.spans import checked_spans
 from winnow.models.families import unwrap
@@ -82,7 +83,11 @@ class Handle:
 
     @contextmanager
     def using(
-        self, plan: str | Plan | Method | None = FULL, *, spans: Sequence[tuple[int, int]] | None = None
+        self,
+        plan: str | Plan | Method | None = FULL,
+        *,
+        spans: Sequence[tuple[int, int]] | None = None,
+        placeholders: Tensor | None = None,
     ) -> Iterator["Handle"]:
         """Another plan in this context only: this thread, this task. A thread that is started inside does not see it.
 
@@ -90,11 +95,14 @@ class Handle:
             plan: `"full"` or None is the model without compression.
             spans: (start, end) of the question's tokens for each sample, padding included, where the default (text
                 behind the last picture, less what the chat template adds) is not the question.
+            placeholders: `[B, S]` booleans, for `inputs_embeds` that have pictures in them already: where their rows
+                are. Each unbroken run is one picture; nothing is known of its grid, nor of the tower.
         """
         engine = self._engine
         if not engine.attached:
             raise WinnowError("this handle is detached; call winnow.compress again.")
-        override = Override(engine.bind(Plan.of(FULL if plan is None else plan)), checked_spans(spans))
+        bound = engine.bind(Plan.of(FULL if plan is None else plan))
+        override = Override(bound, checked_spans(spans), checked_placeholders(placeholders))
         token = overrides.set({**overrides.get(), id(engine.attachment): override})
         try:
             yield self

@@ -171,6 +171,25 @@ def find_spans(
     return spans, ends
 
 
+def join_runs(spans: Sequence[Span]) -> tuple[list[Span], tuple[int, ...]]:
+    """Spans of one unbroken run of placeholders as one, numbered anew, and how many spans became each item.
+
+    Args:
+        spans: as `find_spans` gives them; rows that `generate` has repeated have the same runs.
+    """
+    runs: list[list[Span]] = []
+    for span in spans:
+        before = runs[-1][-1] if runs else None
+        if before is not None and before.row == span.row and int(span.where[0]) == int(before.where[-1]) + 1:
+            runs[-1].append(span)
+        else:
+            runs.append([span])
+    parts = {run[0].number: len(run) for run in runs}
+    numbers = {first: number for number, first in enumerate(sorted(parts))}
+    joined = [Span(run[0].row, numbers[run[0].number], torch.cat([span.where for span in run])) for run in runs]
+    return joined, tuple(parts[first] for first in numbers)
+
+
 def content_mask(layout: Layout) -> Tensor:
     """`[n]` which tokens of a layout are content."""
     return torch.from_numpy(layout.kind == CONTENT)

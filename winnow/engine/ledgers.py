@@ -33,7 +33,7 @@ def write_ledger(request: Request, lm: LMPass | None, arguments: dict[str, Any],
     depth = len(request.bound.layers)
     layers = tuple(lm.packing_at(index).sizes for index in range(depth))
     sizes = lm.tokens.initial.sizes
-    ledger = _ledger(request, sizes, layers, lm.notes)
+    ledger = ledger_of(request, sizes, layers, lm.notes)
     ledger.items = tuple(item.record for item in lm.items)
     _count_bytes(ledger, lm.cache, lm.before + lm.tokens.initial.logical)
     return ledger
@@ -52,14 +52,16 @@ def _count_bytes(ledger: Ledger, cache: Any, length: int) -> None:
         ledger.kv_bytes_full += bytes_ // layer.keys.shape[-2] * (length if window is None else min(length, window - 1))
 
 
-def _ledger(
+def ledger_of(
     request: Request, sizes: tuple[int, ...], layers: tuple[tuple[int, ...], ...], notes: dict[str, Any]
 ) -> Ledger:
+    """A ledger without items: what each sample had, and what each layer read of it."""
     config, plan = request.bound.lm.config, request.plan
     return Ledger(
         plan=plan.plan.key,
         positions=plan.plan.positions,
         resolved=plan.resolved.key,
+        adapter=request.bound.family.name,
         logical=sizes,
         layer_tokens=layers,
         flops=lm_flops(config, layers),
@@ -74,13 +76,20 @@ def _in_full(request: Request, arguments: dict[str, Any], rows: int, length: int
     given = padding_mask(request, arguments)
     two_d = given if getattr(given, "ndim", 0) == 2 else None
     _, sizes, *_ = row_mask(two_d, rows, length, arguments["inputs_embeds"].device)
-    ids = request.called.get("input_ids")
+    reason = why_in_full(request, request.called.get("input_ids"))
+    return ledger_of(request, sizes, (sizes,) * len(request.bound.layers), {"read_in_full": reason})
+
+
+def why_in_full(request: Request, ids: Any) -> str:
+    """Why a request has no items.
+
+    Args:
+        ids: of its prompt, if there were any.
+    """
     words = {m: int((ids == t).sum()) for m, t in request.bound.token_ids.items()} if ids is not None else {}
     left = [f"{count} {modality} placeholders" for modality, count in words.items() if count]
     if ids is None:
-        reason = "only inputs_embeds were given: pictures in them cannot be told from text, and were read in full"
-    elif left:
-        reason = f"the prompt holds {' and '.join(left)}, but no pixels came with it: they were read as words"
-    else:
-        reason = "no picture came with the request"
-    return _ledger(request, sizes, (sizes,) * len(request.bound.layers), {"read_in_full": reason})
+        return "only inputs_embeds were given: pictures in them cannot be told from text, and were read in full"
+    if left:
+        return f"the prompt holds {' and '.join(left)}, but no pixels came with it: they were read as words"
+    return "no picture came with the request"

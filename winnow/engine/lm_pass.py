@@ -26,8 +26,9 @@ from winnow.engine.encoding import EncoderRecord
 from winnow.engine.item_tokens import LMTokens, Span, carried, content_mask
 from winnow.engine.packed import PackedSequence, packed_segments, row_mask
 from winnow.engine.probing import probe_layer
+from winnow.engine.remember import remember_layers, remember_positions
 from winnow.engine.request import Request, padding_mask
-from winnow.engine.runner import Change, StepRunner
+from winnow.engine.runner import Change, StepRunner, add_notes
 from winnow.engine.whole_call import WholeCall
 from winnow.signals.language import LMAttentionInputs, TextSpans, as_visible
 from winnow.signals.tap import scaling_of
@@ -95,6 +96,8 @@ class LMPass:
         self.notes: dict[str, Any] = {}
         self.packings: list[tuple[int, Packing]] = [(0, self.tokens.packing)]
         self.items = [self._item(span, record, mask) for span, record in spans]
+        if self.items and self.plan.plan.methods:
+            self.bound.family.check_prompt(self.bound.model, self.before + length)
         self.runner = StepRunner(self.plan, self.note, request.train)
         self._lm_past: Past | None = None
         self.merged: list[Merged] = []
@@ -120,10 +123,7 @@ class LMPass:
 
     def note(self, notes: dict[str, Any]) -> None:
         """Take what a step recorded: counts add up."""
-        for name, value in notes.items():
-            known = self.notes.get(name)
-            adds = known is not None and isinstance(value, int | Tensor) and not isinstance(value, bool)
-            self.notes[name] = known + value if adds else value
+        add_notes(self.notes, notes)
 
     def _item(self, span: Span, record: EncoderRecord, mask: Tensor) -> LMTokens:
         layout = record.layouts[span.number]
@@ -179,8 +179,8 @@ class LMPass:
         past = self._lm_past = None if self.state is None else self.state.layers.get(0)
         if not tokens.touched and past is None:
             return None
-        held = self._held(0)
-        mask = tokens.lm_mask(hidden, self._past_mask(past), held)
+        held = self.held(0)
+        mask = tokens.lm_mask(hidden, self.past_mask(past), held)
         return {
             **arguments,
             "inputs_embeds": hidden,
@@ -191,6 +191,11 @@ class LMPass:
     @property
     def flash(self) -> bool:
         return "flash" in (self.bound.lm.config._attn_implementation or "")
+
+    @property
+    def sdpa(self) -> bool:
+        """Whether a lone token is given no mask; other implementations make one for the length that layer 0 holds."""
+        return self.bound.lm.config._attn_implementation == "sdpa"
 
     def first_layer(self, arguments: dict[str, Any]) -> int | None:
         """The first layer that must be told something before it runs; None where all go on as the LM is called.
@@ -205,7 +210,7 @@ class LMPass:
         first = [self.plan.first_layer] if self.items and self.plan.first_layer is not None else []
         state = self.state
         if state is not None and state.first_other is not None:
-            quiet = not state.padded and self._nothing_to_mask(self._lm_past, arguments)
+            quiet = self.sdpa and not state.padded and self._nothing_to_mask(self._lm_past, arguments)
             if not quiet:
                 first.append(state.first_other)
         return min(first, default=None)
@@ -219,7 +224,7 @@ class LMPass:
         if self.state is not None and self.state.layers:
             given = arguments.get("attention_mask")
             masks = given.values() if isinstance(given, dict) else (given,)
-            one = self.tokens.packing.width == 1 and self.bound.lm.config._attn_implementation == "sdpa"
+            one = self.tokens.packing.width == 1 and self.sdpa
             quiet = one and not self.state.padded and all(mask is None for mask in masks)
             first += [] if quiet else [min(self.state.layers)]
         return min(first, default=None)
@@ -260,7 +265,7 @@ class LMPass:
         changed = {
             **arguments,
             "position_embeddings": tokens.embeddings(arguments["position_embeddings"], hidden, past),
-            "attention_mask": tokens.layer_mask(index, hidden, self._past_mask(past), self._held(index)),
+            "attention_mask": tokens.layer_mask(index, hidden, self.past_mask(past), self.held(index)),
             # Flash attention would read gapped positions as packed samples; nothing else needs them here.
             "position_ids": None,
         }
@@ -276,7 +281,7 @@ class LMPass:
     def _nothing_to_mask(self, past: Past | None, arguments: dict[str, Any]) -> bool:
         """A decoded token reads all that its layer holds, whatever that is: no mask, and its own position."""
         plain = self.tokens.packing is self.tokens.at_lm and self.tokens.packing.width == 1 and not self.tokens.compact
-        return plain and arguments.get("attention_mask") is None and self._past_mask(past) is None
+        return plain and arguments.get("attention_mask") is None and self.past_mask(past) is None
 
     def attention(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, mask: Any = None) -> None:
         """A tapped LM layer shows its queries, keys and mask; by now its cache holds the keys of this forward too."""
@@ -302,7 +307,7 @@ class LMPass:
                     item.signals[signal] = own[item.slots] if signal.per == "token" else own
 
     def _inputs(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, mask: Any = None) -> LMAttentionInputs:
-        past = self._past_mask(self._past(layer))
+        past = self.past_mask(self._past(layer))
         content = []
         for row in range(len(self.tokens.packing.sizes)):
             own = [item.slots for item in self.items if item.row == row and item.count]
@@ -339,13 +344,13 @@ class LMPass:
         """What the cache holds for a layer, if it is not what the caller gave."""
         return None if self.state is None else self.state.layers.get(self.bound.kv_of[index])
 
-    def _held(self, index: int) -> int:
+    def held(self, index: int) -> int:
         """Slots that the cache of a layer holds before this forward."""
         if self.cache is None or index >= len(self.cache.layers):
             return 0
         return self.cache.layers[index].get_seq_length()
 
-    def _past_mask(self, past: Past | None) -> Tensor | None:
+    def past_mask(self, past: Past | None) -> Tensor | None:
         return self.caller_past if past is None else past.mask
 
     def _load_signals(self) -> None:
@@ -418,7 +423,7 @@ class LMPass:
         return hidden
 
     def _tag(self) -> None:
-        check_cache(self.cache)  # type: ignore[arg-type]
+        check_cache(self.cache, self.bound.windowed)  # type: ignore[arg-type]
         self.state = tag(self.cache, self.request.attachment, self.before)  # type: ignore[arg-type]
         self.state.inside = self.bound.short
 
@@ -455,70 +460,15 @@ class LMPass:
             state.logical = self.before + self.tokens.initial.logical
             if self.items:
                 state.prompt = self.before + max(self.ends)
-            self._remember_layers(state)
+            remember_layers(self, state)
             if self.bound.info.mrope:
-                self._remember_positions(state)
+                remember_positions(self, state)
         return self.tokens.to_logical(last, self.tokens.packing) if self.tokens.touched else last
 
     def close(self) -> None:
         """Also after an exception: the cache tells its logical length again."""
         if self.state is not None:
             self.state.inside = False
-
-    def _remember_layers(self, state: CacheState) -> None:
-        """What each layer's cache holds from now on."""
-        if not self.tokens.touched and not state.padded and not self.tokens.packing.padded:
-            return  # each layer has grown by the same real tokens: what is remembered of it still holds
-        known: dict[Any, Past] = {}
-        for index in range(len(self.bound.layers)):
-            packing, past = self.packing_at(index), state.layers.get(index)
-            if past is None and packing is self.tokens.initial:
-                continue  # nothing was ever dropped: the caller's mask says it all
-            key = (id(packing), id(past))
-            if key not in known:
-                known[key] = self._next_past(packing, past, index)
-            state.layers[index] = known[key]
-        state.settle(len(self.bound.layers))
-
-    def _next_past(self, packing: Packing, past: Past | None, index: int) -> Past:
-        before = self._past_mask(past)
-        offset = torch.zeros(len(packing.sizes), dtype=torch.int64) if past is None else past.offset
-        if self.tokens.compact and packing is not self.tokens.initial:
-            gone = [a - b for a, b in zip(self.tokens.initial.sizes, packing.sizes, strict=True)]
-            offset = offset + torch.tensor(gone).to(offset.device)
-        mask = None
-        if before is not None or packing.padded:
-            if before is None:
-                held = self._held(index) - packing.width if self.whole is None else self.held_before[index]
-                before = torch.ones(len(packing.sizes), held, dtype=torch.bool, device=packing.mask.device)
-            mask = torch.cat([before.to(packing.mask.device), packing.mask], 1)
-        elif past is not None and offset is past.offset and (self.whole is None or packing is self.tokens.initial):
-            return past
-        if self.whole is None:
-            return Past(mask, offset)
-        return Past(mask, offset, *self._columns(packing, past, index))
-
-    def _columns(self, packing: Packing, past: Past | None, index: int) -> tuple[Tensor, int]:
-        """The logical positions of a layer's slots from now on, and how far they are listed."""
-        if packing is self.tokens.initial and past is not None:
-            return past.logical, past.until  # type: ignore[return-value]
-        if past is not None:
-            old = past.columns(self.before).to(packing.source.device)
-        else:
-            first = self.before - self.held_before[index]
-            old = torch.arange(first, self.before, device=packing.source.device).expand(len(packing.sizes), -1)
-        return torch.cat([old, self.before + packing.source], 1), self.before + self.tokens.initial.logical
-
-    def _remember_positions(self, state: CacheState) -> None:
-        """With 3-D positions: how many real tokens each row has, and how far its positions run ahead of them."""
-        real = self.tokens.initial.mask.sum(1)
-        state.real = real if state.real is None else state.real + real
-        if self.items:
-            axes = self.tokens.positions
-            axes = axes[None] if axes.ndim == 2 else axes[-3:]
-            axes = axes.expand(-1, len(self.tokens.initial.sizes), -1)
-            last = axes.masked_fill(~self.tokens.initial.mask, 0).amax((0, 2))
-            state.rope_deltas = (last + 1 - state.real)[:, None]
 
     def packing_at(self, layer: int) -> Packing:
         """The packing with which an LM layer ran."""

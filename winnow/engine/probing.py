@@ -40,7 +40,8 @@ def probe_layer(
         q, k = _for_one_query(layer, attention, args, arguments, last)
     held = held_by(cache, attention.layer_idx)
     if held:
-        k = torch.cat([cache.layers[attention.layer_idx].keys[:, :, -held:], k], 2)
+        keys = cache.layers[attention.layer_idx].keys[:, :, -held:]
+        k = torch.cat([keys.to(k.device), k], 2)  # an offloaded cache keeps them on the CPU
     return q, k
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from winnow.core.ledger import Ledger
 from winnow.engine.bound_model import BoundModel
@@ -32,6 +33,7 @@ class Override:
 
     plan: BoundPlan
     spans: Spans | None
+    placeholders: Tensor | None = None
 
 
 def _backward_now() -> int:
@@ -56,6 +58,10 @@ class Request:
         encoding: the encoder call that is running now.
         lm: the pass through the language model that is running now.
         reached_lm: whether the language model was called.
+        positions: with which it was called.
+        outputs: modality → what the encoder gave in this forward.
+        placeholders: `[B, S]` where the caller's embeddings hold pictures.
+        question_from: where the question of a conversation that is read again begins at the earliest.
         uses_layers: whether the layers of the LM are hooked for this request.
         checkpointed: the LM layer that was last changed before its checkpoint.
         ledger: of this request, once its prefill is done.
@@ -74,6 +80,10 @@ class Request:
     encoding: EncoderRecord | None = None
     lm: Any = None
     reached_lm: bool = False
+    positions: Any = None
+    outputs: dict[str, Any] = field(default_factory=dict)
+    placeholders: Tensor | None = None
+    question_from: int = 0
     uses_layers: bool = False
     checkpointed: int | None = None
     ledger: Ledger | None = None

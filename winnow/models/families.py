@@ -15,9 +15,37 @@ from winnow.models.generic import Generic
 from winnow.models.supported_versions import check_version, is_trying
 
 FAMILIES = {
+    "aya_vision": "winnow.models.cohere_vision:CohereVision",
+    "cohere2_vision": "winnow.models.cohere_vision:CohereVision",
+    "gemma3": "winnow.models.gemma3:Gemma3",
+    "gemma4": "winnow.models.gemma4:Gemma4",
+    "gemma4_unified": "winnow.models.gemma4:Gemma4Unified",
+    "glm46v": "winnow.models.glm4v:Glm4V",
+    "glm4v": "winnow.models.glm4v:Glm4V",
+    "glm4v_moe": "winnow.models.glm4v:Glm4V",
+    "glm_ocr": "winnow.models.glm4v:Glm4V",
+    "idefics3": "winnow.models.idefics3:Idefics3",
+    "internvl": "winnow.models.internvl:InternVL",
+    "lighton_ocr": "winnow.models.mistral3:LightOnOcr",
+    "llama4": "winnow.models.llama4:Llama4",
     "llava": "winnow.models.llava:Llava",
     "llava_next": "winnow.models.llava_next:LlavaNext",
+    "llava_next_video": "winnow.models.llava_next_video:LlavaNextVideo",
+    "llava_onevision": "winnow.models.llava_onevision:LlavaOnevision",
+    "minicpmv4_6": "winnow.models.minicpmv4_6:MiniCPMV46",
+    "mistral3": "winnow.models.mistral3:Mistral3",
+    "paligemma": "winnow.models.paligemma:PaliGemma",
+    "qianfan_ocr": "winnow.models.internvl:QianfanOCR",
+    "qwen2_5_omni_thinker": "winnow.models.qwen2_5_omni:Qwen25Omni",
     "qwen2_5_vl": "winnow.models.qwen2_5_vl:Qwen25VL",
+    "qwen2_vl": "winnow.models.qwen2_vl:Qwen2VL",
+    "qwen3_5": "winnow.models.qwen3_5:Qwen35",
+    "qwen3_5_moe": "winnow.models.qwen3_5:Qwen35",
+    "qwen3_vl": "winnow.models.qwen3_vl:Qwen3VL",
+    "qwen3_vl_moe": "winnow.models.qwen3_vl:Qwen3VL",
+    "shieldgemma2": "winnow.models.gemma3:Gemma3",
+    "smolvlm": "winnow.models.idefics3:Idefics3",
+    "video_llava": "winnow.models.video_llava:VideoLlava",
 }
 
 
@@ -42,8 +70,9 @@ def family_of(model: Any) -> Family:
         return family()
     if family is None and Generic.fits(model):
         return Generic(model, _checked_points(model))
+    reason = Generic.why_not(model) if family is None else "it has no head that says words"
     raise UnsupportedError(
-        f"{type(model).__name__} (model_type {_kind(model)!r}) is not supported: {Generic.why_not(model)}. `winnow "
+        f"{type(model).__name__} (model_type {_kind(model)!r}) is not supported: {reason}. `winnow "
         "families` lists what works for each class. An adapter is one short file: see the page 'Add a model family' of "
         "the documentation."
     )
@@ -75,7 +104,9 @@ def _kind(model: Any) -> str | None:
 
 
 def _has_head(model: Any) -> bool:
-    return hasattr(model, "lm_head")
+    """Whether a model says words: a base model of a known family does not."""
+    outputs = getattr(model, "get_output_embeddings", None)
+    return hasattr(model, "lm_head") or (outputs is not None and outputs() is not None)
 
 
 _registered: dict[str, type[Family]] = {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -21,11 +22,13 @@ class Encoding:
         modality: image or video.
         inputs: the keyword arguments of the encoder call (sizes and grids are needed for layouts).
         lengths: tokens of each item in the LM's sequence, once the encoder has run.
+        parts: how many of the encoder's items became each item, where the prompt has joined some (`Family.joined`).
     """
 
     modality: str
     inputs: Mapping[str, Any]
     lengths: tuple[int, ...] = ()
+    parts: tuple[int, ...] = ()
 
 
 class Family:
@@ -35,6 +38,7 @@ class Family:
         name: of the family.
         model_types: `config.model_type` values.
         tower, blocks, attention, projector: where the tower, its blocks, a block's attention and the connector are.
+        other_blocks: blocks of further towers of the same shape, where each modality has a tower of its own.
         encoders: (method of the base model, modality, name of the placeholder id in the configuration).
         points: where steps can act.
         mrope: whether positions are 3-D.
@@ -42,6 +46,8 @@ class Family:
         short: whether the language model may be called with the shortened sequence, because all its layers attend
             causally to everything before. Otherwise it is called with the whole sequence, and its layers are given
             the part that is left.
+        joined: whether items of the encoder that stand in one unbroken run of placeholders (the tiles of a picture) are
+            one item. Only for families without steps at `features`, where the prompt is not known yet.
         generic: whether nothing is known of the class but its seams.
         halves: of a block, the norm before its MLP and the MLP, whose output is added to what the norm was given.
             Needed for steps at `blocks[i].mlp`.
@@ -55,11 +61,13 @@ class Family:
     blocks: ClassVar[str | None] = "vision_tower.encoder.layers"
     attention: ClassVar[str] = "self_attn"
     projector: ClassVar[str | None] = "multi_modal_projector"
+    other_blocks: ClassVar[tuple[str, ...]] = ()
     encoders: ClassVar[tuple[tuple[str, str, str], ...]] = (("get_image_features", "image", "image_token_id"),)
     points: ClassVar[tuple[str, ...]] = ("features", "projected", "layers")
     mrope: ClassVar[bool] = False
     axes: ClassVar[int] = 3
     short: ClassVar[bool] = False
+    joined: ClassVar[bool] = False
     generic: ClassVar[bool] = False
     halves: ClassVar[tuple[str, str]] = ("layer_norm2", "mlp")
     packed: ClassVar[bool] = False
@@ -68,6 +76,9 @@ class Family:
     def check(self, model: Any) -> None:
         """Raise an UnsupportedError where this very model has something that the family cannot do."""
 
+    def check_prompt(self, model: Any, tokens: int) -> None:
+        """Raise an UnsupportedError where a prompt of this many tokens, those of the cache included, is too long."""
+
     def rows(self, output: Any) -> Any:
         """`[items][n, D]` the tokens of each item in an encoder's output, or None where it holds none."""
         return getattr(output, "pooler_output", None)
@@ -75,6 +86,10 @@ class Family:
     def info(self, model: Any) -> ModelInfo:
         """What is known of this model before data."""
         raise NotImplementedError
+
+    def lengths(self, model: Any, encoding: Encoding, pooled: Sequence[Tensor]) -> tuple[int, ...]:
+        """Tokens of each item in what the encoder pooled; by default each of its elements is an item."""
+        return tuple(x.reshape(-1, x.shape[-1]).shape[0] for x in pooled)
 
     def layouts(self, model: Any, encoding: Encoding) -> tuple[Layout, ...]:
         """The layout of each item as its tokens stand in the LM's sequence."""
@@ -106,6 +121,14 @@ class Family:
     def features(self, model: Any, encoding: Encoding, output: Any) -> Tensor:
         """`[tiles, N, C]` what the tower gives the projector, [CLS] included, from the tower's output."""
         raise NotImplementedError
+
+    def windows(self, model: Any, encoding: Encoding, tokens: int) -> tuple[int, ...]:
+        """Where one call of a block's attention has several pictures side by side: the tokens of each, in order.
+
+        Args:
+            tokens: of the call.
+        """
+        return (tokens,)
 
     def cells(self, model: Any, encoding: Encoding, values: Sequence[Tensor]) -> Tensor:
         """Join what a module's calls gave, `[calls][tiles, N, …]`, into a row for each cell of the tower's output."""
@@ -166,3 +189,8 @@ def feature_block(vision_feature_layer: int | Sequence[int]) -> int:
 def join_tiles(values: Sequence[Tensor]) -> Tensor:
     """`[calls][tiles, N, …]` → `[tiles · N, …]`."""
     return torch.cat([x.flatten(0, 1) for x in values])
+
+
+def token_starts(encoding: Encoding) -> tuple[int, ...]:
+    """The first cell of each item, where `cells` gives a row for each of its tokens."""
+    return (0, *accumulate(encoding.lengths))[:-1]

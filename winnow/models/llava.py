@@ -1,7 +1,8 @@
 """LLaVA: one square picture, one grid; a CLIP tower with [CLS] or a SigLIP tower without."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -9,30 +10,18 @@ from torch import Tensor
 from winnow.core.errors import UnsupportedError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
-from winnow.models.family import Encoding, Family, feature_block, join_tiles, seam
+from winnow.models.family import Encoding, join_tiles
+from winnow.models.towers import KnownTower
 
 
-class Llava(Family):
+class Llava(KnownTower):
     name = "llava"
     model_types = ("llava",)
+    points: ClassVar[tuple[str, ...]] = ("blocks", "blocks.mlp", "features", "projected", "layers")
     short = True
-    points = ("blocks", "blocks.mlp", "features", "projected", "layers")
 
     def info(self, model: Any) -> ModelInfo:
-        config = model.config
-        text = config.get_text_config()
-        has_cls = hasattr(seam(model.base_model, self.tower, model).embeddings, "class_embedding")
-        return ModelInfo(
-            model=type(model).__name__,
-            family=self.name,
-            depth=text.num_hidden_layers,
-            width=text.hidden_size,
-            vision_width=config.vision_config.hidden_size,
-            vision_depth=len(seam(model.base_model, self.blocks, model)),
-            feature_layer=feature_block(config.vision_feature_layer),
-            has_cls=has_cls,
-            points=self.offered(config, has_cls),
-        )
+        return replace(super().info(model), points=self.offered(model.config, self.has_cls(model)))
 
     def offered(self, config: Any, has_cls: bool) -> tuple[str, ...]:
         """The points of a checkpoint: none of the tower where the projector reads several of its layers."""

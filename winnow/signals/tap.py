@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from winnow.core.errors import UnsupportedError
+from winnow.signals.sequences import sequences
 
 Listener = Callable[[nn.Module, Tensor, Tensor, Tensor, Any], Tensor | None]
 """Gets the module, queries, keys, values and mask; may return what is added to the logits, as a mask of floats."""
@@ -114,8 +115,10 @@ def _tapped_attention(
         box.append((query, key))
         raise Stop
     if listener is not None:
-        added = listener(module, query, key, value, attention_mask)
-        if added is not None and attention_mask is not None:
+        parts = sequences(module, query, key, value, attention_mask, kwargs.get("cu_seq_lens_q"))
+        heard = [listener(module, *part, attention_mask) for part in parts]
+        added = heard[0] if len(heard) == 1 else next((x for x in heard if x is not None), None)
+        if added is not None and (attention_mask is not None or len(heard) > 1):
             raise UnsupportedError(
                 f"{type(module).__name__} has an attention mask of its own, which is not understood; use a method that "
                 "neither weighs tokens by their size nor keeps unequal numbers of them in the tower."

@@ -47,13 +47,19 @@ class HiddenStates:
     """What a signal is shown at `shows="hidden"`, and at the projector: what goes into the module and what comes out.
 
     Attributes:
-        before, after: `[tiles, N, D]` in the tower, `[B, P, D]` in the language model.
+        before, after: `[tiles, N, D]` in the tower, `[B, P, D]` in the language model. Where the module reads all
+            pictures as one sequence, `[1, N, D]`.
         prefix: tokens before the patches, in the tower.
     """
 
     before: Tensor
     after: Tensor
     prefix: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("before", "after"):
+            if getattr(self, name).ndim == 2:
+                object.__setattr__(self, name, getattr(self, name)[None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +93,8 @@ class VisionSignal(Signal):
         """The number of the block, from 0."""
         if not info.vision_depth:
             raise UnsupportedError(
-                f"winnow does not know the vision tower of {info.model}, whose adapter is the generic one; use "
-                "a method that does not look at it (`winnow methods` lists what each looks at)."
+                f"winnow knows no vision tower of {info.model}: some models have none, and the generic adapter sees "
+                "none. Use a method that does not look at it (`winnow methods` lists what each looks at)."
             )
         layer = info.feature_layer if self.layer == "feature" else self.layer
         return block_index(layer, info.vision_depth, f"the vision tower of {info.model}")
