@@ -54,6 +54,21 @@ def test_keep_all_is_bit_identical(name):
     assert torch.equal(forward(model, inputs).logits, logits)
 
 
+@pytest.mark.parametrize("name", kinds())
+def test_keep_all_gives_hidden_tokens_what_the_plain_model_gives_them(name):
+    """Nobody reads pictures that the caller's mask hides; their own outputs are those of the plain model."""
+    own = build(name)
+    model, inputs = own.model(), own.batch(rows_of(own))
+    placeholders = torch.tensor([getattr(model.config, name) for *_, name in family_of(model).encoders])
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).clone()
+    mask[-1, torch.isin(inputs["input_ids"][-1], placeholders)] = 0
+    inputs = {**inputs, "attention_mask": mask}
+    logits = forward(model, inputs).logits
+    for at in places(name):
+        with winnow.compress(model, Pick(keep="100%", at=at)):
+            assert torch.equal(forward(model, inputs).logits, logits), at
+
+
 @pytest.mark.parametrize("at", ["projected", "layers[1]", "layers[2]"])
 @pytest.mark.parametrize("name", kinds())
 def test_a_subset_equals_the_plain_model_that_cannot_read_the_rest(name, at):

@@ -61,6 +61,6 @@ def followed(
     for step in merged:
         dense[step.row, step.at] = step.reduction.apply(dense[step.row, step.was]).to(dense.dtype)
     source = packing.source.to(features.device)
-    left = mask.gather(1, source) & packing.mask.to(features.device)
+    left = mask.gather(1, source)  # also of tokens that the caller's mask hides, as in the plain model
     rows = dense.gather(1, source[..., None].expand(-1, -1, dense.shape[-1]))
     return left, rows[left]
