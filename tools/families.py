@@ -66,7 +66,8 @@ def row(name: str | None) -> dict[str, Any]:
         batch = build.collate(samples, side="left", extra=1) if build.padding else {}
         checks = run_checks(model, samples, batch)
     except UnsupportedError as error:
-        return {"adapter": "", "points": [], "reason": build.cannot or _reason(str(error))}
+        reason = (build.cannot or _reason(str(error))).rstrip(".")
+        return {"adapter": "", "points": [], "reason": reason[:1].lower() + reason[1:]}
     red = [check for check in checks if not check.ok]
     if red:
         return {"adapter": "", "points": [], "reason": f"{red[0].name}: {red[0].detail}"}
