@@ -112,15 +112,15 @@ def known(outcome: Outcome, refusals: Sequence[dict[str, str]]) -> str | None:
     return " + ".join(dict.fromkeys(names)) if names else None
 
 
+def ended(run: Run, test: str) -> str:
+    """How a test ended. One that is marked as failing and passes by chance ends like one that fails."""
+    outcome = run.outcomes[test].outcome if test in run.outcomes else "not run"
+    return "xfailed" if outcome == "xpassed" else outcome
+
+
 def differing(plain: Run, planned: Run) -> list[str]:
-    """Tests that do not end alike. One that passes by chance, though marked as failing, ends like one that fails."""
-    same = {"xpassed": "xfailed"}
+    """Tests that do not end alike."""
     tests = plain.outcomes.keys() | planned.outcomes.keys()
-
-    def ended(run: Run, test: str) -> str | None:
-        outcome = run.outcomes[test].outcome if test in run.outcomes else None
-        return same.get(outcome, outcome)  # type: ignore[arg-type]
-
     return sorted(test for test in tests if ended(plain, test) != ended(planned, test))
 
 
@@ -144,19 +144,19 @@ def compare(folder: Path, model: str, out: Path, options: Sequence[str], refusal
             unknown.append(test)
         else:
             by_refusal.setdefault(name, []).append(test)
-    real = [test for test in unknown if not random(folder, test, out)]
+    real = [test for test in unknown if not random(folder, test, plain, out)]
     report(model, plain, planned, by_refusal, sorted(set(unknown) - set(real)), real)
     return not real
 
 
-def random(folder: Path, test: str, out: Path) -> bool:
-    """Whether a test ends in the same ways with a plan and without, when it is run a few times."""
+def random(folder: Path, test: str, plain: Run, out: Path) -> bool:
+    """Whether a test that is run a few times more ends under the plan in no other way than without."""
 
     def ways(attach: bool) -> set[str | None]:
         runs = (run(folder, [test], attach, out / "again.jsonl", ()) for _ in range(RERUNS))
-        return {found.outcomes[test].outcome if test in found.outcomes else None for found in runs}
+        return {ended(found, test) for found in runs}
 
-    return bool(ways(False) & ways(True))
+    return ways(True) <= ways(False) | {ended(plain, test)}
 
 
 def report(
@@ -182,8 +182,7 @@ def report(
     for test in chance:
         print(f"  random: {short(test)}")
     for test in real:
-        ended = [run.outcomes[test].outcome if test in run.outcomes else "not run" for run in (plain, planned)]
-        print(f"  DIFFERENT: {short(test)}: {ended[0]} plain, {ended[1]} under the plan")
+        print(f"  DIFFERENT: {short(test)}: {ended(plain, test)} plain, {ended(planned, test)} under the plan")
         for error in dict.fromkeys(planned.outcomes[test].errors if test in planned.outcomes else ()):
             print(f"    {error[:400]}")
 
