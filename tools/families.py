@@ -70,7 +70,7 @@ def row(name: str | None) -> dict[str, Any]:
         return {"adapter": "", "points": [], "reason": reason[:1].lower() + reason[1:]}
     red = [check for check in checks if not check.ok]
     if red:
-        return {"adapter": "", "points": [], "reason": f"{red[0].name}: {red[0].detail}"}
+        return {"adapter": "", "points": [], "reason": _found(f"{red[0].name}: {red[0].detail}")}
     if not family.generic:
         return {"adapter": family.name, "points": list(family.info(model).points), "reason": ""}
     said = next(check.detail for check in checks if check.name == GENERIC)
@@ -78,8 +78,13 @@ def row(name: str | None) -> dict[str, Any]:
     return {
         "adapter": family.name,
         "points": ["projected", "layers"] if inside else ["projected"],
-        "reason": "" if inside else said.partition("not inside the LM: ")[2],
+        "reason": "" if inside else _found(said.partition("not inside the LM: ")[2]),
     }
+
+
+def _found(detail: str) -> str:
+    """What a check has found, without what it suspects."""
+    return detail.partition(". Suspect:")[0]
 
 
 def _reason(message: str) -> str:
