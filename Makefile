@@ -63,7 +63,7 @@ demo: $(STAMP) ## Three scenes with and without compression; then a sweep of eig
 	$(BIN)/winnow report out/demo.sqlite --out out/report.html
 
 test: $(STAMP) ## The fast suite (no network, no GPU), and its report for the system table
-	$(PYTEST) $(FAST) --system-report $(REPORT)
+	$(PYTEST) tests $(FAST) --system-report $(REPORT)
 
 test-newest: $(NEWEST)/.installed ## The tests of the engine and of the families on the newest supported transformers
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(FAST) $(ON_NEWEST)
