@@ -114,6 +114,25 @@ def test_hidden_states_under_identity_are_bit_identical(build):
         assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True)), plan
 
 
+@pytest.mark.parametrize("build", zoo.BUILDS)
+def test_hidden_states_under_identity_are_those_that_gradients_flow_through(build):
+    """Not copies of them: the caller can retain their gradients, which are the plain model's, with padding too."""
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
+
+    def gradients():
+        output = model(**inputs, labels=labelled(inputs), output_hidden_states=True)
+        for state in output.hidden_states[:-1]:
+            state.retain_grad()
+        output.loss.backward()
+        return [state.grad for state in output.hidden_states[:-1]]
+
+    plain = gradients()
+    for plan in identities(build):
+        with winnow.compress(model, plan):
+            found = gradients()
+        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True)), plan
+
+
 @pytest.mark.parametrize(("kind", "build"), pairs(SOME))
 def test_fewer_logits_are_the_last_ones(kind, build):
     model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)

@@ -171,6 +171,8 @@ class PackedSequence:
         """Outputs at their logical length; a dropped position repeats the survivor before it."""
         if packing is self.initial or x.shape[1] != packing.width:
             return x  # as the caller gave them; or the model itself went on with the last token alone
+        if packing.source is self.initial.source:
+            return x  # nothing has moved: the tensor itself, through which gradients flow
         index = self.once(("logical", packing), packing.to_logical)
         return x.gather(1, index.to(x.device)[..., None].expand(-1, -1, x.shape[-1]))
 
