@@ -236,8 +236,8 @@ def test_a_family_of_a_stranger_says_what_it_does_not_offer(stranger):
 
 
 def test_without_its_file_the_family_is_refused():
-    with pytest.raises(winnow.UnsupportedError, match="vipllava"):
-        winnow.compress(vipllava(), "fastervlm:keep=5")
+    with pytest.raises(winnow.UnsupportedError, match="VipLlavaForConditionalGeneration has no adapter of its own"):
+        families.family_of(vipllava())
 
 
 def test_a_stranger_on_the_command_line(stranger, tmp_path):

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGener
 
 import winnow
 from winnow.core.plan import Plan
+from winnow.models import supported_versions
 
 
 @pytest.mark.parametrize("build", zoo.BUILDS)
@@ -193,8 +194,8 @@ def test_M5_other_models_are_refused_with_what_is_supported(make):
         winnow.compress(make(), Tapped())
     if isinstance(make(), nn.Module):
         assert isinstance(caught.value, winnow.UnsupportedError)
-        for family in ("llava", "llava_next", "qwen2_5_vl", "Add a model family"):
-            assert family in str(caught.value)
+        for told in ("is not supported: it", "`winnow families`", "Add a model family"):
+            assert told in str(caught.value)
 
 
 def test_M5_a_model_without_its_head_is_refused():
@@ -229,7 +230,8 @@ def test_M6_a_missing_seam_is_named_with_the_version_at_compress(build, path):
 @pytest.mark.parametrize("version", ["4.57.1", "5.0.0", "5.18.2", "5.25.0", "5.100.0.dev0", "6.0.0", "nightly"])
 def test_M6_a_version_outside_the_tested_range_is_refused_at_compress(monkeypatch, version):
     model = zoo.model("llava_clip")
-    monkeypatch.setattr(transformers, "__version__", version)
+    # transformers puts itself anew into the table of modules while it loads, so there can be two of it.
+    monkeypatch.setattr(supported_versions.transformers, "__version__", version)
     with pytest.raises(winnow.UnsupportedError, match=rf"{re.escape(version)}.*5\.19"):
         winnow.compress(model, Tapped())
 

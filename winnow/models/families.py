@@ -70,7 +70,11 @@ def family_of(model: Any) -> Family:
         return family()
     if family is None and Generic.fits(model):
         return Generic(model, _checked_points(model))
-    reason = Generic.why_not(model) if family is None else "it has no head that says words"
+    reason = (
+        Generic.why_not(model)
+        if family is None
+        else "it has no head that says words; load the ForConditionalGeneration class"
+    )
     raise UnsupportedError(
         f"{type(model).__name__} (model_type {_kind(model)!r}) is not supported: {reason}. `winnow "
         "families` lists what works for each class. An adapter is one short file: see the page 'Add a model family' of "
