@@ -73,7 +73,8 @@ def run(folder: Path, tests: Sequence[str], attach: bool, out: Path, options: Se
     """Run tests in a process of their own, and read what the plugin wrote."""
     out.unlink(missing_ok=True)
     environment = {
-        **os.environ,
+        # A run of its own, also where this one is a worker of pytest-xdist.
+        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")},
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([str(TOOLS.parent), str(TOOLS)]),
         "WINNOW_UPSTREAM_OUT": str(out.resolve()),
