@@ -1,5 +1,6 @@
 """What `winnow doctor` checks, and the methods that it checks with: each check is one function and one line."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -114,7 +115,7 @@ class Subject:
 
     @property
     def info(self) -> ModelInfo:
-        return family_of(self.inner).info(self.inner)
+        return self.bound.info
 
     @property
     def middle(self) -> int:
@@ -125,7 +126,7 @@ class Subject:
     def tolerance(self) -> float:
         return TOLERANCE.get(self.logits.dtype, 1e-1)
 
-    @property
+    @functools.cached_property
     def bound(self) -> BoundModel:
         return BoundModel.of(self.inner, family_of(self.inner))
 

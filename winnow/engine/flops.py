@@ -53,8 +53,6 @@ def _reach(config: Any, index: int) -> int:
 
 
 def kv_bytes_per_token(config: Any, itemsize: int) -> int:
-    """Bytes of the keys and values of one token in one layer."""
-    heads = config.num_attention_heads
-    kv = getattr(config, "num_key_value_heads", None) or heads
-    hd = getattr(config, "head_dim", None) or config.hidden_size // heads
+    """Bytes of the keys and values of one token in the first layer."""
+    _, _, kv, hd = _layer_shape(config, 0)
     return 2 * kv * hd * itemsize

@@ -7,7 +7,9 @@ layer is then given the part of it that belongs to the slots that are left.
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ class WholeCall:
             held: slots that its cache holds before this forward.
             linear: whether it keeps a state instead of keys and values.
         """
-        names = list(inspect.signature(type(module).forward).parameters)[2:]
+        names = _behind_hidden(type(module).forward)
         named = [self._cut(name, x, past, held, linear) for name, x in zip(names, args, strict=False)]
         changed = {name: self._cut(name, x, past, held, linear) for name, x in kwargs.items()}
         if MASK not in names[: len(args)] and MASK not in changed:
@@ -193,3 +195,9 @@ class WholeCall:
                 old = old[:, old.shape[1] - held :].to(own.device)
             own = torch.cat([old, own], 1)
         return (own - offset).clamp_min(0).to(given.device)
+
+
+@functools.cache
+def _behind_hidden(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of what a layer takes behind its hidden states; asked for every layer of every decoded token."""
+    return tuple(inspect.signature(forward).parameters)[2:]
