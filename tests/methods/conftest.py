@@ -1,6 +1,23 @@
-"""Property tests: the same examples in every run, and no deadline on a machine that others use as well."""
+"""Property tests: the same examples in every run, and no deadline on a machine that others use as well. The sample of
+questions to the reference model, made once for all directional tests (mark them `xdist_group("samples")`)."""
 
+from __future__ import annotations
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session")
+def samples():
+    from tests.methods import directional  # opens the model's libraries, which most tests here do not need
+
+    with directional.opened() as both:
+        yield both
+
+
+@pytest.fixture
+def sample(samples):
+    return samples[0]

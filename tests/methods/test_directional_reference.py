@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.methods import directional
 from tests.methods.directional import (
     SHARES,
     at_random,
@@ -40,19 +39,8 @@ from winnow.signals.vision import VisionAttention
 BLIND = pytest.mark.parametrize("stub", [first_k, evenly, at_random])
 
 
-# The sample takes half a minute to make: one worker makes it, for all tests of this file.
+# The samples take half a minute to make: one worker makes them, for all tests of this group.
 pytestmark = pytest.mark.xdist_group("samples")
-
-
-@pytest.fixture(scope="module")
-def samples():
-    with directional.opened() as both:
-        yield both
-
-
-@pytest.fixture
-def sample(samples):
-    return samples[0]
 
 
 def test_the_model_answers_the_sample(sample):
