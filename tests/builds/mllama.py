@@ -88,6 +88,5 @@ BUILDS = (
         joined=_joined,
         completed=_completed,
         padding=None,
-        cannot="Pictures are read by cross-attention layers; in the language model's sequence each is one token.",
     ),
 )

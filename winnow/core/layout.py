@@ -149,6 +149,11 @@ def separators(count: int) -> dict[str, np.ndarray]:
     return _special(SEPARATOR, count)
 
 
+def padding(count: int) -> dict[str, np.ndarray]:
+    """`count` tokens that stand for nothing."""
+    return _special(PAD, count)
+
+
 def cls_token() -> dict[str, np.ndarray]:
     """One [CLS] token."""
     return _special(CLS)

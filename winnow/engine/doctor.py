@@ -61,9 +61,11 @@ def run_checks(model: Any, samples: Sequence[dict[str, Tensor]], batch: dict[str
     """
     with trying():
         inner = unwrap(model)
-        BoundModel.of(inner, family_of(inner))  # a seam that is missing is named here, before the model fails on it
-        checks = _run(model, samples, batch, ("projected", "layers"))
-        if family_of(inner).generic:
+        family = family_of(inner)
+        BoundModel.of(inner, family)  # a seam that is missing is named here, before the model fails on it
+        points = tuple(point for point in ("projected", "layers") if family.generic or point in family.points)
+        checks = _run(model, samples, batch, points)
+        if family.generic:
             checks = _accept(model, samples, batch, checks)
     return [*checks, _judged(type(inner).__name__, checks)] if is_untested() else checks
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
+from winnow.core.layout import PAD, Layout
+from winnow.core.ledger import ItemLedger
 from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
@@ -18,7 +20,7 @@ from winnow.core.step import Action, Observe, Reduce, State, Step
 from winnow.core.view import View
 from winnow.engine.attach import attach as compress
 from winnow.engine.bound_model import WINDOWED, BoundModel
-from winnow.engine.doctor_reference import without
+from winnow.engine.doctor_reference import without, without_columns
 from winnow.engine.versions import cache_keyword, cache_of
 from winnow.models.families import family_of, unwrap
 from winnow.signals.language import LMAttention
@@ -197,18 +199,43 @@ def subset(subject: Subject) -> tuple[bool, str]:
     with compress(subject.model, method) as handle:
         ids, got = subject.answer(inputs)
         items = handle.last.items  # type: ignore[union-attr]
-    bound, gone = subject.bound, []
-    for modality in {item.modality for item in items}:
-        where = (inputs["input_ids"][0] == bound.token_ids[modality]).nonzero()[:, 0].cpu()
-        own = [item.layout for item in items if item.modality == modality]
-        for layout, at in zip(own, where.split([layout.n for layout in own]), strict=True):
-            content = at[torch.from_numpy(layout.content)]
-            stays = torch.isin(torch.arange(len(content)), method.index(len(content)))
-            gone.append(content[~stays])
-    want = without(bound, subject.model, inputs, torch.cat(gone), ids[0].tolist())
+    bound = subject.bound
+    if bound.family.cross:
+        want = without_columns(bound, subject.model, inputs, _unread_columns(subject, items, method), ids[0].tolist())
+    else:
+        want = without(bound, subject.model, inputs, _unread(subject, items, method), ids[0].tolist())
     effect = apart(got[:, 0], subject.logits[:, -1])
     ok, detail = told(apart(got[0], want), subject)
     return ok, f"{detail}; the reduction changes them by {effect:.1e}"
+
+
+def _unread(subject: Subject, items: Sequence[ItemLedger], method: Evenly) -> Tensor:
+    """The positions in the sequence that a method leaves out."""
+    bound, ids, gone = subject.bound, subject.samples[0]["input_ids"][0], []
+    for modality in {item.modality for item in items}:
+        where = (ids == bound.token_ids[modality]).nonzero()[:, 0].cpu()
+        own = [item.layout for item in items if item.modality == modality]
+        for layout, at in zip(own, where.split([layout.n for layout in own]), strict=True):
+            gone.append(at[torch.from_numpy(layout.content)][_left_out(layout, method)])
+    return torch.cat(gone)
+
+
+def _unread_columns(subject: Subject, items: Sequence[ItemLedger], method: Evenly) -> Tensor:
+    """Which of the states that cross-attention layers read it leaves out, empty places among them."""
+    inputs, gone = subject.samples[0], []
+    layouts = subject.bound.family.cross_layouts(subject.inner, inputs)[0]
+    width = items[0].layout.n
+    for place, layout in enumerate(layouts):
+        if layout is None:
+            gone.append(place * width + torch.arange(width))
+            continue
+        content, idle = torch.from_numpy(layout.content), torch.from_numpy((layout.kind == PAD).nonzero()[0])
+        gone += [place * width + content[_left_out(layout, method)], place * width + idle]
+    return torch.cat(gone)
+
+
+def _left_out(layout: Layout, method: Evenly) -> Tensor:
+    return ~torch.isin(torch.arange(layout.n_content), method.index(layout.n_content))
 
 
 def by_hand(subject: Subject) -> tuple[bool, str]:

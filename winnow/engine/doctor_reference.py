@@ -39,7 +39,6 @@ def without(bound: BoundModel, model: Any, inputs: dict[str, Tensor], gone: Tens
         forced: the T tokens that it goes on with, the last of which is not read.
     """
     start = inputs["input_ids"].shape[1]
-    inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}  # one request has no padding
     stays = torch.ones(start, dtype=torch.bool)
     stays[gone.cpu()] = False
     linear = any(bound.is_linear(i) for i in range(len(bound.layers)))
@@ -48,6 +47,30 @@ def without(bound: BoundModel, model: Any, inputs: dict[str, Tensor], gone: Tens
         layer.register_forward_pre_hook(lambda m, args, kwargs, i=i: hide(i, m, args, kwargs), with_kwargs=True)
         for i, layer in enumerate(bound.layers)
     ]
+    return _said(model, inputs, forced, hooks)
+
+
+def without_columns(
+    bound: BoundModel, model: Any, inputs: dict[str, Tensor], gone: Tensor, forced: Sequence[int]
+) -> Tensor:
+    """The same where pictures are read by cross-attention.
+
+    Args:
+        gone: `[k]` which states of pictures nobody reads.
+    """
+
+    def hide(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mask = kwargs["cross_attention_mask"].clone()
+        mask[..., gone.to(mask.device)] = torch.finfo(mask.dtype).min
+        return args, {**kwargs, "cross_attention_mask": mask}
+
+    return _said(model, inputs, forced, [bound.lm.register_forward_pre_hook(hide, with_kwargs=True)])
+
+
+def _said(model: Any, inputs: dict[str, Tensor], forced: Sequence[int], hooks: Sequence[Any]) -> Tensor:
+    """What the model says under these hooks, which are removed."""
+    inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}  # one request has no padding
+    start = inputs["input_ids"].shape[1]
     try:
         output = model.generate(
             **inputs, max_new_tokens=len(forced), min_new_tokens=len(forced), do_sample=False, disable_compile=True,

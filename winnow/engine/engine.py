@@ -21,6 +21,7 @@ from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.cache import state_of
 from winnow.engine.checkpointing import BeforeCheckpoint, before_checkpoint, without_cache
 from winnow.engine.clock import Clock
+from winnow.engine.cross_pass import CrossPass
 from winnow.engine.encoding import record_of
 from winnow.engine.forward import encodings_of, positions_of_later_turn, start_lm
 from winnow.engine.hooks import ForwardMethod, Hook
@@ -88,6 +89,13 @@ class Engine:
                     )
                 self._plans[key] = BoundPlan.of(plan, self.bound.info, self.bound.device, dtype)
             made = self._plans[key]
+            if self.bound.family.cross and (made.listeners or made.probed):
+                looks = (str(signal) for own in (made.listeners, made.probed) for s in own.values() for signal in s)
+                raise UnsupportedError(
+                    f"{plan} looks at {', '.join(looks)}, which {self.bound.info.model} does not show: its pictures "
+                    "are read by cross-attention. Use a method that looks at the tokens alone (`winnow methods` says "
+                    "what each looks at)."
+                )
             late = [layer for layer in made.layers if layer > self.bound.last_cut]
             if late:
                 raise UnsupportedError(
@@ -354,6 +362,10 @@ class Engine:
             return None
         request.reached_lm = True
         request.positions = kwargs.get("position_ids")
+        if self.bound.family.cross:
+            request.cross = CrossPass(request, kwargs)
+            changed = request.cross.enter()
+            return None if changed is None else (args, changed)
         if kwargs.get("inputs_embeds") is None:
             return None
         given = without_cache(self.bound, kwargs) if request.plan.plan.methods else kwargs
@@ -378,6 +390,9 @@ class Engine:
             cache = next((x for x in output if hasattr(x, "get_seq_length")), None)
         else:
             cache = cache_of(output)
+        if request.cross is not None:
+            request.ledger = request.cross.leave(cache)
+            return None
         if lm is None:
             if kwargs.get("inputs_embeds") is not None:
                 request.ledger = write_ledger(request, None, kwargs, cache)

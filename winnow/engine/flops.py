@@ -26,6 +26,22 @@ def lm_flops(config: Any, layer_tokens: Sequence[Sequence[int]], head_tokens: in
     return total + 2 * head_tokens * d * config.vocab_size
 
 
+def cross_flops(config: Any, words: Sequence[int], keys: Sequence[int], cross: Sequence[int]) -> int:
+    """The same where some layers read `keys[b]` states of pictures, and are no more tokens of the sequence.
+
+    Args:
+        words: of each sample.
+        cross: the layers that read pictures.
+    """
+    total, d = 0, config.hidden_size
+    for index in range(config.num_hidden_layers):
+        f, heads, kv, hd = _layer_shape(config, index)
+        for n, m in zip(words, keys if index in cross else words, strict=True):
+            if m:  # without pictures their layers are left out
+                total += 4 * n * d * heads * hd + 4 * m * d * kv * hd + 4 * n * m * heads * hd + 6 * n * d * f
+    return total
+
+
 def _layer_shape(config: Any, index: int) -> tuple[int, int, int, int]:
     """Width of the MLP (of all experts that a token goes to), heads, key-value heads and head width of a layer."""
     own = config

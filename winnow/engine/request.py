@@ -57,6 +57,7 @@ class Request:
         encodings: modality → what was encoded for this forward.
         encoding: the encoder call that is running now.
         lm: the pass through the language model that is running now.
+        cross: the same, where pictures are read by cross-attention.
         reached_lm: whether the language model was called.
         positions: with which it was called.
         outputs: modality → what the encoder gave in this forward.
@@ -79,6 +80,7 @@ class Request:
     encodings: dict[str, EncoderRecord] = field(default_factory=dict)
     encoding: EncoderRecord | None = None
     lm: Any = None
+    cross: Any = None
     reached_lm: bool = False
     positions: Any = None
     outputs: dict[str, Any] = field(default_factory=dict)

@@ -34,6 +34,7 @@ FAMILIES = {
     "llava_onevision": "winnow.models.llava_onevision:LlavaOnevision",
     "minicpmv4_6": "winnow.models.minicpmv4_6:MiniCPMV46",
     "mistral3": "winnow.models.mistral3:Mistral3",
+    "mllama": "winnow.models.mllama:Mllama",
     "paligemma": "winnow.models.paligemma:PaliGemma",
     "qianfan_ocr": "winnow.models.internvl:QianfanOCR",
     "qwen2_5_omni_thinker": "winnow.models.qwen2_5_omni:Qwen25Omni",

@@ -49,6 +49,7 @@ class Family:
         joined: whether items of the encoder that stand in one unbroken run of placeholders (the tiles of a picture) are
             one item. Only for families without steps at `features`, where the prompt is not known yet.
         generic: whether nothing is known of the class but its seams.
+        cross: whether pictures are keys of cross-attention layers, and not in the sequence; see `CrossPass`.
         halves: of a block, the norm before its MLP and the MLP, whose output is added to what the norm was given.
             Needed for steps at `blocks[i].mlp`.
         packed: whether blocks take all patches in one sequence with `cu_seqlens`, instead of `[tiles, N, C]`.
@@ -69,6 +70,7 @@ class Family:
     short: ClassVar[bool] = False
     joined: ClassVar[bool] = False
     generic: ClassVar[bool] = False
+    cross: ClassVar[bool] = False
     halves: ClassVar[tuple[str, str]] = ("layer_norm2", "mlp")
     packed: ClassVar[bool] = False
     side_mergers: ClassVar[tuple[str, ...]] = ()
@@ -78,6 +80,18 @@ class Family:
 
     def check_prompt(self, model: Any, tokens: int) -> None:
         """Raise an UnsupportedError where a prompt of this many tokens, those of the cache included, is too long."""
+
+    def cross_layers(self, model: Any) -> tuple[int, ...]:
+        """The layers that read pictures by cross-attention. Needed where `cross`."""
+        raise NotImplementedError
+
+    def cross_layouts(self, model: Any, called: dict[str, Any]) -> tuple[tuple[Layout | None, ...], ...]:
+        """The layout of the place of each picture of each row, None where a place is empty. Needed where `cross`.
+
+        Args:
+            called: the arguments of the forward.
+        """
+        raise NotImplementedError
 
     def rows(self, output: Any) -> Any:
         """`[items][n, D]` the tokens of each item in an encoder's output, or None where it holds none."""

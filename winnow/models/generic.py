@@ -35,7 +35,6 @@ CANNOT = {
     "minimax_m3_vl": _BY_PLACE,
     "inkling_mm_model": "its layers take distances between tokens from their places in the cache, which dropping moves",
     "granite4_vision": "its language model adds features to the whole sequence between layers, in its own forward",
-    "mllama": "its pictures are read through cross-attention, and are not in the language model's sequence",
     "idefics": "its pictures are read through cross-attention, and are not in the language model's sequence",
     "diffusion_gemma": "it writes a canvas by diffusion with a second decoder, and its generate is not token by token",
 }
