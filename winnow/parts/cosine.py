@@ -17,11 +17,8 @@ def unit(tokens: Float[Tensor, "b n d"]) -> tuple[list[Float[Tensor, "n d"]], Bo
     """Tokens of each item at length 1, at least fp32, and which of them are broken (NaN or infinite; set to 0)."""
     wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     broken = ~wide.sum(-1).isfinite()
-    if tokens.dtype != wide.dtype:
-        wide.masked_fill_(broken[..., None], 0)
-    else:
-        wide = torch.where(broken[..., None], 0, wide)
-    return [normalize(item, dim=-1) for item in wide], broken
+    of_length_one = [normalize(x, dim=-1).masked_fill_(bad[:, None], 0) for x, bad in zip(wide, broken, strict=True)]
+    return of_length_one, broken
 
 
 def product(a: list[Float[Tensor, "m d"]], b: list[Float[Tensor, "n d"]]) -> Float[Tensor, "b m n"]:
@@ -32,12 +29,26 @@ def product(a: list[Float[Tensor, "m d"]], b: list[Float[Tensor, "n d"]]) -> Flo
     return out
 
 
-def table_rows(table: Float[Tensor, "b n n"]) -> Rows:
+def table(x: list[Float[Tensor, "n d"]]) -> Float[Tensor, "b n n"]:
+    """x · xᵀ of each item, exactly symmetric: what lies below the diagonal is copied, which saves a third of the time."""
+    n, parts = x[0].shape[0], 6 if x[0].device.type == "cpu" else 1
+    out, size = x[0].new_empty(len(x), n, n), max(1, -(-n // parts))
+    for own, item in zip(out, x, strict=True):
+        for start in range(0, n, size):
+            rows = item[start : start + size] @ item[start:].T
+            square = rows[:, : rows.shape[0]]
+            rows[:, : rows.shape[0]] = torch.maximum(square, square.T)  # products round unequally
+            own[start : start + size, start:] = rows
+            own[start : start + size, :start] = own[:start, start : start + size].T
+    return out
+
+
+def table_rows(alike: Float[Tensor, "b n n"]) -> Rows:
     """Rows read from a table."""
-    lanes, n, _ = table.shape
-    flat = table.reshape(lanes * n, n)
-    start = torch.arange(lanes, device=table.device)[:, None] * n
-    buffer = table.new_empty(lanes, n)
+    lanes, n, _ = alike.shape
+    flat = alike.reshape(lanes * n, n)
+    start = torch.arange(lanes, device=alike.device)[:, None] * n
+    buffer = alike.new_empty(lanes, n)
 
     def rows(at: Int[Tensor, "b 1"]) -> Float[Tensor, "b n"]:
         return torch.index_select(flat, 0, (at + start)[:, 0], out=buffer)
@@ -60,7 +71,7 @@ def product_rows(x: list[Float[Tensor, "n d"]]) -> Rows:
 def cosine_rows(x: list[Float[Tensor, "n d"]]) -> Rows:
     """Rows from a table where that is no larger than the tokens (N ≤ D), else computed: memory stays O(N · D)."""
     n, d = x[0].shape
-    return table_rows(product(x, x)) if n <= min(d, TABLE_LIMIT) else product_rows(x)
+    return table_rows(table(x)) if n <= min(d, TABLE_LIMIT) else product_rows(x)
 
 
 def neighbours(x: list[Float[Tensor, "n d"]], block: int = 1024) -> tuple[Rows, Float[Tensor, "b n"]]:
@@ -71,10 +82,10 @@ def neighbours(x: list[Float[Tensor, "n d"]], block: int = 1024) -> tuple[Rows, 
     """
     n = x[0].shape[0]
     if n <= TABLE_LIMIT:
-        table = product(x, x)
-        table.diagonal(dim1=1, dim2=2).fill_(-1)
-        # Rows and columns: two tokens that are each other's nearest must tie exactly, though products round unequally.
-        return table_rows(table), torch.maximum(table.amax(2), table.amax(1))
+        # Two tokens that are each other's nearest tie exactly, because the table is exactly symmetric.
+        alike = table(x)
+        alike.diagonal(dim1=1, dim2=2).fill_(-1)
+        return table_rows(alike), alike.amax(2)
     closest = x[0].new_full((len(x), n), -1)
     for own, item in zip(closest, x, strict=True):
         for start in range(0, n, block):
