@@ -30,7 +30,7 @@ RUNS    := runs
 SEED    := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-newest demo test test-newest test-all lint bench selection systems systems-check families families-check docs measured images reference card clean
+.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-select selection systems systems-check families families-check docs measured images reference card clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -83,6 +83,9 @@ bench: $(STAMP) ## Speed against the plain model and against the same model with
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decode.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/classes.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/tower.py
+
+bench-select: $(STAMP) ## Selection alone against one block of a vision tower on the same tokens
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/selection.py
 
 selection: $(STAMP) ## Time each method's selection against the prefill of 32 layers, for the rule of the default method
 	-OMP_NUM_THREADS=1 $(BIN)/python benchmarks/prefill.py --layers 32 --rounds 10 --selection docs/selection.json

@@ -30,7 +30,7 @@ def product(a: list[Float[Tensor, "m d"]], b: list[Float[Tensor, "n d"]]) -> Flo
 
 
 def table(x: list[Float[Tensor, "n d"]]) -> Float[Tensor, "b n n"]:
-    """x · xᵀ of each item, exactly symmetric: what lies below the diagonal is copied, which saves a third of the time."""
+    """x · xᵀ of each item, exactly symmetric: what lies below the diagonal is copied, which saves a third."""
     n, parts = x[0].shape[0], 6 if x[0].device.type == "cpu" else 1
     out, size = x[0].new_empty(len(x), n, n), max(1, -(-n // parts))
     for own, item in zip(out, x, strict=True):
