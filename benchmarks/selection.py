@@ -3,7 +3,7 @@
 One thread, 8 items of LLaVA-NeXT shape (2,880 tokens: a thumbnail and 2 × 2 crops of 24 × 24 patches, 1,024 wide), of
 which 320 are kept. A block is shaped like one of ViT-L: 1,024 wide, 16 heads, an MLP of 4,096. Signals are random and
 are not part of the time: reading them is the engine's work, which `benchmarks/prefill.py` measures. Each step of a
-method is timed with what the steps before it remembered nothing of; one that needs such memory is left out, and said so.
+method is timed alone; one that needs what an earlier step remembered is left out, and said so.
 
     python benchmarks/selection.py [--only SLUG …]
 """
