@@ -28,7 +28,9 @@ from winnow.core.step import (
 )
 from winnow.core.tiles import in_thumbnail, n_tiles, quotas, rank_in_tile, tile_of, top_k_per_tile
 from winnow.core.view import View
+from winnow.signals.clip import ClipPatches, ClipText
 from winnow.signals.language import LayerModules, LMAttention, LMAttentionInputs, LMAttentionMass, LMSignal
+from winnow.signals.question import Question, QuestionCosine, QuestionSignal, QuestionTokens
 from winnow.signals.vision import HiddenStates, Pixels, TowerAttention, VisionAttention, VisionKeys, VisionSignal
 
 __all__ = [
@@ -42,6 +44,8 @@ __all__ = [
     "Between",
     "Block",
     "Budget",
+    "ClipPatches",
+    "ClipText",
     "Count",
     "Emit",
     "HiddenStates",
@@ -58,6 +62,10 @@ __all__ = [
     "Observe",
     "Pixels",
     "Point",
+    "Question",
+    "QuestionCosine",
+    "QuestionSignal",
+    "QuestionTokens",
     "Reduce",
     "Reduction",
     "Repose",

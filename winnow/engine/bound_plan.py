@@ -33,6 +33,7 @@ class BoundPlan:
         modules: number of a method → its parameters, for methods that have some.
         reads_text: whether any step depends on the text.
         reads_question: whether any step depends on where the question is.
+        text_signals: signals of the question, which are read where the language model is entered.
     """
 
     plan: Plan
@@ -47,6 +48,7 @@ class BoundPlan:
     modules: Mapping[int, nn.Module]
     reads_text: bool
     reads_question: bool
+    text_signals: tuple[Signal, ...] = ()
 
     @staticmethod
     def of(
@@ -100,6 +102,7 @@ class BoundPlan:
             _built(resolved, info, device, dtype),
             any(signal.reads_text for _, step in steps for signal in step.needs),
             any(signal.reads_question for _, step in steps for signal in step.needs),
+            tuple(sorted({s for _, step in steps for s in step.needs if s.site(info).stack == "text"}, key=repr)),
         )
 
     @property
@@ -140,6 +143,13 @@ def _listen(
 ) -> None:
     """The layer that is about to run is probed; everything else is read when it runs, which must be earlier."""
     site = signal.site(info)
+    if site.stack == "text":
+        if step.at.name in ("blocks", "features"):
+            raise WinnowError(
+                f"{slug} acts at {step.at} and cannot see {signal}: pictures are encoded before the question is known; "
+                "act at projected or in a layer."
+            )
+        return  # it is computed where the language model is entered
     if step.at.name == "blocks":
         _check_block(signal, site, step, slug)
         listeners[site].add(signal)

@@ -37,8 +37,9 @@ def compress(
         keep: content tokens to keep of each item (64) or their share (0.25), with the default method: HiPrune. It
             runs on every supported family, reads no question, costs about 1 % of a prefill, and is best at 25 and
             12.5 % on the shipped model and its twin (`make measured` holds it to that rule).
-        processor: its chat template shows where the question ends. Without it, what the template adds behind the
-            question counts as part of it, and plans that read the question warn.
+        processor: its chat template shows where the question ends, and its tokenizer which words it has. Without it,
+            what the template adds behind the question counts as part of it, words that say nothing of the picture
+            count as well, and plans that read the question warn.
         positions: `keep` or `compact`; overrides the plan's.
         turns: what a later question on the same cache does, where the plan reads the text: `first` keeps what was
             selected for the first question, `again` selects again, and reads the conversation again for it. Either
@@ -54,7 +55,7 @@ def compress(
     if processor is not None and is_unchecked(inner):
         diagnose(inner, processor)  # a class without an adapter of its own; what it finds is remembered
     suffix = None if processor is None else template_suffix(processor)
-    return attach(model, chosen, suffix=suffix, turns=Turns.of(turns, keep_features))
+    return attach(model, chosen, suffix=suffix, turns=Turns.of(turns, keep_features), processor=processor)
 
 
 def chosen_plan(plan: str | Plan | Method | None, keep: int | float | str | None, positions: str | None) -> Plan:

@@ -25,6 +25,7 @@ from winnow.engine.encoding import record_of
 from winnow.engine.forward import encodings_of, positions_of_later_turn, start_lm
 from winnow.engine.hooks import ForwardMethod, Hook
 from winnow.engine.ledgers import write_ledger
+from winnow.engine.question import QuestionReader
 from winnow.engine.request import Attachment, Ledgers, Override, Request, request_now
 from winnow.engine.tower_hooks import TowerHooks
 from winnow.engine.turns import Rereading, Turns, finish_turn, is_turn, shortened
@@ -50,9 +51,16 @@ class Engine:
     """A model with a plan attached. What belongs to a request lives in its `Request` and on its cache, never here."""
 
     def __init__(
-        self, model: Any, family: Family, plan: Plan, suffix: tuple[int, ...] | None = None, turns: Turns | None = None
+        self,
+        model: Any,
+        family: Family,
+        plan: Plan,
+        suffix: tuple[int, ...] | None = None,
+        turns: Turns | None = None,
+        processor: Any = None,
     ) -> None:
         self.bound = BoundModel.of(model, family)
+        self.processor = processor
         self.attachment = Attachment(self.bound)
         self.suffix, self.turns = suffix, turns or Turns()
         self.timing = False
@@ -105,7 +113,8 @@ class Engine:
         self.suffix = ()  # once
         warnings.warn(
             f"{plan.plan} reads the question, and without a processor the words that a chat template puts behind it "
-            "(as in 'ASSISTANT:') count as part of it. Pass processor= to winnow.compress, or spans= to handle.using.",
+            "(as in 'ASSISTANT:') count as part of it, and words that say nothing of the picture cannot be told from "
+            "others. Pass processor= to winnow.compress, or spans= to handle.using.",
             WinnowWarning,
             stacklevel=4,
         )
@@ -261,7 +270,14 @@ class Engine:
         spans = None if override is None else override.spans
         made = Request(self.bound, self.attachment, self.active(), spans, self.suffix, clock, train=self.train)
         made.placeholders = None if override is None else override.placeholders
+        if made.plan.text_signals:
+            made.reader = self.reader
         return made
+
+    @functools.cached_property
+    def reader(self) -> QuestionReader:
+        """Tells which tokens of a question count."""
+        return QuestionReader.of(self.bound, self.processor)
 
     @contextlib.contextmanager
     def _opened(self, request: Request) -> Iterator[Request]:
