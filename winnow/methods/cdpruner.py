@@ -4,7 +4,7 @@ Looks at: the projected tokens, and the question. Cost: O(k · V · D) for simil
 V ≤ D; O(k² · V) for the choice, in k steps.
 
 The kernel is `r_i · cos(x_i, x_j) · r_j`, r the relevance of a token to the question, scaled to 0 … 1 over the item.
-By default relevance is the cosine of projected tokens and LM input embeddings of the question's tokens, mean over these
+By default relevance is the cosine of projected tokens with the mean of the LM input embeddings of the question's tokens
 (`text=lm`). This is a variant: the paper has CLIP's own space (`text=clip`), whose text tower no checkpoint of a model
 holds and which must be handed over.
 Departs from the paper: see above; a constant relevance is 1 for all.
@@ -46,7 +46,7 @@ class CDPruner(wn.Method):
     text: Literal["lm", "clip"] = "lm"
     sign: Literal["auto", "+", "-"] = "auto"
     theta: Annotated[float, wn.Between(0, 0.99)] | None = None
-    question: wn.QuestionCosine = wn.QuestionCosine(words="question")
+    question: wn.QuestionCosine = wn.QuestionCosine(words="question", pool="mean")
     patches: wn.ClipPatches = wn.ClipPatches()
     words: wn.ClipText = wn.ClipText(pool="pieces")
 
@@ -81,5 +81,5 @@ class CDPruner(wn.Method):
 
     def _choose(self, k: int, tokens: Tensor, weight: Tensor, broken: Tensor) -> Int[Tensor, "r k"]:
         x, _ = unit(tokens)
-        length = torch.stack([item.square().sum(-1) for item in x])
+        length = torch.stack([item.any(-1).to(item.dtype) for item in x])  # of a unit vector, without its rounding
         return greedy_map(cosine_rows(x), length, k, weight=weight, broken=broken)

@@ -20,7 +20,7 @@ def by_hand(reference: Reference, sample: dict[str, Tensor], entry: Entry, *, ke
 
     def choose(number: int, rows: Tensor, seen: Sequence[Seen]) -> Tensor:
         x = seen[-1].hidden[0, rows]
-        score = similarity(x, question).mean(1)
+        score = similarity(x, question.mean(0, keepdim=True))[:, 0]
         relevance = ((score - score.min() + 1e-6) / (score.max() - score.min())).double()
         unit = normalize(x.double(), dim=-1)
         kernel = relevance[:, None] * (unit @ unit.T) * relevance

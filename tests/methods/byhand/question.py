@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from byhand import Entry, Reference
 from torch import Tensor
 from torch.nn.functional import normalize
