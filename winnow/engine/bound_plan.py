@@ -4,6 +4,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +35,7 @@ class BoundPlan:
         reads_text: whether any step depends on the text.
         reads_question: whether any step depends on where the question is.
         text_signals: signals of the question, which are read where the language model is entered.
+        text_encoder: the text tower that was handed over, where a step needs one.
     """
 
     plan: Plan
@@ -49,6 +51,7 @@ class BoundPlan:
     reads_text: bool
     reads_question: bool
     text_signals: tuple[Signal, ...] = ()
+    text_encoder: Any = None
 
     @staticmethod
     def of(
@@ -104,6 +107,12 @@ class BoundPlan:
             any(signal.reads_question for _, step in steps for signal in step.needs),
             tuple(sorted({s for _, step in steps for s in step.needs if s.site(info).stack == "text"}, key=repr)),
         )
+
+    @property
+    def needs_text_encoder(self) -> bool:
+        """Whether a step needs a text tower that is not part of the model."""
+        heard = [signal for own in self.listeners.values() for signal in own]
+        return any(signal.needs_text_encoder for signal in (*heard, *self.text_signals))
 
     @property
     def first_layer(self) -> int | None:

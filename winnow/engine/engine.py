@@ -1,6 +1,7 @@
 """Engine: a plan attached to a model, by hooks on the model's own seams and nothing global."""
 
 import contextlib
+import dataclasses
 import functools
 import threading
 import warnings
@@ -27,11 +28,13 @@ from winnow.engine.hooks import ForwardMethod, Hook
 from winnow.engine.ledgers import write_ledger
 from winnow.engine.question import QuestionReader
 from winnow.engine.request import Attachment, Ledgers, Override, Request, request_now
+from winnow.engine.text_encoder import TextEncoder
 from winnow.engine.tower_hooks import TowerHooks
 from winnow.engine.turns import Rereading, Turns, finish_turn, is_turn, shortened
 from winnow.engine.versions import cache_of
 from winnow.engine.watch import LayerWatch
 from winnow.models.family import Family
+from winnow.signals.clip import NEEDED
 from winnow.signals.tap import Tap
 
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -58,9 +61,11 @@ class Engine:
         suffix: tuple[int, ...] | None = None,
         turns: Turns | None = None,
         processor: Any = None,
+        text_encoder: Any = None,
     ) -> None:
         self.bound = BoundModel.of(model, family)
         self.processor = processor
+        self.text_encoder = None if text_encoder is None else TextEncoder(text_encoder, self.bound.device)
         self.attachment = Attachment(self.bound)
         self.suffix, self.turns = suffix, turns or Turns()
         self.timing = False
@@ -94,7 +99,8 @@ class Engine:
                         f"positions=compact is defined for 1-D positions of layers that attend to everything before; "
                         f"{self.bound.info.model} has other ones. Use positions=keep."
                     )
-                self._plans[key] = BoundPlan.of(plan, self.bound.info, self.bound.device, dtype)
+                made = BoundPlan.of(plan, self.bound.info, self.bound.device, dtype)
+                self._plans[key] = self._with_text_encoder(made) if made.needs_text_encoder else made
             made = self._plans[key]
             late = [layer for layer in made.layers if layer > self.bound.last_cut]
             if late:
@@ -108,6 +114,12 @@ class Engine:
             if self.attached:
                 self._listen(made)
             return made
+
+    def _with_text_encoder(self, plan: BoundPlan) -> BoundPlan:
+        if self.text_encoder is None or self.processor is None:
+            raise UnsupportedError(f"{plan.plan} {NEEDED}.")
+        self.text_encoder.check(self.bound.info)
+        return dataclasses.replace(plan, text_encoder=self.text_encoder)
 
     def _warn_of_the_template(self, plan: BoundPlan) -> None:
         self.suffix = ()  # once

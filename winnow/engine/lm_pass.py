@@ -379,9 +379,8 @@ class LMPass:
         if not self.items or not self.plan.text_signals:
             return
         with self.request.clock.phase("select"), torch.no_grad():
-            own = Questions(
-                self.request.reader, self.ids, self.questions, lambda row, at: given[row, at.to(given.device)]
-            )
+            embeds = lambda row, at: given[row, at.to(given.device)]  # noqa: E731
+            own = Questions(self.request.reader, self.ids, self.questions, embeds, self.plan.text_encoder)
             for item in self.items:
                 rows = hidden[item.row, item.slots.to(hidden.device)].to(item.slots.device)
                 for signal in self.plan.text_signals:

@@ -54,7 +54,7 @@ class Preparation:
     It holds a twin of the model, which shares its weights as they are now.
 
     Args:
-        model, plan, keep, positions, weights, processor: as in `prepare`.
+        model, plan, keep, positions, weights, processor, text_encoder: as in `prepare`.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Preparation:
         positions: str | None = None,
         weights: Any = None,
         processor: Any = None,
+        text_encoder: Any = None,
     ) -> None:
         inner: Any = unwrap(model)
         family = family_of(inner)
@@ -77,7 +78,8 @@ class Preparation:
         _check_class(inner)
         self.model = twin(inner)
         suffix = None if processor is None else template_suffix(processor)
-        self.engine = Engine(self.model, family, chosen_plan(plan, keep, positions), suffix, processor=processor)
+        given = {"processor": processor, "text_encoder": text_encoder}
+        self.engine = Engine(self.model, family, chosen_plan(plan, keep, positions), suffix, **given)
         self.bound, self.plan = self.engine.bound, self.engine.default
         _check_plan(self.plan)
         if weights is not None:
@@ -262,7 +264,8 @@ class Preparation:
             ends[item.row] = max(ends[item.row], int(item.where[-1]) + 1)
         host, table = ids.cpu(), self.model.get_input_embeddings()
         spans = questions_of(self._request(given), given, host, ends)
-        return Questions(self.engine.reader, host, spans, lambda row, at: table(ids[row, at.to(ids.device)]))
+        embeds = lambda row, at: table(ids[row, at.to(ids.device)])  # noqa: E731
+        return Questions(self.engine.reader, host, spans, embeds, self.plan.text_encoder)
 
     def _request(self, given: dict[str, Any]) -> Request:
         engine, bound = self.engine, self.bound

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from winnow.core.errors import UnsupportedError
 from winnow.core.signal import Signal
 from winnow.engine.bound_model import BoundModel
 from winnow.signals.question import Question
@@ -73,6 +74,18 @@ class QuestionReader:
             chosen.update(places[first : last + 1])
         return sorted(chosen)
 
+    def text(self, ids: Sequence[int]) -> str:
+        """Tokens in words.
+
+        Raises:
+            UnsupportedError: ids or the tokenizer are not known.
+        """
+        if self.tokenizer is None or min(ids) < 0:
+            raise UnsupportedError(
+                "the text tower reads the question in words; pass processor= to winnow.compress, and input_ids."
+            )
+        return self._text(ids).strip()
+
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -85,6 +98,7 @@ class Questions:
         ids: `[B, S]` token ids, on the host; None where they are not known.
         spans: (start, end) of each row.
         embeds: gives `[m, D]` LM input embeddings of some tokens of a row.
+        text_encoder: that was handed over, if one was.
     """
 
     def __init__(
@@ -93,22 +107,27 @@ class Questions:
         ids: Int[Tensor, "b s"] | None,
         spans: Sequence[tuple[int, int]],
         embeds: Callable[[int, Int[Tensor, " m"]], Float[Tensor, "m d"]],
+        text_encoder: Any = None,
     ) -> None:
         self.reader, self.ids, self.spans, self.embeds = reader, ids, spans, embeds
-        self._found: dict[tuple[int, str], Tensor] = {}
+        self.text_encoder = text_encoder
+        self._found: dict[tuple[int, str], tuple[Tensor, list[int]]] = {}
 
-    def tokens(self, row: int, words: str) -> Float[Tensor, "m d"]:
-        """Embeddings of the tokens that count."""
+    def tokens(self, row: int, words: str) -> tuple[Float[Tensor, "m d"], list[int]]:
+        """Embeddings of the tokens that count, and their ids (−1 where they are not known)."""
         if (row, words) not in self._found:
             start, end = self.spans[row]
             ids = [-1] * (end - start) if self.ids is None else self.ids[row, start:end].tolist()
-            places = torch.tensor(self.reader.kept(ids, words), dtype=torch.int64) + start
-            self._found[row, words] = self.embeds(row, places)
+            kept = self.reader.kept(ids, words)
+            places = torch.tensor(kept, dtype=torch.int64) + start
+            self._found[row, words] = self.embeds(row, places), [ids[i] for i in kept]
         return self._found[row, words]
 
     def read(self, signal: Signal, row: int, rows: Float[Tensor, "n d"]) -> Tensor:
         """A signal of the question for an item of a row."""
-        return signal.read(Question(self.tokens(row, signal.words), rows))  # type: ignore[attr-defined]
+        tokens, ids = self.tokens(row, signal.words)  # type: ignore[attr-defined]
+        value = signal.read(Question(tokens, rows, lambda: self.reader.text(ids), self.text_encoder))
+        return value.to(rows.device)
 
 
 def special_ids(config: Any) -> set[int]:

@@ -14,8 +14,8 @@ from winnow.signals.question import Question, QuestionSignal, Words
 from winnow.signals.vision import HiddenStates, VisionSignal
 
 NEEDED = (
-    "needs CLIP's text tower, which is not part of the model: hand it over, as in "
-    "winnow.compress(model, plan, processor=processor, text_encoder='openai/clip-vit-large-patch14-336'), or choose "
+    "needs CLIP's text tower, which is not part of the model, and the processor, which says what the question is: "
+    "winnow.compress(model, plan, processor=processor, text_encoder='openai/clip-vit-large-patch14-336'); or choose "
     "text=lm where the method offers it"
 )
 

@@ -1,4 +1,4 @@
-"""Salient tokens, tokens like the question, and the rest merged into centres and one more token, counted by outliers."""
+"""Salient tokens, tokens like the question, and the rest merged into centres and one token, counted by outliers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def outliers(scores: list[float], k: int) -> int:
 
 @torch.no_grad()
 def last_block(reference: Reference, sample: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """`[cells]` attention of [CLS], all heads as one, and `[cells, C]` keys, of all pictures' tiles one behind another."""
+    """`[tiles, cells]` attention of [CLS], all heads as one, and `[tiles, cells, C]` keys, of all pictures."""
     model, seen = reference.eager.model, {}
     attention = model.vision_tower.encoder.layers[-1].self_attn
 
@@ -71,7 +71,7 @@ def by_hand(
         made = [x[j] for j in main]
         for c in centres:
             others = [j for j in rest if j != c]
-            others = sorted(others, key=lambda j: -float(k[c] @ k[j] + 50 * s[j]))[:merged]  # noqa: B023
+            others = sorted(others, key=lambda j: -float(k[c] @ k[j] + 50 * s[j]))[:merged]
             made.append(x[c] + sum(a[j] * x[j] for j in others))
         last = [j for j in rest if j not in centres]
         stands = [*main, *centres]
