@@ -42,7 +42,11 @@ class TextEncoder:
 
             name = str(self.given)
             what = f"The text encoder {name} could not be loaded"
-            clip = attempt(what, lambda: CLIPModel.from_pretrained(name, use_safetensors=True), HOW)
+            options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
+            clip, report = attempt(what, lambda: CLIPModel.from_pretrained(name, **options), HOW)
+            lost = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
+            if lost:  # a vision tower alone, say: transformers would make up the rest
+                raise WinnowError(f"The text encoder {name} lacks {lost[0]} and {len(lost) - 1} more; {HOW}")
             tokenizer = attempt(what, lambda: AutoTokenizer.from_pretrained(name), HOW)
             _tower(clip).encoder = None  # the model has its own
             clip = clip.to(self.device).eval()
