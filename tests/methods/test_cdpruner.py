@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
 
+from tests.methods.asked import asked, left
 from tests.methods.directional import at_random, evenly, gap
 from tests.methods.stubs import STUBS, first_k, ids, tokens
 from winnow.contract import ClipPatches, ClipText, ModelInfo, QuestionCosine, View, WinnowError
@@ -67,7 +67,7 @@ def test_of_tokens_that_have_nothing_in_common_the_most_relevant_are_kept():
     score = randn(1, 3, 30)
     found = CDPruner(keep=8).reduce(seen(torch.eye(30).expand(3, -1, -1), score)).index
     assert found.tolist() == score.topk(8).indices.sort().values.tolist()
-    found = CDPruner(keep=8, sign="-").reduce(seen(torch.eye(30).expand(3, -1, -1), score)).index
+    found = CDPruner(keep=8, sign="minus").reduce(seen(torch.eye(30).expand(3, -1, -1), score)).index
     assert found.tolist() == (-score).topk(8).indices.sort().values.tolist()
 
 
@@ -211,28 +211,38 @@ def test_as_released_every_crop_keeps_as_many_of_its_own():
     assert {int(order[j]) for j in ids(step.run(view, None).reduction)} == want
 
 
-@pytest.mark.parametrize("settings", [{"theta": 1.0}, {"theta": -0.1}, {"text": "siglip"}, {"sign": "x"}, {"keep": 0}])
+@pytest.mark.parametrize("settings", [{"theta": 1.0}, {"theta": -0.1}, {"text": "siglip"}, {"sign": "+"}, {"keep": 0}])
 def test_bad_settings_are_refused(settings):
     with pytest.raises(WinnowError):
         CDPruner(**settings)
 
 
-def _follows_the_sign(left):
+SCENES = 60
+
+
+@pytest.fixture(scope="session")
+def views(samples):
+    return asked(samples[0], CDPruner(), SCENES)
+
+
+def _follows_the_sign(sample, views, reduce):
     """Most evidence with relevance, less with none, least with its sign turned."""
-    more, none, turned = (left(**settings) for settings in ({}, {"theta": 0.0}, {"sign": "-"}))
+    more, none, turned = (
+        sample.recall(left(sample, views, lambda view: reduce(view, settings)), sample.evidence[:SCENES])  # noqa: B023
+        for settings in ({}, {"theta": 0.0}, {"sign": "minus"})
+    )
     assert gap(more, none).low > 0
     assert gap(none, turned).low > 0
 
 
 @pytest.mark.system("cdpruner", "directional")
 @pytest.mark.xdist_group("samples")
-def test_relevance_finds_evidence_and_its_sign_turned_loses_it(sample):
-    _follows_the_sign(lambda **settings: sample.left(CDPruner(keep=32, **settings)))
+def test_relevance_finds_evidence_and_its_sign_turned_loses_it(sample, views):
+    _follows_the_sign(sample, views, lambda view, settings: CDPruner(keep=32, **settings).reduce(view))
 
 
 @pytest.mark.xdist_group("samples")
 @pytest.mark.parametrize("stub", [first_k, evenly, at_random])
-def test_the_sign_fails_for_a_stub(sample, stub):
-    own = sample.recall(sample.kept(stub, 32))
+def test_the_sign_fails_for_a_stub(sample, views, stub):
     with pytest.raises(AssertionError):
-        _follows_the_sign(lambda **settings: np.array(own))
+        _follows_the_sign(sample, views, lambda view, settings: stub(view, 32))

@@ -36,7 +36,7 @@ class CDPruner(wn.Method):
     Args:
         keep: content tokens of the item, split equally over its tiles.
         text: what relevance is measured by: LM embeddings (`lm`), or the space of a CLIP that was handed over (`clip`).
-        sign: whether similar tokens are relevant (`+`) or the others (`-`); `auto` is `-` for `clip` alone.
+        sign: whether similar tokens are relevant (`plus`) or the others (`minus`); `auto` is `minus` for `clip` alone.
         theta: trades diversity (0) for relevance (towards 1), as exp(θ / (2 − 2θ) · r); without it, r itself.
         question: what tokens are compared with, for `lm`.
         patches, words: what is compared, for `clip`.
@@ -44,7 +44,7 @@ class CDPruner(wn.Method):
 
     keep: wn.Budget = wn.Budget(64)
     text: Literal["lm", "clip"] = "lm"
-    sign: Literal["auto", "+", "-"] = "auto"
+    sign: Literal["auto", "plus", "minus"] = "auto"
     theta: Annotated[float, wn.Between(0, 0.99)] | None = None
     question: wn.QuestionCosine = wn.QuestionCosine(words="question", pool="mean")
     patches: wn.ClipPatches = wn.ClipPatches()
@@ -72,7 +72,7 @@ class CDPruner(wn.Method):
         return cosines.to(torch.promote_types(cosines.dtype, torch.float32)).mean(-1)
 
     def _relevance(self, score: Float[Tensor, "b n"], broken: Bool[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-        turned = self.sign == "-" or (self.sign == "auto" and self.text == "clip")
+        turned = self.sign == "minus" or (self.sign == "auto" and self.text == "clip")
         score = -score if turned else score
         low = score.masked_fill(broken, torch.inf).amin(1, keepdim=True)
         high = score.masked_fill(broken, -torch.inf).amax(1, keepdim=True)
