@@ -28,7 +28,10 @@ from winnow.core.step import (
 )
 from winnow.core.tiles import in_thumbnail, n_tiles, quotas, rank_in_tile, tile_of, top_k_per_tile
 from winnow.core.view import View
+from winnow.signals.clip import ClipPatches, ClipText
+from winnow.signals.features import OneHeadAttention, VisionFeatures, WideKeys
 from winnow.signals.language import LayerModules, LMAttention, LMAttentionInputs, LMAttentionMass, LMSignal
+from winnow.signals.question import Question, QuestionCosine, QuestionSignal, QuestionTokens
 from winnow.signals.vision import HiddenStates, Pixels, TowerAttention, VisionAttention, VisionKeys, VisionSignal
 
 __all__ = [
@@ -42,6 +45,8 @@ __all__ = [
     "Between",
     "Block",
     "Budget",
+    "ClipPatches",
+    "ClipText",
     "Count",
     "Emit",
     "HiddenStates",
@@ -56,8 +61,13 @@ __all__ = [
     "Method",
     "ModelInfo",
     "Observe",
+    "OneHeadAttention",
     "Pixels",
     "Point",
+    "Question",
+    "QuestionCosine",
+    "QuestionSignal",
+    "QuestionTokens",
     "Reduce",
     "Reduction",
     "Repose",
@@ -71,8 +81,10 @@ __all__ = [
     "UnsupportedError",
     "View",
     "VisionAttention",
+    "VisionFeatures",
     "VisionKeys",
     "VisionSignal",
+    "WideKeys",
     "WinnowError",
     "block_index",
     "comparable",

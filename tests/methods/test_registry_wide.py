@@ -24,6 +24,7 @@ def test_every_method(slug, check):
 
 NOT_THE_LOWEST = {
     "hiprune": "neighbours of the representative, the token below it among them, come before the third token",
+    "recoverable-compression": "keeps few and merges the rest",
     "visionzip": "keeps [CLS] and merges the rest",
 }
 

@@ -15,7 +15,7 @@ from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.reduction import Reduction
 
-Stack = Literal["pixels", "vision", "projector", "lm"]
+Stack = Literal["pixels", "vision", "projector", "text", "lm"]
 Shows = Literal["attention", "hidden"]
 
 
@@ -24,7 +24,8 @@ class Site:
     """Where a signal listens.
 
     Attributes:
-        stack: `pixels` (what the encoder is given), `vision` (a block of the tower), `projector`, or `lm` (a layer).
+        stack: `pixels` (what the encoder is given), `vision` (a block of the tower), `projector`, `text` (the question,
+            as it enters the language model), or `lm` (a layer).
         index: block or layer, from 0; 0 for the others.
         shows: `attention`, the queries, keys and values of the block, or `hidden`, what goes in and comes out of it.
     """
@@ -42,11 +43,13 @@ class Signal:
         per: `token` (values for each token of the item) or `item` (one value for each item).
         covers_prefix: whether, at the tower's side, there are values for [CLS] too.
         reads_text: whether it depends on the text, so that it must be known where the question is.
+        needs_text_encoder: whether it needs the text tower that belongs to the model's vision tower, handed over.
     """
 
     per: ClassVar[Literal["token", "item"]] = "token"
     covers_prefix: ClassVar[bool] = False
     reads_text: ClassVar[bool] = False
+    needs_text_encoder: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         kind: Any = type(self)
@@ -86,7 +89,8 @@ class Signal:
 
         Returns:
             At `vision`, `projector` and `pixels`: `[calls, N, …]`, a row for each token that the site showed. At `lm`:
-            `[B, P, …]`, a row for each slot, or `[B, …]` where the signal is `per` item.
+            `[B, P, …]`, a row for each slot, or `[B, …]` where the signal is `per` item. At `text`, for one item alone:
+            `[N, …]`, a row for each of its tokens, or any shape where the signal is `per` item.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it reads: define read(seen)")
 

@@ -19,16 +19,20 @@ def attach(
     *,
     suffix: tuple[int, ...] | None = None,
     turns: Turns = FIRST_TURN,
+    processor: Any = None,
+    text_encoder: Any = None,
 ) -> Handle:
     """Attach a plan; see `compress`.
 
     Args:
         suffix: token ids that the chat template puts behind the question; None: unknown.
         turns: what a later turn does with pictures that were selected for an earlier question.
+        processor: whose tokenizer tells words apart.
+        text_encoder: CLIP's, for methods that compare pictures with text in its space.
     """
     inner = unwrap(model)
     family = family_of(inner)
-    engine = Engine(inner, family, Plan.of(plan), suffix, turns)
+    engine = Engine(inner, family, Plan.of(plan), suffix, turns, processor, text_encoder)
     engine.attach()
     handle = Handle(engine)
     for owner in savers(model, inner):

@@ -4,6 +4,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +34,8 @@ class BoundPlan:
         modules: number of a method → its parameters, for methods that have some.
         reads_text: whether any step depends on the text.
         reads_question: whether any step depends on where the question is.
+        text_signals: signals of the question, which are read where the language model is entered.
+        text_encoder: the text tower that was handed over, where a step needs one.
     """
 
     plan: Plan
@@ -47,6 +50,8 @@ class BoundPlan:
     modules: Mapping[int, nn.Module]
     reads_text: bool
     reads_question: bool
+    text_signals: tuple[Signal, ...] = ()
+    text_encoder: Any = None
 
     @staticmethod
     def of(
@@ -100,7 +105,14 @@ class BoundPlan:
             _built(resolved, info, device, dtype),
             any(signal.reads_text for _, step in steps for signal in step.needs),
             any(signal.reads_question for _, step in steps for signal in step.needs),
+            tuple(sorted({s for _, step in steps for s in step.needs if s.site(info).stack == "text"}, key=repr)),
         )
+
+    @property
+    def needs_text_encoder(self) -> bool:
+        """Whether a step needs a text tower that is not part of the model."""
+        heard = [signal for own in self.listeners.values() for signal in own]
+        return any(signal.needs_text_encoder for signal in (*heard, *self.text_signals))
 
     @property
     def first_layer(self) -> int | None:
@@ -140,6 +152,13 @@ def _listen(
 ) -> None:
     """The layer that is about to run is probed; everything else is read when it runs, which must be earlier."""
     site = signal.site(info)
+    if site.stack == "text":
+        if step.at.name in ("blocks", "features"):
+            raise WinnowError(
+                f"{slug} acts at {step.at} and cannot see {signal}: pictures are encoded before the question is known; "
+                "act at projected or in a layer."
+            )
+        return  # it is computed where the language model is entered
     if step.at.name == "blocks":
         _check_block(signal, site, step, slug)
         listeners[site].add(signal)

@@ -23,6 +23,7 @@ def compress(
     keep: int | float | str | None = None,
     processor: Any = None,
     positions: str | None = None,
+    text_encoder: Any = None,
     turns: str = "first",
     keep_features: str = "device",
 ) -> Handle:
@@ -37,8 +38,12 @@ def compress(
         keep: content tokens to keep of each item (64) or their share (0.25), with the default method: HiPrune. It
             runs on every supported family, reads no question, costs about 1 % of a prefill, and is best at 25 and
             12.5 % on the shipped model and its twin (`make measured` holds it to that rule).
-        processor: its chat template shows where the question ends. Without it, what the template adds behind the
-            question counts as part of it, and plans that read the question warn.
+        processor: its chat template shows where the question ends, and its tokenizer which words it has. Without it,
+            what the template adds behind the question counts as part of it, words that say nothing of the picture
+            count as well, and plans that read the question warn.
+        text_encoder: for methods that compare pictures with text in CLIP's space (`text=clip`): the CLIP whose vision
+            tower the model has, as `(CLIPModel, tokenizer)`, or as a Hub id or a folder that holds safetensors, which
+            is read when a plan needs it. Needs `processor`.
         positions: `keep` or `compact`; overrides the plan's.
         turns: what a later question on the same cache does, where the plan reads the text: `first` keeps what was
             selected for the first question, `again` selects again, and reads the conversation again for it. Either
@@ -54,7 +59,8 @@ def compress(
     if processor is not None and is_unchecked(inner):
         diagnose(inner, processor)  # a class without an adapter of its own; what it finds is remembered
     suffix = None if processor is None else template_suffix(processor)
-    return attach(model, chosen, suffix=suffix, turns=Turns.of(turns, keep_features))
+    given = {"processor": processor, "text_encoder": text_encoder}
+    return attach(model, chosen, suffix=suffix, turns=Turns.of(turns, keep_features), **given)
 
 
 def chosen_plan(plan: str | Plan | Method | None, keep: int | float | str | None, positions: str | None) -> Plan:

@@ -14,6 +14,7 @@ from winnow.core.reduction import Reduction
 from winnow.engine.encoder import lm_signal, places
 from winnow.engine.encoding import EncoderRecord
 from winnow.engine.item_tokens import ItemTokens, Span, carried, content_mask
+from winnow.engine.question import Questions
 from winnow.engine.runner import Change, StepRunner
 
 
@@ -116,10 +117,19 @@ class EncodedItem(ItemTokens):
         return given.index_copy(0, self.content[self.places], rows.to(given.dtype))[self.left]
 
 
-def run_projected(runner: StepRunner, bound: Any, items: list[EncodedItem], records: dict[str, EncoderRecord]) -> None:
+def run_projected(
+    runner: StepRunner,
+    bound: Any,
+    items: list[EncodedItem],
+    records: dict[str, EncoderRecord],
+    questions: Questions | None = None,
+) -> None:
     """The steps at `projected`, on what the encoder gave."""
     for signal in {signal for _, step in runner.plan.projected for signal in step.needs}:
         for item in items:
+            if signal in runner.plan.text_signals:
+                item.signals[signal] = questions.read(signal, item.row, item.rows)  # type: ignore[union-attr]
+                continue
             value = lm_signal(bound, records[item.record.modality], item.number, signal)
             item.signals[signal] = value[item.ids]
     for number, step in runner.plan.projected:

@@ -1,6 +1,7 @@
 """Engine: a plan attached to a model, by hooks on the model's own seams and nothing global."""
 
 import contextlib
+import dataclasses
 import functools
 import threading
 import warnings
@@ -26,12 +27,15 @@ from winnow.engine.encoding import record_of
 from winnow.engine.forward import encodings_of, positions_of_later_turn, start_lm
 from winnow.engine.hooks import ForwardMethod, Hook
 from winnow.engine.ledgers import write_ledger
+from winnow.engine.question import QuestionReader
 from winnow.engine.request import Attachment, Ledgers, Override, Request, request_now
+from winnow.engine.text_encoder import TextEncoder
 from winnow.engine.tower_hooks import TowerHooks
 from winnow.engine.turns import Rereading, Turns, finish_turn, is_turn, shortened
 from winnow.engine.versions import cache_of
 from winnow.engine.watch import LayerWatch
 from winnow.models.family import Family
+from winnow.signals.clip import NEEDED
 from winnow.signals.tap import Tap
 
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -51,9 +55,18 @@ class Engine:
     """A model with a plan attached. What belongs to a request lives in its `Request` and on its cache, never here."""
 
     def __init__(
-        self, model: Any, family: Family, plan: Plan, suffix: tuple[int, ...] | None = None, turns: Turns | None = None
+        self,
+        model: Any,
+        family: Family,
+        plan: Plan,
+        suffix: tuple[int, ...] | None = None,
+        turns: Turns | None = None,
+        processor: Any = None,
+        text_encoder: Any = None,
     ) -> None:
         self.bound = BoundModel.of(model, family)
+        self.processor = processor
+        self.text_encoder = None if text_encoder is None else TextEncoder(text_encoder, self.bound.device)
         self.attachment = Attachment(self.bound)
         self.suffix, self.turns = suffix, turns or Turns()
         self.timing = False
@@ -87,7 +100,8 @@ class Engine:
                         f"positions=compact is defined for 1-D positions of layers that attend to everything before; "
                         f"{self.bound.info.model} has other ones. Use positions=keep."
                     )
-                self._plans[key] = BoundPlan.of(plan, self.bound.info, self.bound.device, dtype)
+                made = BoundPlan.of(plan, self.bound.info, self.bound.device, dtype)
+                self._plans[key] = self._with_text_encoder(made) if made.needs_text_encoder else made
             made = self._plans[key]
             if self.bound.family.cross and (made.listeners or made.probed):
                 looks = (str(signal) for own in (made.listeners, made.probed) for s in own.values() for signal in s)
@@ -109,11 +123,18 @@ class Engine:
                 self._listen(made)
             return made
 
+    def _with_text_encoder(self, plan: BoundPlan) -> BoundPlan:
+        if self.text_encoder is None or self.processor is None:
+            raise UnsupportedError(f"{plan.plan} {NEEDED}.")
+        self.text_encoder.check(self.bound.info)
+        return dataclasses.replace(plan, text_encoder=self.text_encoder)
+
     def _warn_of_the_template(self, plan: BoundPlan) -> None:
         self.suffix = ()  # once
         warnings.warn(
             f"{plan.plan} reads the question, and without a processor the words that a chat template puts behind it "
-            "(as in 'ASSISTANT:') count as part of it. Pass processor= to winnow.compress, or spans= to handle.using.",
+            "(as in 'ASSISTANT:') count as part of it, and words that say nothing of the picture cannot be told from "
+            "others. Pass processor= to winnow.compress, or spans= to handle.using.",
             WinnowWarning,
             stacklevel=4,
         )
@@ -269,7 +290,14 @@ class Engine:
         spans = None if override is None else override.spans
         made = Request(self.bound, self.attachment, self.active(), spans, self.suffix, clock, train=self.train)
         made.placeholders = None if override is None else override.placeholders
+        if made.plan.text_signals:
+            made.reader = self.reader
         return made
+
+    @functools.cached_property
+    def reader(self) -> QuestionReader:
+        """Tells which tokens of a question count."""
+        return QuestionReader.of(self.bound, self.processor)
 
     @contextlib.contextmanager
     def _opened(self, request: Request) -> Iterator[Request]:

@@ -77,12 +77,12 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
         raise UnsupportedError("compression takes a 2-D attention_mask (1 real, 0 padding); got a prepared mask.")
     if merged is not None:
         spans, ends, ids = merged
-        return LMPass(request, arguments, spans, _questions(request, arguments, ids, ends), ends)
+        return LMPass(request, arguments, spans, questions_of(request, arguments, ids, ends), ends)
     if not request.encodings:
         return LMPass(request, arguments)
     ids = _token_ids(request)
     spans, ends = _spans(request, ids)
-    return LMPass(request, arguments, spans, _questions(request, arguments, ids, ends), ends)
+    return LMPass(request, arguments, spans, questions_of(request, arguments, ids, ends), ends, ids)
 
 
 PIXELS = {"image": ("pixel_values", "pixel_values_images", "image_patches"), "video": ("pixel_values_videos",)}
@@ -182,7 +182,7 @@ def joined_items(bound: BoundModel, spans: list[Span], record: EncoderRecord) ->
     return own, made
 
 
-def _questions(request: Request, arguments: dict[str, Any], ids: Tensor, ends: list[int]) -> list[tuple[int, int]]:
+def questions_of(request: Request, arguments: dict[str, Any], ids: Tensor, ends: list[int]) -> list[tuple[int, int]]:
     """The span of the question of each row: the caller's, or the text behind the last item."""
     length, given = ids.shape[1], request.spans
     if given is not None and len(given) not in (1, len(ends)) and len(ends) % len(given):

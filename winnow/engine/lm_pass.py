@@ -26,6 +26,7 @@ from winnow.engine.encoding import EncoderRecord
 from winnow.engine.item_tokens import LMTokens, Span, carried, content_mask
 from winnow.engine.packed import PackedSequence, packed_segments, row_mask
 from winnow.engine.probing import probe_layer
+from winnow.engine.question import Questions
 from winnow.engine.remember import remember_layers, remember_positions
 from winnow.engine.request import Request, padding_mask
 from winnow.engine.runner import Change, StepRunner, add_notes
@@ -58,6 +59,7 @@ class LMPass:
         arguments: the keyword arguments of the language model.
         spans: where items stand, with their encoder records.
         questions, ends: per row, the span of the question and where the last item ends.
+        ids: of the prompt's tokens, on the host, where they are known.
     """
 
     def __init__(
@@ -67,9 +69,10 @@ class LMPass:
         spans: Iterable[tuple[Span, EncoderRecord]] = (),
         questions: list[tuple[int, int]] | None = None,
         ends: list[int] | None = None,
+        ids: Int[Tensor, "b s"] | None = None,
     ) -> None:
         self.request, self.bound, self.plan = request, request.bound, request.plan
-        self.questions, self.ends = questions or [], ends or []
+        self.questions, self.ends, self.ids = questions or [], ends or [], ids
         embeds = arguments["inputs_embeds"]
         rows, length = embeds.shape[:2]
         self.cache = arguments.get(self.bound.cache_name)
@@ -163,6 +166,7 @@ class LMPass:
             self.tokens.enter_lm()
         hidden = self._place_features(hidden)
         self._load_signals()
+        self._read_questions(arguments["inputs_embeds"], hidden)
         with self.request.clock.phase("select"):
             for number, step in self.plan.projected if self.items else ():
                 hidden = self._run(number, step, hidden)
@@ -359,10 +363,28 @@ class LMPass:
             return
         steps = [step for _, step in self.plan.projected]
         steps += [step for own in self.plan.layers.values() for _, step in own]
-        for signal in {s for step in steps for s in step.needs if s.site(self.bound.info).stack != "lm"}:
+        stacks = ("lm", "text")
+        for signal in {s for step in steps for s in step.needs if s.site(self.bound.info).stack not in stacks}:
             for item in self.items:
                 value = lm_signal(self.bound, item.encoded, item.number, signal)
                 item.signals[signal] = value.to(item.ids.device)[item.ids]
+
+    def _read_questions(self, given: Tensor, hidden: Tensor) -> None:
+        """Signals of the questions, from what the language model is given.
+
+        Args:
+            given: `[B, S, D]` the whole prompt.
+            hidden: `[B, P, D]` the rows that are left of it.
+        """
+        if not self.items or not self.plan.text_signals:
+            return
+        with self.request.clock.phase("select"), torch.no_grad():
+            embeds = lambda row, at: given[row, at.to(given.device)]  # noqa: E731
+            own = Questions(self.request.reader, self.ids, self.questions, embeds, self.plan.text_encoder)
+            for item in self.items:
+                rows = hidden[item.row, item.slots.to(hidden.device)].to(item.slots.device)
+                for signal in self.plan.text_signals:
+                    item.signals[signal] = own.read(signal, item.row, rows)
 
     def _run(self, number: int, step: Any, hidden: Tensor) -> Tensor:
         if hidden.ndim != 3:

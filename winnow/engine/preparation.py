@@ -27,13 +27,15 @@ from winnow.engine.encoded_item import EncodedItem, run_projected
 from winnow.engine.encoding import record_of, unmarked
 from winnow.engine.engine import Engine, is_compressed
 from winnow.engine.features import by_item, deep_layers, other_fields, shortened_features
-from winnow.engine.forward import joined_items
+from winnow.engine.forward import joined_items, questions_of
 from winnow.engine.handle import Handle
 from winnow.engine.item_tokens import find_spans
 from winnow.engine.ledgers import ledger_of, why_in_full
 from winnow.engine.prepared import PER_TOKEN, Bucket, Prepared, bucketed, widened
+from winnow.engine.question import Questions
 from winnow.engine.request import Request
 from winnow.engine.runner import StepRunner, add_notes
+from winnow.engine.spans import template_suffix
 from winnow.engine.twin import twin
 from winnow.models.families import family_of, unwrap
 
@@ -52,7 +54,7 @@ class Preparation:
     It holds a twin of the model, which shares its weights as they are now.
 
     Args:
-        model, plan, keep, positions, weights: as in `prepare`.
+        model, plan, keep, positions, weights, processor, text_encoder: as in `prepare`.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class Preparation:
         keep: int | float | str | None = None,
         positions: str | None = None,
         weights: Any = None,
+        processor: Any = None,
+        text_encoder: Any = None,
     ) -> None:
         inner: Any = unwrap(model)
         family = family_of(inner)
@@ -73,7 +77,9 @@ class Preparation:
             )
         _check_class(inner)
         self.model = twin(inner)
-        self.engine = Engine(self.model, family, chosen_plan(plan, keep, positions))
+        suffix = None if processor is None else template_suffix(processor)
+        given = {"processor": processor, "text_encoder": text_encoder}
+        self.engine = Engine(self.model, family, chosen_plan(plan, keep, positions), suffix, **given)
         self.bound, self.plan = self.engine.bound, self.engine.default
         _check_plan(self.plan)
         if weights is not None:
@@ -99,7 +105,8 @@ class Preparation:
         notes: dict[str, Any] = {}
         for record in records.values():
             add_notes(notes, record.notes)
-        run_projected(StepRunner(self.plan, functools.partial(add_notes, notes)), self.bound, items, records)
+        runner = StepRunner(self.plan, functools.partial(add_notes, notes))
+        run_projected(runner, self.bound, items, records, self._questions(given, ids, items))
 
         made = {name: value for name, value in given.items() if name not in consumed}
         made |= {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
@@ -248,6 +255,23 @@ class Preparation:
                 items.append(EncodedItem.of(span, record, given[span.number], own, host[span.row, span.where]))
         return sorted(items, key=lambda item: (item.row, int(item.where[0])))
 
+    def _questions(self, given: dict[str, Any], ids: Tensor, items: list[EncodedItem]) -> Questions | None:
+        """The questions, where a step looks at them."""
+        if not self.plan.text_signals:
+            return None
+        ends = [0] * ids.shape[0]
+        for item in items:
+            ends[item.row] = max(ends[item.row], int(item.where[-1]) + 1)
+        host, table = ids.cpu(), self.model.get_input_embeddings()
+        spans = questions_of(self._request(given), given, host, ends)
+        embeds = lambda row, at: table(ids[row, at.to(ids.device)])  # noqa: E731
+        return Questions(self.engine.reader, host, spans, embeds, self.plan.text_encoder)
+
+    def _request(self, given: dict[str, Any]) -> Request:
+        engine, bound = self.engine, self.bound
+        clock = Clock(False, bound.device)
+        return Request(bound, engine.attachment, self.plan, None, engine.suffix, clock, called=given)
+
     def _shortened(self, made: dict[str, Any], packing: Packing, position_from: Tensor) -> dict[str, Any]:
         """The per-token inputs of what is left."""
         slots, real = packing.source, packing.mask
@@ -316,8 +340,7 @@ class Preparation:
         items: list[EncodedItem],
         notes: dict[str, Any],
     ) -> Ledger:
-        engine, bound = self.engine, self.bound
-        request = Request(bound, engine.attachment, self.plan, None, None, Clock(False, bound.device), called=given)
+        request, bound = self._request(given), self.bound
         notes = notes if items else {"read_in_full": why_in_full(request, ids)}
         ledger = ledger_of(request, sizes, (real,) * len(bound.layers), notes)
         ledger.items = tuple(item.record for item in items)

@@ -21,6 +21,8 @@ def prepare(
     bucket: Bucket = None,
     use_cache: bool = True,
     weights: Any = None,
+    processor: Any = None,
+    text_encoder: Any = None,
 ) -> Prepared:
     """Shortened inputs for the plain model: for static caches, chunked prefill, `torch.compile` and batching servers.
 
@@ -34,14 +36,15 @@ def prepare(
             one slot of padding, so that what is compiled for shapes is compiled for few.
         use_cache: False makes inputs for `generate(use_cache=False)`, which are one slot wider.
         weights: a folder that `handle.save` wrote for this plan, for methods that were trained.
+        processor, text_encoder: as in `compress`, for plans that read the question.
 
     Raises:
         UnsupportedError: the class, the method or the plan cannot be had by shortened inputs; with what to do.
         WinnowError: the inputs cannot be read.
     """
-    return Preparation(model, plan, keep=keep, positions=positions, weights=weights).of(
-        inputs, bucket=bucket, use_cache=use_cache
-    )
+    given = {"processor": processor, "text_encoder": text_encoder}
+    made = Preparation(model, plan, keep=keep, positions=positions, weights=weights, **given)
+    return made.of(inputs, bucket=bucket, use_cache=use_cache)
 
 
 def prepare_many(
@@ -54,6 +57,8 @@ def prepare_many(
     bucket: Bucket = None,
     batch: int | None = None,
     weights: Any = None,
+    processor: Any = None,
+    text_encoder: Any = None,
 ) -> list[Prepared]:
     """Requests as batches of one compressed width each, for a server: `prepared.requests` says whose the rows are.
 
@@ -63,7 +68,8 @@ def prepare_many(
     """
     if batch is not None and batch < 1:
         raise WinnowError(f"batch={batch}; give a number of rows from 1.")
-    made = Preparation(model, plan, keep=keep, positions=positions, weights=weights)
+    given = {"processor": processor, "text_encoder": text_encoder}
+    made = Preparation(model, plan, keep=keep, positions=positions, weights=weights, **given)
     groups: dict[int, list[Prepared]] = {}
     for number, inputs in enumerate(requests):
         own = made.of(inputs)

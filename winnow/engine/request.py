@@ -15,6 +15,7 @@ from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.clock import Clock
 from winnow.engine.encoding import EncoderRecord
+from winnow.engine.question import QuestionReader
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -67,6 +68,7 @@ class Request:
         checkpointed: the LM layer that was last changed before its checkpoint.
         ledger: of this request, once its prefill is done.
         backward: the backward pass in which it was made: −1 for none, which is nearly always so.
+        reader: tells which tokens of a question count.
     """
 
     bound: BoundModel
@@ -90,6 +92,7 @@ class Request:
     checkpointed: int | None = None
     ledger: Ledger | None = None
     backward: int = field(default_factory=_backward_now)
+    reader: QuestionReader = field(default_factory=QuestionReader)
 
     @property
     def runs(self) -> bool:

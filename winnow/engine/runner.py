@@ -14,6 +14,7 @@ from torch import Tensor
 
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.reduction import Reduction
+from winnow.core.signal import Signal
 from winnow.core.step import Observe, Reduce, State, Step
 from winnow.core.view import View
 from winnow.engine.bound_plan import BoundPlan
@@ -62,7 +63,7 @@ class StepRunner:
         """
         method = self.plan.resolved.methods[number]
         changes: list[Change] = []
-        for group in _groups([item for item in items if item.count], number, method.streaming):
+        for group in _groups([item for item in items if item.count], number, method.streaming, step.needs):
             view = self._view(group, number, step, tokens(group))
             state = _joined([item.states.get(number, State()) for item in group])
             with self._gradients():
@@ -107,16 +108,20 @@ class StepRunner:
         return changes
 
 
-def _groups(items: Iterable[ItemTokens], number: int, streaming: bool) -> list[list[ItemTokens]]:
-    """Items of equal length, layout and remembered fields, which can be one dense view.
+def _groups(
+    items: Iterable[ItemTokens], number: int, streaming: bool, needs: Sequence[Signal] = ()
+) -> list[list[ItemTokens]]:
+    """Items of equal length, layout, remembered fields and shapes of signals, which can be one dense view.
 
-    Views of a streaming method never join samples, because what it remembers of a request belongs to one.
+    Views of a streaming method never join samples, because what it remembers of a request belongs to one. Questions of
+    unequal lengths give signals of unequal shapes.
     """
     found: dict[Any, list[ItemTokens]] = {}
     for item in items:
         state = item.states.get(number, State())
         fields = tuple(tuple(sorted(kind)) for kind in (state.token, state.item, state.summed))
-        key = (item.count, item.layout, item.n_visual, item.n_lm, fields, item.row if streaming else None)
+        shapes = tuple(item.signals[s].shape for s in needs if s in item.signals)
+        key = (item.count, item.layout, item.n_visual, item.n_lm, fields, shapes, item.row if streaming else None)
         found.setdefault(key, []).append(item)
     return list(found.values())
 

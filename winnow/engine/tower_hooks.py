@@ -126,7 +126,8 @@ class TowerHooks:
             if tower is not None:
                 tower.watch(site.index, before.to(after.device), after)
                 return
-            encoder.read(request, site, HiddenStates(before.to(after.device), after, int(self.bound.info.has_cls)))
+            prefix, text_encoder = int(self.bound.info.has_cls), request.plan.text_encoder
+            encoder.read(request, site, HiddenStates(before.to(after.device), after, prefix, text_encoder))
 
     def leave_tower(self, module: nn.Module, args: Any, output: Any) -> None:
         request = self.mine()

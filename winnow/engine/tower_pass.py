@@ -154,7 +154,10 @@ class TowerPass:
             before, after = before[None], after[None]
         with torch.no_grad():
             self.slots.read(
-                wanted, lambda signal: lambda cut: HiddenStates(cut(before), cut(after), self._prefix_of(signal))
+                wanted,
+                lambda signal: (
+                    lambda cut: HiddenStates(cut(before), cut(after), self._prefix_of(signal), self.plan.text_encoder)
+                ),
             )
 
     def enter_half(self, block: int, hidden: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Signals of the encoder: its pixels, the blocks of the vision tower, and the projector."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -50,11 +50,13 @@ class HiddenStates:
         before, after: `[tiles, N, D]` in the tower, `[B, P, D]` in the language model. Where the module reads all
             pictures as one sequence, `[1, N, D]`.
         prefix: tokens before the patches, in the tower.
+        text_encoder: the text tower that was handed over, if one was.
     """
 
     before: Tensor
     after: Tensor
     prefix: int = 0
+    text_encoder: Any = None
 
     def __post_init__(self) -> None:
         for name in ("before", "after"):
