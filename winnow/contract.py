@@ -29,7 +29,9 @@ from winnow.core.step import (
 from winnow.core.tiles import in_thumbnail, n_tiles, quotas, rank_in_tile, tile_of, top_k_per_tile
 from winnow.core.view import View
 from winnow.signals.language import LayerModules, LMAttention, LMAttentionInputs, LMAttentionMass, LMSignal
+from winnow.signals.layers import LayerChange, PageRank, TokenTransition
 from winnow.signals.vision import HiddenStates, Pixels, TowerAttention, VisionAttention, VisionKeys, VisionSignal
+from winnow.signals.words import TextRaters, WordAttention
 
 __all__ = [
     "CLS",
@@ -51,11 +53,13 @@ __all__ = [
     "LMAttentionMass",
     "LMSignal",
     "Layer",
+    "LayerChange",
     "LayerModules",
     "Layout",
     "Method",
     "ModelInfo",
     "Observe",
+    "PageRank",
     "Pixels",
     "Point",
     "Reduce",
@@ -67,6 +71,8 @@ __all__ = [
     "Site",
     "State",
     "Step",
+    "TextRaters",
+    "TokenTransition",
     "TowerAttention",
     "UnsupportedError",
     "View",
@@ -74,6 +80,7 @@ __all__ = [
     "VisionKeys",
     "VisionSignal",
     "WinnowError",
+    "WordAttention",
     "block_index",
     "comparable",
     "count_broken",
