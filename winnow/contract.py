@@ -31,8 +31,10 @@ from winnow.core.view import View
 from winnow.signals.clip import ClipPatches, ClipText
 from winnow.signals.features import OneHeadAttention, VisionFeatures, WideKeys
 from winnow.signals.language import LayerModules, LMAttention, LMAttentionInputs, LMAttentionMass, LMSignal
+from winnow.signals.layers import LayerChange, PageRank, TokenTransition
 from winnow.signals.question import Question, QuestionCosine, QuestionSignal, QuestionTokens
 from winnow.signals.vision import HiddenStates, Pixels, TowerAttention, VisionAttention, VisionKeys, VisionSignal
+from winnow.signals.words import TextRaters, WordAttention
 
 __all__ = [
     "CLS",
@@ -56,12 +58,14 @@ __all__ = [
     "LMAttentionMass",
     "LMSignal",
     "Layer",
+    "LayerChange",
     "LayerModules",
     "Layout",
     "Method",
     "ModelInfo",
     "Observe",
     "OneHeadAttention",
+    "PageRank",
     "Pixels",
     "Point",
     "Question",
@@ -77,6 +81,8 @@ __all__ = [
     "Site",
     "State",
     "Step",
+    "TextRaters",
+    "TokenTransition",
     "TowerAttention",
     "UnsupportedError",
     "View",
@@ -86,6 +92,7 @@ __all__ = [
     "VisionSignal",
     "WideKeys",
     "WinnowError",
+    "WordAttention",
     "block_index",
     "comparable",
     "count_broken",

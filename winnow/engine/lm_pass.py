@@ -310,13 +310,17 @@ class LMPass:
                     own = values[item.row]
                     item.signals[signal] = own[item.slots] if signal.per == "token" else own
 
-    def _inputs(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, mask: Any = None) -> LMAttentionInputs:
-        past = self.past_mask(self._past(layer))
+    def spans(self, device: torch.device) -> TextSpans:
+        """Which tokens of each row are what, at this moment."""
         content = []
         for row in range(len(self.tokens.packing.sizes)):
             own = [item.slots for item in self.items if item.row == row and item.count]
-            content.append(torch.cat(own).to(q.device) if own else torch.zeros(0, dtype=torch.int64, device=q.device))
-        spans = TextSpans(self.questions, self.ends, content)
+            content.append(torch.cat(own).to(device) if own else torch.zeros(0, dtype=torch.int64, device=device))
+        return TextSpans(self.questions, self.ends, content)
+
+    def _inputs(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, mask: Any = None) -> LMAttentionInputs:
+        past = self.past_mask(self._past(layer))
+        spans = self.spans(q.device)
         packing, past = self.tokens.packing.to(q.device), None if past is None else past.to(q.device)
         seen = None if self.whole is None else as_visible(mask)
         seen = None if seen is None else seen.to(q.device).expand(q.shape[0], -1, -1, -1)

@@ -51,9 +51,10 @@ class LayerWatch:
         _seen.set(None)
         if lm is not None and seen is not None:
             after = output[0] if isinstance(output, tuple) else output
-            mask = lm.tokens.packing.mask.to(after.device)
+            packing = lm.tokens.packing.to(after.device)
             before = _hidden(args, kwargs).to(after.device)  # the layer before may be on another
-            lm.hidden(self.index, LayerModules(before, after, seen["attention"], seen["mlp"], mask))
+            parts = before, after, seen["attention"], seen["mlp"], packing.mask, packing, lm.spans(after.device)
+            lm.hidden(self.index, LayerModules(*parts))
 
 
 def _hidden(args: Any, kwargs: Any) -> Tensor:

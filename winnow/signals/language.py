@@ -72,7 +72,13 @@ class LMAttentionInputs:
         """Share of the attention of some rows that falls on some keys, mean over heads and rows."""
         return torch.stack([self._mass(rows, keys, b) for b in range(self.q.shape[0])])
 
-    def _visible(self, rows: Int[Tensor, "b r"]) -> Bool[Tensor, "b r n"]:
+    def of_row(self, b: int) -> "LMAttentionInputs":
+        """What one row of the batch alone would be shown; its spans are still those of all rows."""
+        at = slice(b, b + 1)
+        past, mask = (None if x is None else x[at] for x in (self.past, self.mask))
+        return replace(self, q=self.q[at], k=self.k[at], packing=self.packing.row(b), past=past, mask=mask)
+
+    def visible(self, rows: Int[Tensor, "b r"]) -> Bool[Tensor, "b r n"]:
         """The keys that these query slots may see."""
         if self.mask is not None:
             return self.mask[:, 0].gather(1, rows[..., None].expand(-1, -1, self.mask.shape[-1]))
@@ -90,7 +96,7 @@ class LMAttentionInputs:
         rows = self.q
         if rows.shape[2] > 1:
             rows = rows.gather(2, at[:, None, None, None].expand(-1, rows.shape[1], 1, rows.shape[3]))
-        seen = self._visible(at[:, None])[:, None]
+        seen = self.visible(at[:, None])[:, None]
         return attention_rows(rows, self.k, self.scaling, seen).mean(1)[:, 0, self.before :]
 
     def _question_slots(self) -> list[Int[Tensor, " r"]]:
@@ -100,11 +106,9 @@ class LMAttentionInputs:
     def _from(self, b: int, slots: Int[Tensor, " r"]) -> Float[Tensor, " n"]:
         """Attention of some rows of sample b to all keys, mean over heads and rows, in tiles of rows."""
         total = self.k.new_zeros(self.k.shape[2], dtype=torch.promote_types(self.k.dtype, torch.float32))
-        at = slice(b, b + 1)
-        past, mask = (None if x is None else x[at] for x in (self.past, self.mask))
-        own = replace(self, q=self.q[at], k=self.k[at], packing=self.packing.row(b), past=past, mask=mask)
+        own = self.of_row(b)
         for part in slots.split(TILE):
-            seen = own._visible(part[None])[:, None]
+            seen = own.visible(part[None])[:, None]
             rows = attention_rows(own.q[:, :, part], own.k, self.scaling, seen)
             total += rows.mean(1)[0].sum(0)
         return total / max(1, slots.shape[0])
@@ -208,6 +212,8 @@ class LayerModules:
         before, after: `[B, P, D]` of the whole layer.
         attention, mlp: (input, output) of the two modules, `[B, P, D]` each.
         mask: `[B, P]` which slots hold tokens; the others are padding, which no signal may count.
+        packing: the slots in which they stand.
+        spans: questions and items.
     """
 
     before: Float[Tensor, "b p d"]
@@ -215,3 +221,5 @@ class LayerModules:
     attention: tuple[Float[Tensor, "b p d"], Float[Tensor, "b p d"]]
     mlp: tuple[Float[Tensor, "b p d"], Float[Tensor, "b p d"]]
     mask: Bool[Tensor, "b p"]
+    packing: Packing
+    spans: TextSpans
