@@ -30,7 +30,7 @@ from winnow.core.tiles import in_thumbnail, n_tiles, quotas, rank_in_tile, tile_
 from winnow.core.view import View
 from winnow.signals.clip import ClipPatches, ClipText
 from winnow.signals.features import OneHeadAttention, VisionFeatures, WideKeys
-from winnow.signals.language import LayerModules, LMAttention, LMAttentionInputs, LMAttentionMass, LMSignal
+from winnow.signals.language import LayerModules, LMAttention, LMAttentionInputs, LMAttentionMass, LMKeys, LMSignal
 from winnow.signals.layers import LayerChange, PageRank, TokenTransition
 from winnow.signals.question import Question, QuestionCosine, QuestionSignal, QuestionTokens
 from winnow.signals.vision import HiddenStates, Pixels, TowerAttention, VisionAttention, VisionKeys, VisionSignal
@@ -56,6 +56,7 @@ __all__ = [
     "LMAttention",
     "LMAttentionInputs",
     "LMAttentionMass",
+    "LMKeys",
     "LMSignal",
     "Layer",
     "LayerChange",

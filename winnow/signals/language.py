@@ -61,11 +61,11 @@ class LMAttentionInputs:
         """Keys of the cache."""
         return self.k.shape[2] - self.packing.width
 
-    def received(self, rows: Literal["last", "question"]) -> Float[Tensor, "b p"]:
-        """Attention that each slot receives from the last token or from the question, mean over heads and rows."""
+    def received(self, rows: Rows) -> Float[Tensor, "b p"]:
+        """Attention that each slot receives from the last token, question or items, mean over heads and rows."""
         if rows == "last":
             return self._from_last()
-        at = self._question_slots()
+        at = self._question_slots() if rows == "question" else self.spans.items
         return torch.stack([self._from(b, slots) for b, slots in enumerate(at)])[:, self.before :]
 
     def mass(self, rows: Rows, keys: Rows) -> Float[Tensor, " b"]:
@@ -107,7 +107,7 @@ class LMAttentionInputs:
         """Attention of some rows of sample b to all keys, mean over heads and rows, in tiles of rows."""
         total = self.k.new_zeros(self.k.shape[2], dtype=torch.promote_types(self.k.dtype, torch.float32))
         own = self.of_row(b)
-        for part in slots.split(TILE):
+        for part in slots.split(TILE) if len(slots) else ():  # a sample may have no items
             seen = own.visible(part[None])[:, None]
             rows = attention_rows(own.q[:, :, part], own.k, self.scaling, seen)
             total += rows.mean(1)[0].sum(0)
@@ -160,14 +160,15 @@ class LMSignal(Signal):
 
 @dataclass(frozen=True)
 class LMAttention(LMSignal):
-    """Attention from text rows to the item's tokens in one LM layer, mean over heads and rows: `[b, N]`, fp32.
+    """Attention from some rows to the item's tokens in one LM layer, mean over heads and rows: `[b, N]`, fp32.
 
     Args:
         layer: the LM layer whose attention is read.
-        rows: `"last"` is the last prompt token; `"question"` the mean over the tokens of the question.
+        rows: `"last"` is the last prompt token; `"question"` the mean over the tokens of the question; `"items"` that
+            over all visual tokens of the sample.
     """
 
-    rows: Literal["last", "question"] = "last"
+    rows: Rows = "last"
 
     @property
     def last_row_only(self) -> bool:
@@ -179,6 +180,18 @@ class LMAttention(LMSignal):
 
     def read(self, seen: LMAttentionInputs) -> Float[Tensor, "b p"]:
         return seen.received(self.rows)
+
+
+@dataclass(frozen=True)
+class LMKeys(LMSignal):
+    """Keys of one LM layer after position embedding, mean over heads: `[b, N, d]`, at least fp32."""
+
+    def read(self, seen: LMAttentionInputs) -> Float[Tensor, "b p d"]:
+        keys = seen.k[:, :, seen.before :]
+        return keys.to(torch.promote_types(keys.dtype, torch.float32)).mean(1)
+
+    def sample(self, generator: torch.Generator, b: int, n: int) -> Tensor:
+        return torch.randn(b, n, 8, generator=generator)
 
 
 @dataclass(frozen=True)
