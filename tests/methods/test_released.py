@@ -24,12 +24,14 @@ from winnow.testing import Picture
 from .stubs import ids, scores, tokens
 
 LLAVA = ModelInfo("LLaVA", depth=32, vision_depth=24, feature_layer=-2)
-NO_CODE = {"todre"}
+NO_CODE = {"todre", "token-correlation-compression"}
 POSITIONS = {
     "divprune": "compact",
     "fastervlm": "compact",
     "fastv": "keep",
+    "globalcom2": "compact",
     "hiprune": "compact",
+    "pixelprune": "keep",
     "pyramiddrop": "compact",
     "visionzip": "compact",
     "vtc-cls": "compact",
