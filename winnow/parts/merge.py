@@ -86,3 +86,15 @@ def mixture(
         representative=pad_sequence(anchors, batch_first=True),
         ordered=False,
     )
+
+
+def sums_of_nearest_naive(
+    kept: Sequence[int], likeness: Sequence[Sequence[float]], weight: Sequence[float], count: int
+) -> list[list[float]]:
+    """The same in lists, from the likeness of all tokens: what `sums_of_nearest` is tested against."""
+    rows = []
+    for i in kept:
+        others = [j for j in range(len(likeness)) if j != i]
+        near = sorted(others, key=lambda j: -likeness[i][j])[:count]
+        rows.append([1.0 if j == i else weight[j] if j in near else 0.0 for j in range(len(likeness))])
+    return rows
