@@ -248,7 +248,7 @@ def _gaps(sample, kept):
 
 
 def _covers_and_finds(sample, kept):
-    """Nearer to all of the picture than outliers alone, and more of the evidence than a blind selection, at 33 tokens."""
+    """Nearer to all of the picture than outliers alone, and more of the evidence than blind ones, with 33 tokens."""
     outliers = sample.answers("prumerge:keep=33")[1]
     assert gap(_gaps(sample, kept), _gaps(sample, outliers)).high < 0
     for blind in (evenly, at_random):
