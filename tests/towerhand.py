@@ -29,6 +29,7 @@ class Tile:
         bias: `[n]` added to the logits of each token as a key.
         keys: `[n, d]` of the block that has attended last, mean over heads (and patches).
         received: `[H, n]` attention that each token received there, mean over the queries.
+        from_first: `[H, n]` attention of the first token there ([CLS]); towers of CLIP and SigLIP only.
     """
 
     x: Tensor
@@ -38,6 +39,7 @@ class Tile:
     bias: Tensor | None = None
     keys: Tensor | None = None
     received: Tensor | None = None
+    from_first: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.groups = self.groups or [{i} for i in self.ids]
@@ -92,7 +94,7 @@ def _clip(reference: Reference, sample: dict[str, Tensor], act: Act) -> list[lis
                 q, k, v = (f(u).unflatten(-1, (own.num_heads, -1)) for f in (own.q_proj, own.k_proj, own.v_proj))
                 made, weights = attention(q, k, v, own.scale, tile.bias)
                 tile.x = tile.x + own.out_proj(made)
-                tile.keys, tile.received = k.mean(1), weights.mean(1)
+                tile.keys, tile.received, tile.from_first = k.mean(1), weights.mean(1), weights[:, 0]
                 act(f"blocks[{i}].mlp", tile)
                 tile.x = tile.x + block.mlp(block.layer_norm2(tile.x))
             tiles.append(tile)

@@ -17,12 +17,12 @@ from winnow.core.point import Point
 from winnow.core.reduction import Reduction
 from winnow.core.step import Emit, State, Step
 from winnow.core.view import View
+from winnow.methods.tome import ToMe
 
 from .interpreter import Interpreter
 from .layouts import picture
 from .sight import Sight, look_up, provides
 from .signals import TowerFeatures
-from .test_tome import ToMe
 from .toy import ToyVLM, randn
 
 

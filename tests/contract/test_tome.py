@@ -14,11 +14,11 @@ from winnow.core.point import Point
 from winnow.core.reduction import Reduction
 from winnow.core.step import Reduce, State, Step
 from winnow.core.view import View
+from winnow.methods.tome import ToMe
 from winnow.signals.vision import VisionAttention
 
 from .interpreter import Interpreter
 from .layouts import picture
-from .tome import ToMe
 from .toy import Picture, ToyVLM, randn
 
 

@@ -1,51 +1,22 @@
-"""ToMe as the contract writes it, on real towers: in loops over tokens, tile by tile, by hand."""
+"""ToMe on real towers, beside what every method is held to: its settings, what feeds an output, and what follows it."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 import torch
 import zoo
 from byhand import Reference
 from cases import check_against_hand, effect
-from contract.tome import ToMe
+from methods.byhand.tome import merging
 from probes import Pick, Received, forward
-from torch.nn.functional import normalize
-from towerhand import Tile, in_tower, tiles_of
+from towerhand import in_tower, tiles_of
 
 import winnow
 from winnow.core.plan import Plan
+from winnow.methods.tome import ToMe
 
 
-def merging(r: int, proportional: bool = True) -> Callable[[str, Tile], None]:
-    """In every block: each even token looks for the odd one that is most like it; the r best pairs become one."""
-
-    def act(point: str, tile: Tile) -> None:
-        n = len(tile.ids)
-        pairs = min(r, (n - 1) // 2)
-        if not point.endswith(".mlp") or pairs <= 0:
-            return
-        key, odd = normalize(tile.keys, dim=-1), range(1, n, 2)
-        even = [a for a in range(0, n, 2) if a >= tile.prefix]
-        best = {a: max(odd, key=lambda b, a=a: float(key[a] @ key[b])) for a in even}
-        merged = sorted(best, key=lambda a: -float(key[a] @ key[best[a]]))[:pairs]
-        size = [float(len(group)) for group in tile.groups]
-        into = {b: [b, *(a for a in merged if best[a] == b)] for b in odd}
-        stay = [[a] for a in range(0, n, 2) if a not in merged]
-        order = stay + [into[b] for b in odd]
-        rows = [sum(tile.x[i] * size[i] for i in own) / sum(size[i] for i in own) for own in order]
-        groups = [set().union(*(tile.groups[i] for i in own)) for own in order]
-        tile.take([own[0] for own in order], torch.stack(rows))
-        tile.groups = groups
-        if proportional:
-            tile.bias = torch.tensor([len(group) for group in groups]).log()
-
-    return act
-
-
-@pytest.mark.parametrize("proportional", [True, False], ids=["by-size", "plain"])
-@pytest.mark.parametrize("r", [1, 3])
+@pytest.mark.parametrize(("r", "proportional"), [(1, True), (3, False)], ids=["by-size", "plain"])
 @pytest.mark.parametrize("build", zoo.BUILDS)
 def test_equals_by_hand(build, r, proportional):
     method = ToMe(r, proportional)

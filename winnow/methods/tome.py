@@ -1,0 +1,119 @@
+"""ToMe (arXiv 2210.09461): merge the most similar tokens in every block of the vision tower, by a cheap matching.
+
+Looks at: the keys of every vision block, mean over heads. Cost: O(N² / 4 · D_head) and a sort in each block.
+
+In each block, between attention and MLP, the even tokens look for the most similar odd one; the r best pairs become
+one, as a mean by the patches that each stands for. In later blocks a token weighs as many times in attention
+(`proportional`; the authors do without it on MAE).
+Departs from the paper: nothing. The default r is the authors' for 577 tokens. The blocks are those up to the one that
+feeds the projector; each tile is merged by itself.
+Departs from the released code: without [CLS] the code leaves the even tokens that stay in the order of falling likeness
+(`order=likeness`), so that the next block pairs others; here they keep their own. It has no language model behind it.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Int
+
+import winnow.contract as wn
+from winnow.parts.bipartite import bipartite
+from winnow.parts.cosine import unit
+from winnow.parts.merge import weights_by_size
+
+
+@wn.register("tome")
+class ToMe(wn.Method):
+    """Merge the r most similar pairs of tokens in every block of the vision tower.
+
+    Args:
+        r: pairs that merge in each block, or their number for each block in turn (0 behind the end of the list).
+        proportional: whether tokens weigh by their size as keys of later blocks.
+        inflect: with a single r, how it changes: linearly from r · (1 − inflect) to r · (1 + inflect).
+        left: instead of r, patches of each tile that are left behind the last block.
+        order: of the even tokens that stay, where there is no [CLS]: their own `place`, or falling `likeness`.
+        split: who looks for a partner: `even` tokens, or half of them at `random`.
+    """
+
+    r: wn.Count | tuple[wn.Count, ...] = 23
+    proportional: bool = True
+    inflect: Annotated[float, wn.Between(-1, 1)] = 0
+    left: wn.Budget | None = None
+    order: Literal["place", "likeness"] = "place"
+    split: Literal["even", "random"] = "even"
+
+    identity = {"r": 0}
+    released = {"order": "likeness", "positions": "keep"}
+
+    def check(self) -> None:
+        if self.inflect and not isinstance(self.r, int):
+            raise wn.WinnowError(
+                f"tome: inflect={self.inflect!r} with r={self.r!r}; allowed: a single r, or inflect=0."
+            )
+
+    def at_budget(self, budget, content: int):
+        """As many pairs in every block as leave the budget; as a share, because tiles do not know of each other."""
+        return self.replace(left=f"{float(100 * wn.Budget.parse(budget).share(content)):.8f}%")
+
+    def steps(self, info: wn.ModelInfo):
+        keys = [wn.VisionKeys(block) for block in range(wn.VisionKeys().block(info) + 1)]
+        at = [wn.Point("blocks", block, "mlp") for block in range(len(keys))]
+        return tuple(wn.Step(at[i], partial(self._step, k, i, len(keys)), (k,)) for i, k in enumerate(keys))
+
+    def schedule(self, blocks: int) -> list[int]:
+        """Pairs of each block, where that many are there."""
+        if isinstance(self.r, tuple):
+            return [*self.r, *[0] * blocks][:blocks]
+        least = int(self.r * (1.0 - self.inflect))
+        slope = 2 * (self.r - least) / max(1, blocks - 1)
+        return [int(least + slope * block) for block in range(blocks)]
+
+    def pairs(self, view: wn.View, block: int, blocks: int) -> int:
+        """Pairs that merge in a block, of those that are there."""
+        tokens = view.n - _prefix(view)
+        if self.left is None:
+            return min(tokens // 2, self.schedule(blocks)[block])
+        start, end = view.n_visual, self.left.of(view)
+        if end << blocks < start:
+            least = -(-start >> blocks)
+            raise wn.WinnowError(f"tome: left={self.left} of {start}; allowed in {blocks} blocks: {least} and more.")
+        # No more may be left over than the blocks behind this one can halve.
+        goal = min(start - (start - end) * (block + 1) // blocks, end << (blocks - 1 - block))
+        return min(tokens // 2, max(0, tokens - goal))
+
+    def reduce(self, view: wn.View) -> wn.Reduction:
+        """The merge of a first block, whose keys are the only signal."""
+        return self.merge(view, wn.State(), wn.VisionKeys(), self.pairs(view, 0, 1))[0].reduction
+
+    def _step(self, keys: wn.VisionKeys, block: int, blocks: int, view: wn.View, state: wn.State):
+        return self.merge(view, state, keys, self.pairs(view, block, blocks))
+
+    def merge(self, view: wn.View, state: wn.State, keys: wn.VisionKeys, r: int) -> tuple[wn.Reduce, wn.State]:
+        """Merge r pairs; `state.summed` holds how many patches each token stands for."""
+        if r == 0:
+            everything = torch.arange(view.n, device=view.tokens.device).expand(view.b, -1)
+            return wn.Reduce(wn.Reduction.select(everything, view.n)), state
+        x, broken = unit(view[keys])
+        wn.count_broken(broken, view)
+        likeness = self.order == "likeness"
+        found = bipartite(x, r, self._turns(view), bool(_prefix(view)), broken=broken, by_likeness=likeness)
+        size = state.summed.get("size", x[0].new_ones(view.b, view.n))
+        weight, total = weights_by_size(found.cluster, size, view.n - r)
+        reduction = wn.Reduction.assign(
+            found.cluster, weight, m=view.n - r, representative=found.representative, ordered=False
+        )
+        after = replace(state, summed={**state.summed, "size": size})
+        return wn.Reduce(reduction, log_bias=total.log() if self.proportional else None), after
+
+    def _turns(self, view: wn.View) -> Int[torch.Tensor, " n"]:
+        """The tokens in the order in which they are even and odd; [CLS] stays the first."""
+        places = torch.arange(view.n, device=view.tokens.device)
+        at_random = torch.where(places < _prefix(view), -1.0, view.rand(view.n)[0])
+        return places if self.split == "even" else at_random.argsort()
+
+
+def _prefix(view: wn.View) -> int:
+    """1 where a tile begins with [CLS]."""
+    return int(view.layout.kind[0] == wn.CLS)
