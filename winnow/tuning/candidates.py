@@ -195,11 +195,12 @@ def _varied(method: Method, info: ModelInfo) -> Iterator[Method]:
             except WinnowError:
                 continue
     if method.released is not None:
-        changes = {k: v for k, v in method.released.items() if k != "positions"}
         try:
-            yield method.replace(**changes)
+            own = method.replace(**{k: v for k, v in method.released.items() if k != "positions"})
         except WinnowError:
             return
+        if own != method:
+            yield own
 
 
 def _others(hint: Any, value: Any, info: ModelInfo) -> list[Any]:

@@ -130,10 +130,11 @@ def split(questions: Sequence[Ask], held_out: float, seed: int) -> tuple[tuple[A
         pictures.setdefault(ask.image, []).append(ask)
     order = sorted(pictures)
     random.Random(seed).shuffle(order)
+    rest: list[Ask] = []
     kept: list[Ask] = []
-    while order and len(kept) + len(pictures[order[-1]]) <= max(1.0, held_out * len(questions)):
-        kept += pictures[order.pop()]
-    rest = [ask for image in order for ask in pictures[image]]
+    for image in order:
+        fits = len(kept) + len(pictures[image]) <= max(1.0, held_out * len(questions))
+        (kept if fits else rest).extend(pictures[image])
     if not kept or not rest:
         raise WinnowError(
             f"{len(questions)} questions about {len(pictures)} pictures cannot be parted into a search and a check; "
