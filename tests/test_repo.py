@@ -27,6 +27,7 @@ RANKS = [
     {"methods", "models", "cache"},
     {"engine"},
     {"bench", "testing"},
+    {"tuning"},
     {"learn"},  # the card of a model shows what the bench measured
     {"cli", "serve", "studio"},
 ]

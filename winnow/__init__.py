@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from winnow.methods.visionzip import VisionZip
     from winnow.methods.vtc_cls import VtcCls
     from winnow.models.families import register_family
+    from winnow.tuning.result import Tuned
+    from winnow.tuning.search import tune
 
     plan = Plan.of
 
@@ -49,6 +51,7 @@ _LAZY = {
     "Plan": "winnow.core.plan:Plan",
     "Prepared": "winnow.engine.prepared:Prepared",
     "Reduction": "winnow.core.reduction:Reduction",
+    "Tuned": "winnow.tuning.result:Tuned",
     "View": "winnow.core.view:View",
     "compress": "winnow.engine.compress:compress",
     "handle_of": "winnow.engine.handle:handle_of",
@@ -59,6 +62,7 @@ _LAZY = {
     "prepare_many": "winnow.engine.prepare:prepare_many",
     "register": "winnow.core.registry:register",
     "register_family": "winnow.models.families:register_family",
+    "tune": "winnow.tuning.search:tune",
 }
 _METHODS = [
     "DivPrune",
@@ -84,6 +88,7 @@ __all__ = [
     "PyramidDrop",
     "Reduction",
     "ToDRE",
+    "Tuned",
     "UnsupportedError",
     "View",
     "VisionZip",
@@ -100,6 +105,7 @@ __all__ = [
     "prepare_many",
     "register",
     "register_family",
+    "tune",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command line: `winnow run`, `bench`, `speed`, `turns`, `report`, `methods`, `families`, `doctor` and others."""
+"""The command line: `winnow run`, `bench`, `speed`, `turns`, `report`, `tune`, `methods`, `doctor` and others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from winnow import __version__, cli_bench
+from winnow import __version__, cli_bench, cli_tune
 from winnow.cli_options import Device, DeviceMap, Dtype, Json, Model, Positions, Quantization, Revision, Trust
 from winnow.cli_streams import flush, forgiving, mistake, print_json, say, warn
 from winnow.core.errors import WinnowError
@@ -54,6 +54,7 @@ train = typer.Typer(no_args_is_help=True, help="Train what winnow ships.")
 app.add_typer(world, name="world")
 app.add_typer(train, name="train")
 cli_bench.register(app)
+cli_tune.register(app)
 
 
 def _version(wanted: bool) -> None:

@@ -13,6 +13,7 @@ import typer
 from winnow.cli_options import Device, Dtype, Json, Model, Positions, Trust
 from winnow.cli_streams import print_json, say, warn
 from winnow.core.errors import WinnowError
+from winnow.core.plan_file import names_file
 
 BUDGETS = "128,64,32,16"
 LARGEST_BATCH = 4096
@@ -22,7 +23,8 @@ Methods = Annotated[
     list[str] | None,
     typer.Option(
         "--method",
-        help="A slug, to which --keep applies, or a plan with its own settings. Several: repeat it; slugs also as a,b.",
+        help="A slug, to which --keep applies, a plan with its own settings, or a plan file. Several: repeat it; "
+        "slugs also as a,b.",
         show_default="all that winnow brings",
     ),
 ]
@@ -195,7 +197,7 @@ def named(values: Sequence[str] | None) -> tuple[str, ...]:
         return tuple(entry.slug for entry in entries() if entry.family != "user")
     found: list[str] = []
     for value in values:
-        found += [value] if any(mark in value for mark in ":+|") else value.split(",")
+        found += [value] if any(mark in value for mark in ":+|") or names_file(value) else value.split(",")
     found = [name.strip() for name in found]
     if not all(found):
         raise WinnowError(f"--method {','.join(values)!r} has an empty name; `winnow methods` lists the slugs.")

@@ -32,10 +32,10 @@ def rate(hits: int, n: int) -> Rate:
     return Rate(hits / n, low, high, n)
 
 
-def _wilson(p: float, n: int) -> tuple[float, float]:
-    middle = p + Z * Z / (2 * n)
-    half = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    scale = 1 + Z * Z / n
+def _wilson(p: float, n: int, z: float = Z) -> tuple[float, float]:
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
@@ -60,10 +60,13 @@ class Paired:
         return f"{self.value:+.1%} [{self.low:+.1%}, {self.high:+.1%}]"
 
 
-def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
+def paired(first: Sequence[bool], second: Sequence[bool], z: float = Z) -> Paired:
     """Difference of paired proportions with Newcombe's square-and-add interval (Stat. Med. 17, 2635: method 10).
 
     It needs no resampling, and does not collapse to nothing with few items or without any difference.
+
+    Args:
+        z: quantile of the normal distribution for another confidence than 95 %; at 0 the interval is the estimate.
     """
     n = len(first)
     if n != len(second):
@@ -74,7 +77,7 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
     lost, gained = sum(first) - both, sum(second) - both
     neither = n - both - lost - gained
     p2, p1 = sum(second) / n, sum(first) / n
-    (l2, u2), (l1, u1) = _wilson(p2, n), _wilson(p1, n)
+    (l2, u2), (l1, u1) = _wilson(p2, n, z), _wilson(p1, n, z)
     margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
     cross = float(both * neither - lost * gained)
     if cross > 0:

@@ -14,6 +14,7 @@ from winnow.bench.schema import Cell
 from winnow.core.budget import Budget
 from winnow.core.errors import WinnowError
 from winnow.core.plan import FULL, Plan
+from winnow.core.plan_file import names_file
 from winnow.core.registry import method_class
 
 Keep = int | float | str
@@ -52,7 +53,7 @@ def jobs(
     """The full model, then baselines and methods at every budget, largest first.
 
     Args:
-        methods: slugs, to which budgets apply, or plan strings, which have their own settings.
+        methods: slugs, to which budgets apply, or plan strings and plan files, which have their own settings.
         content: content tokens of a typical item; shares and stepwise methods are made from it.
         baselines: of `BASELINES`; random-M and downsample-M are always measured.
     """
@@ -80,7 +81,7 @@ def jobs(
 
 
 def _of_method(method: str, budgets: Sequence[str], content: int, positions: str | None) -> list[Job]:
-    if any(mark in method for mark in ":+|") or method == FULL:
+    if any(mark in method for mark in ":+|") or method == FULL or names_file(method):
         plan = Plan.of(method, positions=positions)
         if not plan.methods:
             raise WinnowError("The full model is always measured; do not name it among the methods.")

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from winnow.core.budget import Budget
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.method import Method
+from winnow.core.plan_file import names_file, read_plan_file
 from winnow.core.registry import method_class
 from winnow.core.signal import Signal
 from winnow.core.step import Step
@@ -49,16 +51,20 @@ class Plan:
             raise WinnowError(f"seed={self.seed!r}; allowed: an int ≥ 0.")
 
     @staticmethod
-    def of(spec: "str | Plan | Method", *, positions: str | None = None) -> "Plan":
-        """A plan from a string, a Method or a Plan; `positions` overrides what it says."""
-        if isinstance(spec, str):
+    def of(spec: "str | os.PathLike[str] | Plan | Method", *, positions: str | None = None) -> "Plan":
+        """A plan from a string, a plan file, a Method or a Plan; `positions` overrides what it says."""
+        if isinstance(spec, os.PathLike) or (isinstance(spec, str) and names_file(spec)):
+            plan = Plan.parse(read_plan_file(spec)["plan"])
+        elif isinstance(spec, str):
             plan = Plan.parse(spec)
         elif isinstance(spec, Method):
             plan = Plan((spec,))
         elif isinstance(spec, Plan):
             plan = spec
         else:
-            raise WinnowError(f"A plan is a string, a Method or a Plan, got {type(spec).__name__}; {_GRAMMAR}.")
+            raise WinnowError(
+                f"A plan is a string, a plan file, a Method or a Plan, got {type(spec).__name__}; {_GRAMMAR}."
+            )
         return plan if positions is None else dataclasses.replace(plan, positions=positions)
 
     @staticmethod
