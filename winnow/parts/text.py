@@ -53,7 +53,7 @@ def _sum_and_max(seen: LMAttentionInputs, text: Bool[Tensor, "b p"], row: int) -
     total = seen.k.new_zeros(seen.k.shape[2], dtype=torch.promote_types(seen.k.dtype, torch.float32))
     most = total.clone()
     for part, live in zip(slots.split(TILE), real.split(TILE), strict=True):
-        weights = attention_rows(own.q[:, :, part], own.k, seen.scaling, own._visible(part[None])[:, None]).mean(1)[0]
+        weights = attention_rows(own.q[:, :, part], own.k, seen.scaling, own.visible(part[None])[:, None]).mean(1)[0]
         weights = weights.masked_fill(~live[:, None], 0)
         total += weights.sum(0)
         most = torch.maximum(most, weights.amax(0))
