@@ -85,7 +85,9 @@ class GlobalCom2(wn.Method):
         """The share that each tile keeps, the thumbnail first."""
         share = float(self.keep.share(view.n_visual))
         sums = seen.new_zeros(view.b, wn.n_tiles(view.layout) - 1, dtype=torch.float64)
-        p = (sums.scatter_add_(1, crop.expand(view.b, -1), seen.double()) / self.temperature).softmax(1)
+        sums.scatter_add_(1, crop.expand(view.b, -1), seen.double())
+        powers = ((sums - sums.amax(1, keepdim=True)) / self.temperature).exp()
+        p = powers / (powers.sum(1, keepdim=True) + 1e-8)  # as in the code: a ratio that is round is rounded down
         ratios = (share * (1 + p - p.mean(1, keepdim=True))).clamp_max(1)
         return torch.cat([torch.full_like(p[:, :1], share), ratios], 1)
 
