@@ -16,7 +16,8 @@ from winnow.core.reduction import Reduction
 from winnow.core.step import State
 from winnow.core.view import View
 from winnow.methods.fastervlm import FasterVLM
-from winnow.methods.vispruner import FEATURES, VisionFeatures, VisPruner
+from winnow.methods.vispruner import FEATURES, VisPruner
+from winnow.signals.features import VisionFeatures
 from winnow.signals.vision import VisionAttention
 from winnow.testing import WITH_CLS, WITHOUT_CLS, Picture
 

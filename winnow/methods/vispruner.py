@@ -16,7 +16,6 @@ padding of a crop takes no part, because what is chosen of it is lost (`padding=
 anew.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -28,22 +27,7 @@ from winnow.parts.cosine import unit
 from winnow.parts.duplicates import without_duplicates
 from winnow.parts.tower import among_all_patches
 
-
-@dataclass(frozen=True)
-class VisionFeatures(wn.VisionSignal):
-    """What a block of the vision tower gives: `[b, N, C]`."""
-
-    def site(self, info: wn.ModelInfo) -> wn.Site:
-        return wn.Site("vision", self.block(info), shows="hidden")
-
-    def read(self, seen: wn.HiddenStates) -> Float[torch.Tensor, "t n c"]:
-        return seen.after[:, seen.prefix :]
-
-    def sample(self, generator: torch.Generator, b: int, n: int) -> torch.Tensor:
-        return torch.randn(b, n, 16, generator=generator)
-
-
-FEATURES = VisionFeatures()
+FEATURES = wn.VisionFeatures()
 
 
 @wn.register("vispruner")
