@@ -207,7 +207,7 @@ def test_a_signal_that_defines_nothing_says_so():
     [
         (lambda: VisionAttention(query="x"), "VisionAttention: query is one of 'cls', 'all', 'auto'; got 'x'"),
         (lambda: VisionAttention(heads="max"), "heads is one of 'mean', 'sum'; got 'max'"),
-        (lambda: LMAttention(0, rows="all"), "rows is one of 'last', 'question'; got 'all'"),
+        (lambda: LMAttention(0, rows="all"), "rows is one of 'last', 'question', 'items'; got 'all'"),
         (lambda: LMAttentionMass(0, keys="text"), "keys is one of 'items', 'question'; got 'text'"),
     ],
 )

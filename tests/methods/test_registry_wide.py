@@ -26,6 +26,9 @@ NOT_THE_LOWEST = {
     "hiprune": "neighbours of the representative, the token below it among them, come before the third token",
     "recoverable-compression": "keeps few and merges the rest",
     "visionzip": "keeps [CLS] and merges the rest",
+    "visiondrop": "keeps [CLS] and merges the rest",
+    "vispruner": "equal tokens are duplicates, of which those at even places of its list go",
+    "flowcut": "its first step only looks",
 }
 
 

@@ -24,16 +24,19 @@ from winnow.testing import Picture
 from .stubs import ids, scores, tokens
 
 LLAVA = ModelInfo("LLaVA", depth=32, vision_depth=24, feature_layer=-2)
-NO_CODE = {"todre", "token-correlation-compression"}
+NO_CODE = {"fopru", "todre", "token-correlation-compression"}
 POSITIONS = {
     "divprune": "compact",
     "fastervlm": "compact",
     "fastv": "keep",
     "globalcom2": "compact",
+    "flowcut": "compact",
     "hiprune": "compact",
     "pixelprune": "keep",
     "pyramiddrop": "compact",
+    "visiondrop": "compact",
     "visionzip": "compact",
+    "vispruner": "compact",
     "vtc-cls": "compact",
 }
 

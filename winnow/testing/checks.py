@@ -90,7 +90,7 @@ def check_form(found: Reduction | None, view: View, where: str = "") -> None:
 
 def check_broken(subject: Subject) -> None:
     """NaN where a step looks is counted, and no such token is selected while others remain."""
-    bad = torch.tensor([0, 4, 9])
+    bad = torch.tensor([1, 4, 9])
     for step, view in _views(subject, keep=3):
         if view.n < 4 * len(bad):
             continue
