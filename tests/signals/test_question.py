@@ -212,3 +212,18 @@ def test_clip_is_refused_where_it_was_not_handed_over():
     for plan in ("cdpruner:text=clip", "recoverable-compression:text=clip"):
         with pytest.raises(UnsupportedError, match="text_encoder="):
             winnow.compress(model, plan)
+
+
+def test_the_words_of_a_question_as_the_shipped_model_reads_them():
+    from winnow import reference, world
+    from winnow.models.inputs import model_inputs
+
+    model, processor = reference.load("small")
+    inputs = model_inputs(model, processor, world.scene(54, split="test").image, "what word is near the scissors?")
+    with winnow.compress(model, "full", processor=processor) as handle:
+        reader = QuestionReader.of(handle.bound, processor)
+    ids = inputs["input_ids"][0].tolist()
+    start = max(i for i, token in enumerate(ids) if token == model.config.image_token_id) + 1
+    line = ids[start:]
+    assert reader.text([line[i] for i in reader.kept(line, "content")]).split()[:3] == ["word", "near", "scissors"]
+    assert reader.text([line[i] for i in reader.kept(line, "question")]).startswith("what word is near the scissors?")

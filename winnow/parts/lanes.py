@@ -40,17 +40,17 @@ def select_per_tile(view: View, k: int, choose: Choose, *tensors: Tensor) -> Red
 
 
 @lru_cache(maxsize=256)
-def _members(layout: Layout, device: torch.device) -> tuple[Int[Tensor, " t"], ...]:
+def _members(layout: Layout, device: torch.device) -> tuple[Int[Tensor, " _"], ...]:
     return _split(layout.tiles, device)
 
 
-def _split(tile: Int[np.ndarray, " n"], device: torch.device) -> tuple[Int[Tensor, " t"], ...]:
+def _split(tile: Int[np.ndarray, " n"], device: torch.device) -> tuple[Int[Tensor, " _"], ...]:
     """The tokens of each tile."""
     return tuple(torch.from_numpy(np.flatnonzero(tile == t)).to(device) for t in np.unique(tile))
 
 
 def _of_tiles(
-    members: tuple[Int[Tensor, " t"], ...], k: int, choose: Choose, tensors: tuple[Tensor, ...]
+    members: tuple[Int[Tensor, " _"], ...], k: int, choose: Choose, tensors: tuple[Tensor, ...]
 ) -> Int[Tensor, "r k"]:
     shares = split_evenly(k, [len(own) for own in members])
     picks = [
