@@ -219,4 +219,4 @@ def _late(sample, plan):
 def test_vision_is_needed_early_and_not_late(sample):
     _late(sample, AIM(rounds=0, first=6, last=6))
     with pytest.raises(AssertionError):
-        _late(sample, AIM(rounds=0, first=1, last=1))
+        _late(sample, AIM(rounds=0, first=2, last=2))
