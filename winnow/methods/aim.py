@@ -74,10 +74,12 @@ class AIM(wn.Method):
 
     def _step(self, layer: int) -> wn.Step:
         rank = wn.PageRank(layer - 1, damping=self.damping)
-        return wn.Step(wn.Point("layers", layer), partial(self._drop, rank), (rank,))
+        nothing = layer == self.last and self.left.of(2**30) == 0  # and so nothing to rank
+        return wn.Step(wn.Point("layers", layer), partial(self._drop, rank), () if nothing else (rank,))
 
     def _drop(self, rank: wn.PageRank, view: wn.View, state: wn.State) -> wn.Reduction:
-        return wn.top_k(view[rank], self.kept(rank.layer + 1, view.n_lm), view)
+        kept = self.kept(rank.layer + 1, view.n_lm)
+        return wn.top_k(view[rank], kept, view) if kept else wn.Reduction.select(view.ids[:, :0], view.n)
 
     def kept(self, layer: int, n_lm: int) -> int:
         """How many of the tokens that entered the LM are left before a layer."""
