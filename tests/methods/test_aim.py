@@ -34,7 +34,7 @@ def _left(method, n, info=QWEN):
         if layer < 0:
             continue
         rank = scores(layer - 1, n).gather(1, held)
-        view = View(tokens(0, held.shape[1], 4), Layout.grid(1, n), held, n, {step.needs[0]: rank})
+        view = View(tokens(0, held.shape[1], 4), Layout.grid(1, n), held, n, dict.fromkeys(step.needs, rank))
         held = held.gather(1, step.act(view, State())[0].reduction.index)
         found[layer] = held[0].tolist()
     return found
@@ -72,7 +72,9 @@ def test_the_share_that_is_left_before_each_layer():
 def test_where_it_drops_at_any_depth(depth, layers):
     steps = _steps(AIM(damping=0.1), ModelInfo(depth=depth))
     assert list(steps) == [-1, *range(layers[0], layers[1] + 1)]
-    assert all(step.needs == (PageRank(layer - 1, damping=0.1),) for layer, step in steps.items() if layer > 0)
+    for layer in range(layers[0], layers[1] + 1):  # where all are dropped, nothing need be ranked
+        assert steps[layer].needs == ((PageRank(layer - 1, damping=0.1),) if layer < layers[1] else ())
+    assert _steps(AIM(left=1), ModelInfo(depth=depth))[layers[1]].needs == (PageRank(layers[1] - 1),)
 
 
 def _rows(x, rounds):
@@ -219,4 +221,4 @@ def _late(sample, plan):
 def test_vision_is_needed_early_and_not_late(sample):
     _late(sample, AIM(rounds=0, first=6, last=6))
     with pytest.raises(AssertionError):
-        _late(sample, AIM(rounds=0, first=1, last=1))
+        _late(sample, AIM(rounds=0, first=2, last=2))

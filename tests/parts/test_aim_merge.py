@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
+from winnow.core.layout import Layout
 from winnow.parts.aim_merge import in_place, merge, merge_groups, merge_naive, schedule
+from winnow.testing import Picture
 
 
 def _equals_naive(x, rounds):
@@ -36,7 +37,7 @@ def test_numbers_that_are_left():
 
 def test_groups_are_merged_by_themselves():
     x = torch.randn(22, 6, generator=torch.Generator().manual_seed(0))
-    groups = [np.arange(0, 16, 2), np.arange(1, 16, 2), np.arange(16, 22)]
+    groups = [torch.arange(0, 16, 2), torch.arange(1, 16, 2), torch.arange(16, 22)]
     cluster, weight, representative = merge_groups(x, groups, 2)
     start = 0
     for group in groups:
@@ -49,14 +50,14 @@ def test_groups_are_merged_by_themselves():
 
 
 def test_when_outputs_stand_in_the_order_of_the_tokens():
-    assert in_place([np.arange(8), np.arange(8, 16)], 3)
-    assert not in_place([np.arange(6)], 2)
-    assert in_place([np.arange(6)], 1)
-    assert not in_place([np.arange(0, 16, 2), np.arange(1, 16, 2)], 1)
+    assert in_place(Layout.grid(4, 4), 3)
+    assert in_place(Layout.grid(1, 6), 1)
+    assert not in_place(Layout.grid(1, 6), 2)
+    assert not in_place(Picture.tiled(4, 2, 2).lm, 1)  # tiles of a mosaic stand row by row
+    assert in_place(Picture.tiled(4, 2, 1).lm, 2)
     for n in (6, 8, 10, 12):
         representative = merge(torch.randn(1, n, 4, generator=torch.Generator().manual_seed(n)), 2).representative[0]
-        ascends = bool((representative.diff() > 0).all())
-        assert ascends or not in_place([np.arange(n)], 2)
+        assert bool((representative.diff() > 0).all()) or not in_place(Layout.grid(1, n), 2)
 
 
 def test_equal_tokens_go_to_the_first():

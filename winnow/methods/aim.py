@@ -19,11 +19,10 @@ from fractions import Fraction
 from functools import partial
 from typing import Literal
 
-import numpy as np
 import torch
 
 import winnow.contract as wn
-from winnow.parts.aim_merge import in_place, merge_groups, schedule
+from winnow.parts.aim_merge import groups_of, in_place, merge_groups, schedule
 
 
 @wn.register("aim")
@@ -75,10 +74,12 @@ class AIM(wn.Method):
 
     def _step(self, layer: int) -> wn.Step:
         rank = wn.PageRank(layer - 1, damping=self.damping)
-        return wn.Step(wn.Point("layers", layer), partial(self._drop, rank), (rank,))
+        nothing = layer == self.last and self.left.of(2**30) == 0  # and so nothing to rank
+        return wn.Step(wn.Point("layers", layer), partial(self._drop, rank), () if nothing else (rank,))
 
     def _drop(self, rank: wn.PageRank, view: wn.View, state: wn.State) -> wn.Reduction:
-        return wn.top_k(view[rank], self.kept(rank.layer + 1, view.n_lm), view)
+        kept = self.kept(rank.layer + 1, view.n_lm)
+        return wn.top_k(view[rank], kept, view) if kept else wn.Reduction.select(view.ids[:, :0], view.n)
 
     def kept(self, layer: int, n_lm: int) -> int:
         """How many of the tokens that entered the LM are left before a layer."""
@@ -95,8 +96,8 @@ class AIM(wn.Method):
         x = view.tokens.to(torch.promote_types(view.tokens.dtype, torch.float32))
         broken = ~x.isfinite().all(-1)
         wn.count_broken(broken, view)
-        whole, tiles = view.n == view.layout.n_content, view.layout.tiles
-        groups = [np.flatnonzero(tiles == t) for t in range(tiles.max() + 1)] if whole else [np.arange(view.n)]
+        whole = view.n == view.layout.n_content
+        groups = groups_of(view.layout, x.device) if whole else (torch.arange(view.n, device=x.device),)
         found = [merge_groups(own, groups, self.rounds) for own in x.masked_fill(broken[..., None], 0)]
         cluster, weight, representative = (torch.stack(part) for part in zip(*found, strict=True))
         raster = self.order == "raster"
@@ -110,5 +111,5 @@ class AIM(wn.Method):
             torch.where(total > 0, sound / total, weight),
             m=representative.shape[1],
             representative=representative,
-            ordered=raster or in_place(groups, self.rounds),
+            ordered=raster or (whole and in_place(view.layout, self.rounds)),
         )

@@ -5,6 +5,8 @@ ToMe's bipartite matching, with other numbers: a token that is merged into and t
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from winnow.core.layout import Layout
 
 
 class Merged(NamedTuple):
@@ -58,7 +62,7 @@ def merge(x: Float[Tensor, "g n d"], rounds: int) -> Merged:
         to = torch.empty(len(x), t, dtype=torch.int64, device=x.device)
         to[:, 1::2] = odd + left
         to.scatter_(1, go * 2, target.gather(1, go) + left)
-        to.scatter_(1, stay * 2, odd.new_tensor(range(left)).expand_as(stay))
+        to.scatter_(1, stay * 2, torch.arange(left, device=x.device).expand_as(stay))
         size = x.new_zeros(len(x), t - gone).scatter_add_(1, to, torch.ones_like(x[..., 0]))
         own = 1 / size.gather(1, to)
         sums = x.new_zeros(len(x), t - gone, x.shape[2])
@@ -68,31 +72,41 @@ def merge(x: Float[Tensor, "g n d"], rounds: int) -> Merged:
     return Merged(cluster, weight, representative)
 
 
-def merge_groups(x: Float[Tensor, "n d"], groups: Sequence[np.ndarray], rounds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge the tokens of one item within groups, which are lists of indices: equal groups at once.
+@lru_cache(maxsize=64)
+def groups_of(layout: Layout, device: torch.device) -> tuple[Int[Tensor, " _"], ...]:
+    """The content tokens of each tile of a layout."""
+    tiles = layout.tiles
+    return tuple(torch.from_numpy(np.flatnonzero(tiles == t)).to(device) for t in range(tiles.max() + 1))
+
+
+def merge_groups(
+    x: Float[Tensor, "n d"], groups: Sequence[Int[Tensor, " _"]], rounds: int
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"], Int[Tensor, " m"]]:
+    """Merge the tokens of one item within groups: equal groups at once.
 
     Returns:
         Cluster, weight and representatives as `merge` gives them, the outputs of one group behind those of another.
     """
-    start = np.cumsum([0, *(len(g) - sum(gone for _, gone in schedule(len(g), rounds)) for g in groups)])
+    sizes = [len(g) for g in groups]
+    start = [0, *accumulate(n - sum(gone for _, gone in schedule(n, rounds)) for n in sizes)]
     cluster, weight = torch.empty(len(x), dtype=torch.int64, device=x.device), x.new_empty(len(x))
-    representative = cluster.new_empty(int(start[-1]))
-    for size in sorted({len(g) for g in groups}):
-        own = [t for t, g in enumerate(groups) if len(g) == size]
-        at = torch.as_tensor(np.stack([groups[t] for t in own]), device=x.device)
-        first = torch.as_tensor(start[own], device=x.device)[:, None]
-        part = merge(x[at], rounds)
-        cluster[at], weight[at] = part.cluster + first, part.weight
-        out = first + torch.arange(part.representative.shape[1], device=x.device)
-        representative[out] = at.gather(1, part.representative)
+    representative = cluster.new_empty(start[-1])
+    for size in sorted(set(sizes)):
+        own = [t for t, n in enumerate(sizes) if n == size]
+        part = merge(x[torch.stack([groups[t] for t in own])], rounds)
+        for number, t in enumerate(own):
+            cluster[groups[t]], weight[groups[t]] = part.cluster[number] + start[t], part.weight[number]
+            representative[start[t] : start[t + 1]] = groups[t][part.representative[number]]
     return cluster, weight, representative
 
 
-def in_place(groups: Sequence[np.ndarray], rounds: int) -> bool:
-    """Whether the representatives of `merge_groups` ascend: groups follow each other, and all even tokens merge."""
-    flat = np.concatenate(groups)
-    halves = all(t == 2 * gone or gone == 0 for g in groups for t, gone in schedule(len(g), rounds))
-    return halves and np.array_equal(flat, np.arange(len(flat)))
+@lru_cache(maxsize=64)
+def in_place(layout: Layout, rounds: int) -> bool:
+    """Whether representatives of merged tiles ascend: tiles follow each other, and all tokens in even places merge."""
+    tiles = layout.tiles
+    sizes = np.bincount(tiles).tolist()
+    halves = all(t == 2 * gone or gone == 0 for n in sizes for t, gone in schedule(n, rounds))
+    return halves and bool((np.diff(tiles) >= 0).all())
 
 
 def merge_naive(x: Sequence[Sequence[float]], rounds: int) -> list[dict[int, float]]:

@@ -62,7 +62,7 @@ class TextRaters(LMSignal):
 
     @property
     def reads_question(self) -> bool:
-        return True
+        return self.text == "question"
 
     def site(self, info: ModelInfo) -> Site:
         return Site("lm", self.layer, "hidden")
@@ -96,7 +96,7 @@ class WordAttention(LMSignal):
 
     @property
     def reads_question(self) -> bool:
-        return True
+        return self.text == "question"
 
     def read(self, seen: LMAttentionInputs) -> Float[Tensor, "b p t"]:
         slots, real = text_of(seen.packing, seen.spans, self.text)
