@@ -31,7 +31,7 @@ def dpc_knn(x: Float[Tensor, "b n d"], m: int, k: int) -> Clusters:
     counts as denser. Ties go to the lowest index; no host read. A table of n × n for each item.
 
     Args:
-        x: at least fp32.
+        x: finite, at least fp32.
         m: clusters, at most n.
         k: neighbours, as far as there are.
     """
@@ -40,12 +40,12 @@ def dpc_knn(x: Float[Tensor, "b n d"], m: int, k: int) -> Clusters:
     far = torch.stack([torch.cdist(item, item) for item in x]) / math.sqrt(d)
     far.diagonal(dim1=1, dim2=2).zero_()
     near = far.topk(min(k, n), dim=2, largest=False).values
-    rank = ranked(near.square().mean(2).neg().exp())
+    density = near.square().mean(2).neg().exp()
+    rank = ranked(density)
     place = torch.empty_like(rank).scatter_(1, rank, torch.arange(n, device=x.device).expand_as(rank))
     denser = place[:, None, :] < place[..., None]  # b n n: whether the second is denser than the first
     apart = far.masked_fill(~denser, torch.inf).amin(2)
     apart = torch.where(place == 0, far.amax((1, 2))[:, None], apart)
-    density = near.square().mean(2).neg().exp()
     centre = ranked(density * apart)[:, :m]
     rows = torch.stack([item[at] for item, at in zip(far, centre, strict=True)])
     cluster = rows.argmin(1)
