@@ -86,6 +86,18 @@ def test_the_code_fails_for_a_stub(stub):
 
 
 @pytest.mark.system("prumerge", "exact")
+@pytest.mark.parametrize("ratio", [1 / 8, 0.05])
+def test_a_fixed_share_is_that_of_the_code_without_its_duplicates(ratio):
+    view = _view(6, layout=Layout.grid(24, 24, cls=True))
+    best = sorted(range(576), key=lambda j: -float(view[ROW][0, j]))[: int(576 * ratio)]
+    step = int(1 / ratio)
+    both = best + [j for j in range(step // 2, 575, step) if j not in best]
+    for plus, want in ((False, best), (True, both)):
+        found = PruMerge.as_released(ratio=ratio, plus=plus).reduce(view).representatives[0, :-1] - 1
+        assert found.tolist() == want
+
+
+@pytest.mark.system("prumerge", "exact")
 @pytest.mark.parametrize("n", [576, 255, 100, 7])
 def test_outliers_are_those_of_numpy(n):
     """And their share becomes a number as in the code, which loses one where a product is rounded down."""
@@ -227,7 +239,9 @@ def test_towers_without_cls_are_refused():
         PruMerge().checked_steps(WITHOUT_CLS)
 
 
-@pytest.mark.parametrize("settings", [{"keep": 0}, {"keep": 1.5}, {"neighbours": -1}, {"plus": 1}, {"normalize": "x"}])
+@pytest.mark.parametrize(
+    "settings", [{"keep": 0}, {"keep": 1.5}, {"neighbours": -1}, {"ratio": 2}, {"plus": 1}, {"normalize": "x"}]
+)
 def test_wrong_settings(settings):
     with pytest.raises(WinnowError, match="allowed"):
         PruMerge(**settings)

@@ -141,8 +141,8 @@ def test_without_pairs_nothing_changes():
         ({"r": 8, "inflect": -1}, 5, [16, 12, 8, 4, 0]),
         ({"r": 8, "inflect": 1}, 5, [0, 4, 8, 12, 16]),
         ({"r": 13, "inflect": 0.3}, 4, [9, 11, 14, 17]),
-        ({"r": (5, 2)}, 4, [5, 2, 0, 0]),
-        ({"r": (5, 2, 1)}, 2, [5, 2]),
+        ({"each": (5, 2)}, 4, [5, 2, 0, 0]),
+        ({"each": (5, 2, 1)}, 2, [5, 2]),
         ({"r": 6, "inflect": -1}, 1, [12]),
     ],
 )
@@ -261,16 +261,11 @@ def test_half_precision_merges_what_fp32_merges():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"r": -1}, {"r": (3, -1)}, {"r": 0.5}, {"inflect": 2}, {"order": "x"}, {"left": 0}]
+    "settings", [{"r": -1}, {"each": (3, -1)}, {"r": 0.5}, {"inflect": 2}, {"order": "x"}, {"left": 0}]
 )
 def test_wrong_settings(settings):
     with pytest.raises(WinnowError, match="allowed"):
         ToMe(**settings)
-
-
-def test_a_list_does_not_inflect():
-    with pytest.raises(WinnowError, match="allowed: a single r"):
-        ToMe((3, 4), inflect=0.5)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ A tile keeps the patches whose attention lies above Q3 + 1.5 · IQR, or as many 
 With `plus` (PruMerge+) patches of an even grid are kept too. Order: by attention, grid, sum; tile by tile.
 Departs from the paper: nothing known.
 Departs from the released code: at least one patch is kept, where the code keeps none or divides by zero; where none is
-left over there is no sum; no patch comes twice. A budget counts the sum, and `plus` splits the rest 1 : 3 (code: 1 : 1,
-of a fixed share). Newlines are dropped. Positions are kept by default, as for all methods of winnow; the code numbers
-them anew.
+left over there is no sum; no patch comes twice. A budget counts the sum, and `plus` splits the rest 1 : 3. Newlines are
+dropped. Positions are kept by default, as for all methods of winnow; the code numbers them anew.
 """
 
 from dataclasses import dataclass
@@ -37,8 +36,7 @@ class WideRow(wn.VisionSignal):
     """Attention from [CLS] in one block, were it a single head as wide as the tower: `[b, N]`."""
 
     def resolve(self, info: wn.ModelInfo):
-        if not info.has_cls:
-            raise wn.UnsupportedError(f"the vision tower of {info.model} has no [CLS] token, whose attention it reads.")
+        wn.VisionAttention().resolve(info)  # refuses towers without [CLS]
         return super().resolve(info)
 
     def read(self, seen: wn.TowerAttention) -> Float[Tensor, "t n"]:
@@ -58,13 +56,15 @@ class PruMerge(wn.Method):
     """Keep outliers of [CLS] attention, and merge similar patches into them.
 
     Args:
-        keep: all outputs of the item, split equally over its tiles; none: the outliers decide.
+        keep: all outputs of the item, split equally over its tiles; none: the outliers decide, or a ratio.
+        ratio: share of a tile's patches that is kept by attention, and by `plus` on a grid; 0: as many as are outliers.
         plus: whether patches of an even grid are kept too.
         neighbours: patches that are merged into one that is kept.
         normalize: whether outputs are means; else their length grows with the attention of what is merged.
     """
 
     keep: wn.Budget | None = None
+    ratio: wn.Share = 0
     plus: bool = False
     neighbours: wn.Count = 32
     normalize: bool = False
@@ -113,8 +113,8 @@ class PruMerge(wn.Method):
             rest, grid = order[best:].sort().values, torch.arange(count - best, device=order.device)
             return torch.cat([order[:best], rest[grid * len(rest) // max(1, count - best)]])
         low, high = torch.quantile(score, score.new_tensor([0.25, 0.75]))
-        outliers = int((score > high + 1.5 * (high - low)).sum())  # a host read: how many there are is the budget
-        share = max(1, outliers) / len(score)
-        top = order[: max(1, int(len(score) * share))]
-        grid = torch.arange(0, len(score) - 1, max(1, int(int(1 / share) / 3)), device=order.device)
+        share = self.ratio or max(1, int((score > high + 1.5 * (high - low)).sum())) / len(score)  # a host read
+        top, step = order[: max(1, int(len(score) * share))], int(1 / share)
+        first, step = (step // 2, step) if self.ratio else (0, max(1, step // 3))
+        grid = torch.arange(first, len(score) - 1, step, device=order.device)
         return torch.cat([top, grid[~torch.isin(grid, top)]]) if self.plus else top

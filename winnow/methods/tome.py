@@ -29,16 +29,18 @@ class ToMe(wn.Method):
     """Merge the r most similar pairs of tokens in every block of the vision tower.
 
     Args:
-        r: pairs that merge in each block, or their number for each block in turn (0 behind the end of the list).
+        r: pairs that merge in each block.
+        each: instead of r, pairs of each block in turn; blocks behind the list merge none.
         proportional: whether tokens weigh by their size as keys of later blocks.
-        inflect: with a single r, how it changes: linearly from r · (1 − inflect) to r · (1 + inflect).
-        left: instead of r, patches of each tile that are left behind the last block.
+        inflect: how r changes over the blocks: linearly from r · (1 − inflect) to r · (1 + inflect).
+        left: instead of both, patches of each tile that are left behind the last block.
         order: of the even tokens that stay, where there is no [CLS]: their own `place`, or falling `likeness`.
         split: who looks for a partner: `even` tokens, or half of them at `random`.
     """
 
-    r: wn.Count | tuple[wn.Count, ...] = 23
+    r: wn.Count = 23
     proportional: bool = True
+    each: tuple[wn.Count, ...] | None = None
     inflect: Annotated[float, wn.Between(-1, 1)] = 0
     left: wn.Budget | None = None
     order: Literal["place", "likeness"] = "place"
@@ -46,12 +48,6 @@ class ToMe(wn.Method):
 
     identity = {"r": 0}
     released = {"order": "likeness", "positions": "keep"}
-
-    def check(self) -> None:
-        if self.inflect and not isinstance(self.r, int):
-            raise wn.WinnowError(
-                f"tome: inflect={self.inflect!r} with r={self.r!r}; allowed: a single r, or inflect=0."
-            )
 
     def at_budget(self, budget, content: int):
         """As many pairs in every block as leave the budget; as a share, because tiles do not know of each other."""
@@ -64,8 +60,8 @@ class ToMe(wn.Method):
 
     def schedule(self, blocks: int) -> list[int]:
         """Pairs of each block, where that many are there."""
-        if isinstance(self.r, tuple):
-            return [*self.r, *[0] * blocks][:blocks]
+        if self.each is not None:
+            return [*self.each, *[0] * blocks][:blocks]
         least = int(self.r * (1.0 - self.inflect))
         slope = 2 * (self.r - least) / max(1, blocks - 1)
         return [int(least + slope * block) for block in range(blocks)]
