@@ -11,10 +11,10 @@ Shallow block: 5 of 24 (CLIP-L, the sixth), 7 of 32 (Qwen2.5-VL); other towers: 
 of 6 × 6 tokens, of 4 × 4 where a token is made of several patches; rest rows and columns belong to the last window.
 Departs from the paper: nothing.
 Departs from the released code: `keep` is for the whole item, split equally over its tiles, of which padding takes no
-part. The code for LLaVA gives each window the whole number of its share, so that local tokens can be fewer than half
-and the total falls short (`remainder=lose`); the code for Qwen2.5-VL fills them, as by default here. Newlines stay.
-Positions are kept by default, as for all methods of winnow; the code for LLaVA numbers them anew. The code for
-Qwen2.5-VL ranks in the LM without rotating queries and keys, which is not reproduced.
+part. The code for LLaVA reads [CLS] (`query=cls`) and gives each window the whole number of its share, so that local
+tokens can be fewer than half and the total falls short (`remainder=lose`); the code for Qwen2.5-VL fills them, as is
+done here by default. Newlines stay. Positions are kept by default, as for all methods of winnow; the code for LLaVA
+numbers them anew. The code for Qwen2.5-VL ranks in the LM without rotating queries and keys; this is not reproduced.
 """
 
 from typing import Annotated, Literal
