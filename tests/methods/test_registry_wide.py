@@ -24,7 +24,9 @@ def test_every_method(slug, check):
 
 NOT_THE_LOWEST = {
     "hiprune": "neighbours of the representative, the token below it among them, come before the third token",
+    "holov": "shares the budget over strips of the picture",
     "visionzip": "keeps [CLS] and merges the rest",
+    "vscan": "shares half of the budget over windows and merges the rest",
 }
 
 

@@ -24,14 +24,18 @@ from winnow.testing import Picture
 from .stubs import ids, scores, tokens
 
 LLAVA = ModelInfo("LLaVA", depth=32, vision_depth=24, feature_layer=-2)
-NO_CODE = {"todre"}
+NO_CODE = {"todre", "efficientvla"}
 POSITIONS = {
+    "dart": "keep",
     "divprune": "compact",
     "fastervlm": "compact",
     "fastv": "keep",
     "hiprune": "compact",
+    "holov": "compact",
+    "mustdrop": "compact",
     "pyramiddrop": "compact",
     "visionzip": "compact",
+    "vscan": "compact",
     "vtc-cls": "compact",
 }
 
