@@ -69,6 +69,7 @@ def _is_the_paper(reduce):
             assert found == _naive(x[0], attention[0], keep, crops)
 
 
+@pytest.mark.system("holov", "exact")
 def test_equals_the_paper_written_naively():
     _is_the_paper(lambda view, keep, crops: HoloV(keep=keep, crops=crops).reduce(view))
 
@@ -89,6 +90,7 @@ def _released(x, attention, keep, crops=16):
     return kept[:keep]
 
 
+@pytest.mark.system("holov", "exact")
 @pytest.mark.parametrize(("n", "keep"), [(576, 64), (576, 128), (576, 192), (300, 64), (2344, 320), (20, 8), (9, 4)])
 def test_released_keeps_what_the_code_keeps_in_its_order(n, keep):
     (step,) = Plan.of(f"holov:released,keep={keep}").methods[0].bind(LLAVA)[1]
@@ -101,6 +103,7 @@ def test_released_keeps_what_the_code_keeps_in_its_order(n, keep):
         assert not action.reduction.ordered
 
 
+@pytest.mark.system("holov", "exact")
 def test_released_loses_what_a_strip_cannot_take():
     attention = torch.full((2, 160), 1e-4)
     attention[0, 20:30] = 1.0  # one strip of ten holds nearly all
@@ -111,6 +114,7 @@ def test_released_loses_what_a_strip_cannot_take():
     assert HoloV(keep=32).reduce(view).m == 32
 
 
+@pytest.mark.system("holov", "exact")
 def test_quotas_follow_attention_whatever_diversity_weighs():
     """The scaling makes the mean of the variance that of the attention, so that a strip's share is the same."""
     for seed in range(4):
@@ -139,6 +143,7 @@ def test_crops_follow_the_budget_as_in_the_code_for_qwen():
         assert ids(HoloV(keep=keep).reduce(view)) == ids(HoloV(keep=keep, crops=crops).reduce(view))
 
 
+@pytest.mark.system("holov", "exact")
 def test_tiles_are_cut_as_one_sequence_without_newlines():
     layout = Picture.tiled(5, 2, 2).lm
     n = layout.n_content
@@ -172,6 +177,7 @@ def _finds_more_than_blind(sample, select):
                 assert gap(sample.recall(kept, mask), sample.recall(sample.kept(blind, k), mask)).low > 0
 
 
+@pytest.mark.system("holov", "directional")
 @pytest.mark.xdist_group("samples")
 def test_finds_more_than_blind(sample):
     _finds_more_than_blind(sample, lambda v, k: HoloV(keep=k).reduce(v))

@@ -60,6 +60,7 @@ def _at_block(x, side):
     return View.of(torch.cat([tokens(99, 1, x.shape[-1], len(x)), x], 1), layout=Layout.grid(side, side, cls=True))
 
 
+@pytest.mark.system("mustdrop", "exact")
 def test_two_flat_windows_of_four():
     x = _flattened(0, 6, 2)
     found, state = MustDrop().merge(_at_block(x, 6), State())
@@ -78,6 +79,7 @@ def test_two_flat_windows_of_four():
     assert state.token["flatness"].isfinite().nonzero()[:, 1].tolist() == [8, 26]
 
 
+@pytest.mark.system("mustdrop", "exact")
 def test_noise_stays_and_each_item_has_its_own_windows():
     noise = _at_block(tokens(1, 36, 12), 6)
     assert isinstance(MustDrop(flat=0.99).merge(noise, State())[0], Observe)
@@ -86,6 +88,7 @@ def test_noise_stays_and_each_item_has_its_own_windows():
     assert isinstance(MustDrop(equal=True).merge(_at_block(both, 6), State())[0], Observe)
 
 
+@pytest.mark.system("mustdrop", "exact")
 @pytest.mark.parametrize("tiles", [1, 3])
 def test_released_merges_what_the_code_merges_in_its_order(tiles):
     method = Plan.of("mustdrop:released").methods[0]
@@ -107,6 +110,7 @@ def test_released_merges_what_the_code_merges_in_its_order(tiles):
             torch.testing.assert_close(enter.reduction.apply(lm.tokens)[0], want)
 
 
+@pytest.mark.system("mustdrop", "exact")
 @pytest.mark.parametrize("picture", [Picture.grid(24, 24), Picture.tiled(5, 2, 1)], ids=lambda p: p.name)
 def test_key_tokens_are_the_share_of_each_tile_that_cls_sees_most(picture):
     n = picture.lm.n_content
@@ -145,6 +149,7 @@ def _is_the_filter(cut):
             assert found == _filter(text, overall, individual, (1, 5, 9))
 
 
+@pytest.mark.system("mustdrop", "exact")
 def test_drops_what_all_of_the_text_and_every_word_ignores():
     _is_the_filter(_cut)
 
@@ -155,6 +160,7 @@ def test_the_filter_fails_for_a_stub(stub):
         _is_the_filter(lambda method, text, key: ids(stub(View.of(tokens(0, text.shape[1])), 20)))
 
 
+@pytest.mark.system("mustdrop", "exact")
 def test_thresholds_at_their_ends():
     text = _text(1)
     everything = list(range(60))
@@ -172,6 +178,7 @@ def _keeps_what_one_word_names(cut):
         assert j in cut(MustDrop(overall=0.018, individual=0.1), text)
 
 
+@pytest.mark.system("mustdrop", "directional")
 def test_a_thing_that_one_word_names_stays():
     _keeps_what_one_word_names(_cut)
 
@@ -187,6 +194,7 @@ def test_one_word_fails_for_a_stub(stub):
         _keeps_what_one_word_names(stubs[stub])
 
 
+@pytest.mark.system("mustdrop", "exact")
 def test_a_budget_keeps_key_tokens_first_in_equal_steps():
     text, n = _text(2, n=256), 256
     view = View.of(tokens(0, n), torch.stack([text.sum(0), text.amax(0)], -1)[None])
@@ -214,6 +222,7 @@ def test_layers_must_ascend():
         MustDrop(layers=(6, 2))
 
 
+@pytest.mark.system("mustdrop", "exact")
 @pytest.mark.parametrize("build", ["llava_clip", "llava_next"])
 def test_with_thresholds_off_logits_are_those_of_the_plain_model(build):
     model, (sample,) = zoo.model(build), zoo.samples(build, zoo.SINGLE)
@@ -239,6 +248,7 @@ def _holds_evidence(sample, select):
             assert gap(sample.recall(kept, mask), sample.recall(sample.kept(blind, k), mask)).low > 0
 
 
+@pytest.mark.system("mustdrop", "directional")
 @pytest.mark.xdist_group("samples")
 def test_key_tokens_hold_evidence(sample):
     _holds_evidence(sample, _key)

@@ -24,8 +24,8 @@ from winnow.testing import Picture
 from .stubs import ids, scores, tokens
 
 LLAVA = ModelInfo("LLaVA", depth=32, vision_depth=24, feature_layer=-2)
-NO_CODE = {"fopru", "todre", "token-correlation-compression", "token-transforming"}
-KEEP_POSITIONS = {"dart", "fastv", "pixelprune", "tome", "v2drop"}  # the code of all others numbers anew
+NO_CODE = {"efficientvla", "fopru", "todre", "token-correlation-compression", "token-transforming"}
+KEEP_POSITIONS = {"dart", "diffrate", "fastv", "pixelprune", "tome", "v2drop"}  # the code of all others numbers anew
 RELEASED = sorted(set(built_in()) - NO_CODE)
 
 

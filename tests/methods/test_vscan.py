@@ -62,6 +62,7 @@ def _qwen(near, deep, keep, h, w, window):
     return sorted(taken + rest[: keep - keep // 2])
 
 
+@pytest.mark.system("vscan", "exact")
 @pytest.mark.parametrize("keep", [96, 64, 192, 100, 47])
 def test_released_keeps_and_merges_what_the_code_for_llava_does(keep):
     step, cut = Plan.of(f"vscan:released,keep={keep}").methods[0].bind(LLAVA)[1]
@@ -78,6 +79,7 @@ def test_released_keeps_and_merges_what_the_code_for_llava_does(keep):
     assert (str(cut.at), cut.needs) == ("layers[16]", (LMAttention(16),))
 
 
+@pytest.mark.system("vscan", "exact")
 def test_released_leaves_a_third_in_the_middle_of_the_lm():
     _, cut = Plan.of("vscan:released").methods[0].bind(LLAVA)[1]
     row = scores(4, 96)
@@ -97,6 +99,7 @@ def _is_the_paper(reduce):
             torch.testing.assert_close(found.apply(x)[0], _merged(x[0], want))
 
 
+@pytest.mark.system("vscan", "exact")
 def test_equals_the_code_for_qwen_on_any_grid():
     _is_the_paper(lambda view, keep: VScan(keep=keep, window=4).reduce(view))
 
@@ -107,6 +110,7 @@ def test_the_paper_fails_for_a_stub(stub):
         _is_the_paper(stub)
 
 
+@pytest.mark.system("vscan", "exact")
 def test_tiles_are_scanned_and_merged_each_by_itself():
     layout, n = Picture.tiled(4, 2, 1).lm, 48
     x, near, deep = tokens(5, n), scores(6, n), scores(7, n)
@@ -125,6 +129,7 @@ def test_tiles_are_scanned_and_merged_each_by_itself():
         torch.testing.assert_close(out[[kept.index(j) for j in mine]], _merged(x[0, raster], index))
 
 
+@pytest.mark.system("vscan", "exact")
 def test_shares_of_local_tokens_at_their_ends():
     x, near, deep = tokens(0, 64), scores(1, 64), scores(2, 64)
     layout = Layout.grid(8, 8)
@@ -192,6 +197,7 @@ def _finds_and_represents(sample, reduce):
         assert gap(own, other).high < 0
 
 
+@pytest.mark.system("vscan", "directional")
 @pytest.mark.xdist_group("samples")
 def test_finds_more_than_blind_and_represents_what_goes(sample):
     method, _ = VScan(query="cls").bind(sample.handle.info)
