@@ -21,7 +21,8 @@ TOOL = ROOT / "tools" / "systems.py"
 def test_every_row_is_there_once():
     rows = systems()
     assert Counter(row.extra for row in rows) == {False: 107, True: 25}
-    assert len({row.slug for row in rows}) == len({row.arxiv for row in rows}) == 132
+    assert len({row.slug for row in rows}) == 132
+    assert len({row.arxiv for row in rows}) == 131  # VisPruner is the second version of FasterVLM's paper
     assert list(families()) == list("ABCDEFGHI")
     assert {row.family for row in rows} == set(families())
     for row in rows:

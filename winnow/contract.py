@@ -29,7 +29,7 @@ from winnow.core.step import (
 from winnow.core.tiles import in_thumbnail, n_tiles, quotas, rank_in_tile, tile_of, top_k_per_tile
 from winnow.core.view import View
 from winnow.signals.clip import ClipPatches, ClipText
-from winnow.signals.features import OneHeadAttention, VisionFeatures, WideKeys
+from winnow.signals.features import ClsLogits, OneHeadAttention, VisionFeatures, WideKeys
 from winnow.signals.language import LayerModules, LMAttention, LMAttentionInputs, LMAttentionMass, LMKeys, LMSignal
 from winnow.signals.layers import LayerChange, PageRank, TokenTransition
 from winnow.signals.question import Question, QuestionCosine, QuestionSignal, QuestionTokens
@@ -49,6 +49,7 @@ __all__ = [
     "Budget",
     "ClipPatches",
     "ClipText",
+    "ClsLogits",
     "Count",
     "Emit",
     "HiddenStates",

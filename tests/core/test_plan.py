@@ -235,7 +235,7 @@ def test_errors_say_what_was_got(text, message):
 
 @pytest.mark.parametrize("value", [3, None, ["fastervlm"], FasterVLM])
 def test_other_types_are_refused(value):
-    with pytest.raises(WinnowError, match="A plan is a string, a Method or a Plan"):
+    with pytest.raises(WinnowError, match="A plan is a string, a plan file, a Method or a Plan"):
         Plan.of(value)
     with pytest.raises(WinnowError, match="made of Methods"):
         Plan((value,))

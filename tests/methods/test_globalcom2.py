@@ -16,7 +16,8 @@ from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout, grid_rows
 from winnow.core.plan import Plan
 from winnow.core.view import View
-from winnow.methods.globalcom2 import ClsLogits, GlobalCom2
+from winnow.methods.globalcom2 import GlobalCom2
+from winnow.signals.features import ClsLogits
 from winnow.signals.vision import TowerAttention, VisionAttention
 
 from .stubs import STUBS, first_k, ids, scores, tokens, uniform

@@ -41,6 +41,9 @@ def test_ties_go_to_the_lowest_index(slug):
             assert found.index.tolist() == [list(range(found.m))] * view.b
 
 
+COUNTED = {"pixelprune": "how many cells stay depends on the picture"}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: reads of the device cannot be seen on a CPU")
 @pytest.mark.parametrize("slug", [slug for slug in SLUGS if slug not in COUNTED])

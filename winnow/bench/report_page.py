@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import winnow
+from winnow._version import __version__
 from winnow.bench import report_table, report_words
 from winnow.bench.charts import DARK, LIGHT
 from winnow.bench.report_curves import by_tokens, plot
@@ -34,7 +34,7 @@ def page(store: Store, reports: Sequence[Report], folder: Path) -> str:
     return _template().render(
         title=f"winnow report: {store.path.name}",
         store=store.path.name,
-        version=winnow.__version__,
+        version=__version__,
         policy=_policy(script),
         style=colors() + _asset("report.css"),
         script=script,

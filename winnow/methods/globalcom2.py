@@ -15,7 +15,6 @@ here all stand where they stood, and padded rows have none. It leaves an item wi
 by default, as for all methods of winnow; the code numbers them anew.
 """
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -26,21 +25,6 @@ from torch.nn.functional import interpolate
 import winnow.contract as wn
 from winnow.parts.mosaic import mosaic_of
 from winnow.parts.per_tile import apportion, count_in_tile, sum_in_tile
-
-
-@dataclass(frozen=True)
-class ClsLogits(wn.VisionSignal):
-    """What [CLS] gives each token in one block of the vision tower before the softmax, mean over heads: `[b, N]`."""
-
-    def resolve(self, info: wn.ModelInfo):
-        wn.VisionAttention().resolve(info)  # refuses towers without [CLS]
-        return super().resolve(info)
-
-    def read(self, seen: wn.TowerAttention) -> Float[Tensor, "t n"]:
-        q, k, scaling = seen.logits()
-        wide = torch.promote_types(q.dtype, torch.float32)
-        logits = (q[:, :, :1].to(wide) * scaling) @ k.to(wide).transpose(-1, -2)
-        return logits[:, :, 0].mean(1)[:, seen.prefix :]
 
 
 @wn.register("globalcom2")
@@ -55,7 +39,7 @@ class GlobalCom2(wn.Method):
     """
 
     keep: wn.Budget = wn.Budget(0.25)
-    row: wn.VisionSignal = ClsLogits(layer=-1)
+    row: wn.ClsLogits | wn.VisionAttention = wn.ClsLogits(layer=-1)
     temperature: Annotated[float, wn.Between(1e-6)] = 10.0
     exact: bool = True
 

@@ -1,4 +1,6 @@
-"""VisPruner (arXiv 2412.01818v2): keep what [CLS] attends to, and of the rest the tokens that have no duplicates.
+"""VisPruner (arXiv 2412.01818): keep what [CLS] attends to, and of the rest the tokens that have no duplicates.
+
+The second version of FasterVLM's paper.
 
 Looks at: one attention row of the feature block, and the tower's features. Cost: O(V² · C) for one V × V table, then
 (V − k)/8 rounds that read half of what is left of it.

@@ -11,7 +11,7 @@ from winnow.core.errors import UnsupportedError
 from winnow.core.info import ModelInfo
 from winnow.core.signal import Site
 from winnow.signals.attention import attention_rows, column_mean
-from winnow.signals.vision import HiddenStates, TowerAttention, VisionSignal
+from winnow.signals.vision import HiddenStates, TowerAttention, VisionAttention, VisionSignal
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,25 @@ class VisionFeatures(VisionSignal):
 
     def sample(self, generator: torch.Generator, b: int, n: int) -> Tensor:
         return torch.randn(b, n, 16, generator=generator)
+
+
+@dataclass(frozen=True)
+class ClsLogits(VisionSignal):
+    """What [CLS] gives each token in one block of the vision tower before the softmax, mean over heads: `[b, N]`.
+
+    Args:
+        layer: the block; negative counts from the end.
+    """
+
+    def resolve(self, info: ModelInfo) -> "ClsLogits":
+        VisionAttention().resolve(info)  # refuses towers without [CLS]
+        return super().resolve(info)
+
+    def read(self, seen: TowerAttention) -> Float[Tensor, "t n"]:
+        q, k, scaling = seen.logits()
+        wide = torch.promote_types(q.dtype, torch.float32)
+        logits = (q[:, :, :1].to(wide) * scaling) @ k.to(wide).transpose(-1, -2)
+        return logits[:, :, 0].mean(1)[:, seen.prefix :]
 
 
 @dataclass(frozen=True)
