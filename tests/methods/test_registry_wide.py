@@ -36,7 +36,7 @@ def test_ties_go_to_the_lowest_index(slug):
         flat = {signal: torch.ones_like(x) for signal, x in view.signals.items()}
         found = run(act.step, replace(view, tokens=torch.ones_like(view.tokens), signals=flat))
         if act.number == 0:
-            assert found.index.tolist() == [list(range(found.m))] * view.b
+            assert found.representatives.tolist() == [list(range(found.m))] * view.b
 
 
 @pytest.mark.gpu

@@ -31,6 +31,7 @@ POSITIONS = {
     "fastv": "keep",
     "hiprune": "compact",
     "pyramiddrop": "compact",
+    "vflowopt": "keep",
     "visionzip": "compact",
     "vtc-cls": "compact",
 }
