@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-import winnow
+from winnow._version import __version__
 from winnow.bench import schema
 from winnow.core.plan import SCHEMA
 from winnow.models.inputs import prompt
@@ -54,7 +54,7 @@ def model_settings(model: Any, processor: Any, name: str) -> dict[str, Any]:
 def code_settings() -> dict[str, Any]:
     """Versions, and a hash of winnow's own code: an edited method is another method."""
     return {
-        "winnow": winnow.__version__,
+        "winnow": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "pillow": metadata.version("pillow"),
@@ -68,7 +68,7 @@ def code_settings() -> dict[str, Any]:
 @functools.cache
 def code_hash() -> str:
     """Of the source files that could change an answer, as this process found them."""
-    root = Path(winnow.__file__).parent
+    root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for folder in CODE:
         for path in sorted((root / folder).rglob("*.py")):
@@ -103,7 +103,7 @@ def environment() -> dict[str, Any]:
         "load": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "winnow": winnow.__version__,
+        "winnow": __version__,
     }
     if Path(sys.argv[0]).name == "winnow":
         found["command"] = shlex.join(["winnow", *sys.argv[1:]])
