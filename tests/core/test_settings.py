@@ -33,7 +33,7 @@ def wrong(hint: Any) -> list[Any]:
             found += [kind(bound.most + 1)] if bound.most is not None else []
         return found
     if origin is Literal:
-        return ["no such word", 7, None, *(str(v).upper() for v in get_args(hint) if isinstance(v, str))]
+        return ["no such word", 7, None, *(v.upper() for v in get_args(hint) if isinstance(v, str) and v.upper() != v)]
     if origin in (typing.Union, UnionType):
         arms = [wrong(arm) for arm in get_args(hint) if arm is not type(None)]
         allowed = {type(None)} & set(get_args(hint))

@@ -25,7 +25,15 @@ from .stubs import ids, scores, tokens
 
 LLAVA = ModelInfo("LLaVA", depth=32, vision_depth=24, feature_layer=-2)
 NO_CODE = {"efficientvla", "fopru", "todre", "token-correlation-compression", "token-transforming"}
-KEEP_POSITIONS = {"dart", "diffrate", "fastv", "pixelprune", "tome", "v2drop"}  # the code of all others numbers anew
+KEEP_POSITIONS = {
+    "dart",
+    "diffrate",
+    "fastv",
+    "pixelprune",
+    "tome",
+    "v2drop",
+    "vflowopt",
+}  # the code of all others numbers anew
 RELEASED = sorted(set(built_in()) - NO_CODE)
 
 

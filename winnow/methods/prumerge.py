@@ -11,10 +11,8 @@ left over there is no sum; no patch comes twice. A budget counts the sum, and `p
 dropped. Positions are kept by default, as for all methods of winnow; the code numbers them anew.
 """
 
-from dataclasses import dataclass
-
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 import winnow.contract as wn
@@ -22,33 +20,7 @@ from winnow.parts.cosine import unit
 from winnow.parts.merge import mixture, sums_of_nearest
 from winnow.parts.tower import tower_of
 
-
-@dataclass(frozen=True)
-class WideKeys(wn.VisionKeys):
-    """Keys of one block of the vision tower over all heads at once: `[b, N, H · d]`, with [CLS]."""
-
-    def read(self, seen: wn.TowerAttention) -> Float[Tensor, "t n c"]:
-        return _wide(seen.k)
-
-
-@dataclass(frozen=True)
-class WideRow(wn.VisionSignal):
-    """Attention from [CLS] in one block, were it a single head as wide as the tower: `[b, N]`."""
-
-    def resolve(self, info: wn.ModelInfo):
-        wn.VisionAttention().resolve(info)  # refuses towers without [CLS]
-        return super().resolve(info)
-
-    def read(self, seen: wn.TowerAttention) -> Float[Tensor, "t n"]:
-        q, k = _wide(seen.q), _wide(seen.k)
-        return ((k @ q[:, 0, :, None])[..., 0] * q.shape[-1] ** -0.5).softmax(-1)[:, seen.prefix :]
-
-
-def _wide(x: Float[Tensor, "t h n d"]) -> Float[Tensor, "t n c"]:
-    return x.to(torch.promote_types(x.dtype, torch.float32)).transpose(1, 2).flatten(2)
-
-
-ROW, KEYS = WideRow(-1), WideKeys(-1)
+ROW, KEYS = wn.OneHeadAttention(-1), wn.WideKeys(-1)
 
 
 @wn.register("prumerge")

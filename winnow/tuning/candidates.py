@@ -188,8 +188,13 @@ def _first(method: Method, info: ModelInfo) -> Any:
 
 def _varied(method: Method, info: ModelInfo) -> Iterator[Method]:
     """The method with one setting changed, and as its authors released it."""
+    try:
+        definite = method.resolve(info)
+    except WinnowError:
+        definite = method
     for name, hint in types_of(method).items():
-        for value in _others(hint, getattr(method, name), info):
+        own = getattr(method, name)
+        for value in _others(hint, getattr(definite, name) if own is None else own, info):
             try:
                 yield method.replace(**{name: value})
             except WinnowError:
