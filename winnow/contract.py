@@ -28,7 +28,7 @@ from winnow.core.step import (
 )
 from winnow.core.tiles import in_thumbnail, n_tiles, quotas, rank_in_tile, tile_of, top_k_per_tile
 from winnow.core.view import View
-from winnow.signals.language import LayerModules, LMAttention, LMAttentionInputs, LMAttentionMass, LMSignal
+from winnow.signals.language import LayerModules, LMAttention, LMAttentionInputs, LMAttentionMass, LMEntry, LMSignal
 from winnow.signals.vision import HiddenStates, Pixels, TowerAttention, VisionAttention, VisionKeys, VisionSignal
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "LMAttention",
     "LMAttentionInputs",
     "LMAttentionMass",
+    "LMEntry",
     "LMSignal",
     "Layer",
     "LayerModules",

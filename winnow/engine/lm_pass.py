@@ -30,7 +30,7 @@ from winnow.engine.remember import remember_layers, remember_positions
 from winnow.engine.request import Request, padding_mask
 from winnow.engine.runner import Change, StepRunner, add_notes
 from winnow.engine.whole_call import WholeCall
-from winnow.signals.language import LMAttentionInputs, TextSpans, as_visible
+from winnow.signals.language import LMAttentionInputs, LMEntry, TextSpans, as_visible
 from winnow.signals.tap import scaling_of
 
 
@@ -308,20 +308,31 @@ class LMPass:
 
     def _inputs(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, mask: Any = None) -> LMAttentionInputs:
         past = self.past_mask(self._past(layer))
-        content = []
-        for row in range(len(self.tokens.packing.sizes)):
-            own = [item.slots for item in self.items if item.row == row and item.count]
-            content.append(torch.cat(own).to(q.device) if own else torch.zeros(0, dtype=torch.int64, device=q.device))
-        spans = TextSpans(self.questions, self.ends, content)
+        spans = self._spans(q.device)
         packing, past = self.tokens.packing.to(q.device), None if past is None else past.to(q.device)
         seen = None if self.whole is None else as_visible(mask)
         seen = None if seen is None else seen.to(q.device).expand(q.shape[0], -1, -1, -1)
         return LMAttentionInputs(q, k, scaling_of(module, q), packing, past, spans, seen)
 
+    def _spans(self, device: torch.device) -> TextSpans:
+        """Where the questions and the items are, in the slots of now."""
+        content = []
+        for row in range(len(self.tokens.packing.sizes)):
+            own = [item.slots for item in self.items if item.row == row and item.count]
+            content.append(torch.cat(own).to(device) if own else torch.zeros(0, dtype=torch.int64, device=device))
+        return TextSpans(self.questions, self.ends, content)
+
     def _probe(self, index: int, step: Any, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
         """What a step wants of the layer that is about to run."""
         wanted = [s for s in step.needs if s in self.plan.probed.get(index, ())]
         if not wanted or not any(item.count for item in self.items):
+            return
+        entering = [s for s in wanted if s.site(self.bound.info).shows == "entry"]
+        if entering:
+            packing = self.tokens.packing.to(args[0].device)
+            self._read(entering, LMEntry(args[0], packing, self._spans(args[0].device)))
+        wanted = [s for s in wanted if s not in entering]
+        if not wanted:
             return
         past = self._past(index)
         layer, hidden, mask = self.bound.layers[index], args[0], None
