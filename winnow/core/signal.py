@@ -26,8 +26,8 @@ class Site:
     Attributes:
         stack: `pixels` (what the encoder is given), `vision` (a block of the tower), `projector`, or `lm` (a layer).
         index: block or layer, from 0; 0 for the others.
-        shows: `attention`, the queries, keys and values of the block; `hidden`, what goes in and comes out of it; or, in
-            the language model, `entry`: what is about to go into the layer before which a step acts.
+        shows: `attention`, the queries, keys and values of the block; `hidden`, what goes in and comes out of it; in
+            the language model also `entry`: what is about to go into the layer before which a step acts.
     """
 
     stack: Stack

@@ -193,8 +193,8 @@ def check_memory(subject: Subject) -> None:
         small, large = (_largest(subject, act, Picture.grid(20, wide)) for wide in (20, 40))
         expect(
             small < 400**2 // 2 or large < 3 * small,  # what is linear in the tokens may be wide
-            f"{subject.kind.slug} at {act.step.at}: not declared pairwise, {small} elements for 400 tokens, {large} for "
-            "twice as many",
+            f"{subject.kind.slug} at {act.step.at}: not declared pairwise, {small} elements for 400 tokens, "
+            f"{large} for twice as many",
         )
 
 
