@@ -28,6 +28,7 @@ from winnow.core.step import (
 )
 from winnow.core.tiles import in_thumbnail, n_tiles, quotas, rank_in_tile, tile_of, top_k_per_tile
 from winnow.core.view import View
+from winnow.signals.entering import QuestionRows, TextSummary
 from winnow.signals.language import LayerModules, LMAttention, LMAttentionInputs, LMAttentionMass, LMEntry, LMSignal
 from winnow.signals.vision import HiddenStates, Pixels, TowerAttention, VisionAttention, VisionKeys, VisionSignal
 
@@ -59,6 +60,7 @@ __all__ = [
     "Observe",
     "Pixels",
     "Point",
+    "QuestionRows",
     "Reduce",
     "Reduction",
     "Repose",
@@ -68,6 +70,7 @@ __all__ = [
     "Site",
     "State",
     "Step",
+    "TextSummary",
     "TowerAttention",
     "UnsupportedError",
     "View",

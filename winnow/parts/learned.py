@@ -1,4 +1,4 @@
-"""Learned parts: where a method's trained weights are found, that they belong to the model, and that they run in fp32."""
+"""Learned parts: trained weights are found, belong to the model that they were trained for, and run in fp32."""
 
 import json
 from collections.abc import Callable
@@ -32,17 +32,17 @@ def learned(slug: str, weights: str | None, info: ModelInfo, make: Callable[...,
     if weights == UNTRAINED or (weights is None and info.fingerprint is None):
         return untrained(make)
     path = SHIPPED / f"{slug}.safetensors" if weights is None else Path(weights)
-    facts = facts_of(path, slug)
     own = None if info.fingerprint is None else info.fingerprint()
-    if own is not None and facts["model"] != own:
+    facts = None if weights is None and not path.exists() else facts_of(path, slug)
+    if facts is None or own not in (None, facts["model"]):
         raise WinnowError(
-            f"{slug}: the weights in {path.name} were trained for another model (fingerprint {facts['model']}, this "
-            f"{info.model} has {own}); train with `winnow train {slug} --model …` and pass weights=…"
+            f"{slug}: the weights {'that winnow ships' if weights is None else f'in {weights}'} were trained for "
+            f"another model than this {info.model}; train with `winnow train {slug} --model …` and pass weights=…"
         )
     try:
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]):
             module = make(**facts["sizes"])
-        module.load_state_dict({name: x.float() for name, x in load_file(path).items()}, assign=True)
+        module.load_state_dict({name: x.float() for name, x in load_file(path).items()})
         return module
     except (OSError, SafetensorError, RuntimeError, TypeError) as error:
         reason = str(error).split("\n")[0]
@@ -68,9 +68,8 @@ def untrained(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
     The global random generator is left alone.
     """
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]):
         module = make()
-    module.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(module.named_parameters()):
         if parameter.ndim > 1:
