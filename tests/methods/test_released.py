@@ -24,9 +24,10 @@ from winnow.testing import Picture
 from .stubs import ids, scores, tokens
 
 LLAVA = ModelInfo("LLaVA", depth=32, vision_depth=24, feature_layer=-2)
-NO_CODE = {"todre"}
+NO_CODE = {"covipal", "explainability-compression", "todre"}
 POSITIONS = {
     "divprune": "compact",
+    "dyvte": "keep",
     "fastervlm": "compact",
     "fastv": "keep",
     "hiprune": "compact",
