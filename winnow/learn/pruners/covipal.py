@@ -1,9 +1,9 @@
 """Scorers of CoViPAL, in two phases, with the model frozen.
 
-Guided: a scorer learns which tokens the last token of the prompt attends to in a layer at two thirds of the depth; the
-rows of the question itself say little there that depends on it. Soft: its gate
-lets the model read less of the tokens that it finds useless, by the logarithm of the gate on their keys; it learns to
-leave the answer as it was, and to keep as many tokens as the cut will.
+Guided: a scorer learns which tokens the last token of the prompt attends to in a layer at two thirds of the depth (what
+the rows of the question attend to there depends little on it). Soft: its gate lets the model read less of the tokens
+that it finds useless, by the logarithm of the gate on their keys; it learns to leave the answer as it was, and to keep
+as many tokens as the cut will.
 """
 
 from __future__ import annotations
