@@ -11,7 +11,7 @@ from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
 from winnow.core.registry import register
-from winnow.core.select import comparable, count_broken, ranked, top_k
+from winnow.core.select import comparable, count_broken, rank_of, ranked, top_k
 from winnow.core.settings import Between, Block, Count, Layer, Share
 from winnow.core.signal import Signal, Site, block_index
 from winnow.core.step import (
@@ -102,6 +102,7 @@ __all__ = [
     "n_tiles",
     "quotas",
     "rank_in_tile",
+    "rank_of",
     "ranked",
     "register",
     "split_evenly",

@@ -89,7 +89,7 @@ class MustDrop(wn.Method):
         sums = torch.stack([item[rows].sum(1).square().sum(1) - item.square().sum(1)[rows].sum(1) for item in x])
         score = (sums / (SIDE**2 * (SIDE**2 - 1))).masked_fill(broken[:, rows].any(2), -torch.inf)
         flat = (score >= self.flat).sum(1, keepdim=True)
-        merged = wn.ranked(score).argsort(1) < (flat.amin(0, keepdim=True) if self.equal else flat)
+        merged = wn.rank_of(score) < (flat.amin(0, keepdim=True) if self.equal else flat)
         middle = rows[:, SIDE**2 // 2].expand(view.b, -1)
         flatness = score.new_full((view.b, view.n), -torch.inf)
         flatness.scatter_(1, middle, score.masked_fill(~merged, -torch.inf))
@@ -113,7 +113,7 @@ class MustDrop(wn.Method):
         key = state.token.get("key", torch.zeros_like(total, dtype=torch.bool))
         if self.budget is not None:
             step = round(float(self.budget.share(view.n_visual)) ** part * view.n_visual)
-            return wn.top_k(key * view.n - wn.ranked(total).argsort(1), max(self.budget.of(view), step))
+            return wn.top_k(key * view.n - wn.rank_of(total), max(self.budget.of(view), step))
         least = self.overall * total.masked_fill(total == -torch.inf, 0).sum(1, keepdim=True)
         found = wn.Reduction.select(key | ((total > -torch.inf) & ((total >= least) | (most >= self.individual))))
         index = found.representatives
