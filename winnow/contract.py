@@ -31,10 +31,10 @@ from winnow.core.view import View
 from winnow.signals.clip import ClipPatches, ClipText
 from winnow.signals.features import ClsLogits, OneHeadAttention, VisionFeatures, WideKeys
 from winnow.signals.language import LayerModules, LMAttention, LMAttentionInputs, LMAttentionMass, LMKeys, LMSignal
-from winnow.signals.layers import LayerChange, PageRank, TokenTransition
+from winnow.signals.layers import KeyNorm, LayerChange, LayerStates, PageRank, RowStates, TokenTransition
 from winnow.signals.question import Question, QuestionCosine, QuestionSignal, QuestionTokens
 from winnow.signals.vision import HiddenStates, Pixels, TowerAttention, VisionAttention, VisionKeys, VisionSignal
-from winnow.signals.words import TextRaters, WordAttention
+from winnow.signals.words import TextAttention, TextKeyNorm, TextRaters, WordAttention
 
 __all__ = [
     "CLS",
@@ -54,6 +54,7 @@ __all__ = [
     "Emit",
     "HiddenStates",
     "KVReduce",
+    "KeyNorm",
     "LMAttention",
     "LMAttentionInputs",
     "LMAttentionMass",
@@ -62,6 +63,7 @@ __all__ = [
     "Layer",
     "LayerChange",
     "LayerModules",
+    "LayerStates",
     "Layout",
     "Method",
     "ModelInfo",
@@ -78,11 +80,14 @@ __all__ = [
     "Reduction",
     "Repose",
     "Route",
+    "RowStates",
     "Share",
     "Signal",
     "Site",
     "State",
     "Step",
+    "TextAttention",
+    "TextKeyNorm",
     "TextRaters",
     "TokenTransition",
     "TowerAttention",

@@ -149,15 +149,14 @@ class Reduction:
         rows = x.gather(-2, index)
         if self.target is None:
             return rows
-        gone = self.target < 0
-        if self.weight is not None:
-            weight = self.weight.to(x.dtype)
-            rows = rows * weight[..., None]
+        gone, weight = self.target < 0, None if self.weight is None else self.weight.to(x.dtype)
+        if weight is not None:
             # Of a weight that is being learned, finite tokens need the gradient at 0 as well.
             gone = gone | ((weight == 0) & _broken(x).gather(-1, self.index))  # type: ignore[arg-type]
-        to = self.target.masked_fill(gone, self.m)[..., None].expand_as(rows)  # one more row, for what goes nowhere
-        out = x.new_zeros(*rows.shape[:-2], self.m + 1, x.shape[-1])
-        return out.scatter_add(-2, to, rows)[..., : self.m, :]
+        rows.masked_fill_(gone[..., None], 0)
+        rows = rows if weight is None else rows * weight[..., None]
+        to = self.target.clamp_min(0)[..., None].expand_as(rows)
+        return x.new_zeros(*rows.shape[:-2], self.m, x.shape[-1]).scatter_add(-2, to, rows)
 
     def to_matrix(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*lanes m n"]:
         """The map as a dense matrix; rows of padding are zero."""

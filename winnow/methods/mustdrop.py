@@ -24,7 +24,6 @@ import torch
 
 import winnow.contract as wn
 from winnow.parts.cosine import unit
-from winnow.parts.text import TextAttention
 from winnow.parts.windows import full_windows, means
 
 SIDE = 3
@@ -75,7 +74,7 @@ class MustDrop(wn.Method):
     def steps(self, info: wn.ModelInfo):
         steps = [wn.Step(wn.Point("projected"), self.enter, (self.row,))]
         steps += [wn.Step(wn.Point("blocks", 1), self.merge)] if self.flat <= 1 else []
-        for number, text in enumerate(map(TextAttention, self.layers or ())):
+        for number, text in enumerate(map(wn.TextAttention, self.layers or ())):
             cut = functools.partial(self.cut, text=text, part=(number + 1) / len(self.layers or ()))
             steps.append(wn.Step(wn.Point("layers", info.lm_layer(text.layer + 1)), cut, (text,)))
         return tuple(steps)
@@ -107,7 +106,7 @@ class MustDrop(wn.Method):
             order = (wn.rank_in_tile(state.token["flatness"], tile) + tile * view.n).argsort(1)
         return wn.Reduce(wn.Reduction.select(order, view.n, ordered=False), "drop"), state_after
 
-    def cut(self, view: wn.View, state: wn.State, text: TextAttention, part: float) -> wn.Reduction:
+    def cut(self, view: wn.View, state: wn.State, text: wn.TextAttention, part: float) -> wn.Reduction:
         """What stays of the image behind a layer."""
         total, most = (wn.comparable(values, view) for values in view[text].unbind(-1))
         key = state.token.get("key", torch.zeros_like(total, dtype=torch.bool))

@@ -18,7 +18,7 @@ Choose = Callable[..., Int[Tensor, "r k"]]
 """`choose(k, *tensors)`: k of the tokens whose values `[r, n, …]` it is given, as indices among them."""
 
 
-def tiles_apart(view: View, keep: int) -> Iterator[tuple[slice, Int[Tensor, " n"], int]]:
+def tiles_apart(view: View, keep: int) -> Iterator[tuple[slice, Int[Tensor, " _"], int]]:
     """Some items of the view, the tokens of one of their tiles, and how many of these are to be kept, at least one.
 
     The budget is split equally over the tiles. All items come at once, without a host read, while they hold all tokens
@@ -49,11 +49,11 @@ def select_per_tile(view: View, keep: int, choose: Choose, *tensors: Tensor) -> 
 
 
 @lru_cache(maxsize=256)
-def _of_layout(layout: Layout, keep: int, device: torch.device) -> list[tuple[Int[Tensor, " n"], int]]:
+def _of_layout(layout: Layout, keep: int, device: torch.device) -> list[tuple[Int[Tensor, " _"], int]]:
     return _split(layout.tiles, keep, device)
 
 
-def _split(tiles: Int[np.ndarray, " n"], keep: int, device: torch.device) -> list[tuple[Int[Tensor, " n"], int]]:
+def _split(tiles: Int[np.ndarray, " n"], keep: int, device: torch.device) -> list[tuple[Int[Tensor, " _"], int]]:
     """The tokens of each tile that keeps any, and how many it keeps."""
     quota = split_evenly(min(keep, len(tiles)), np.bincount(tiles).tolist())
     members = (torch.from_numpy(np.flatnonzero(tiles == t)).to(device) for t in range(len(quota)))

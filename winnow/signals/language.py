@@ -1,6 +1,6 @@
 """Signals of the language model: attention to items, in the slots of the moment, computed for a few rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -14,6 +14,7 @@ from winnow.core.packing import Packing
 from winnow.core.signal import Signal, Site, block_index
 from winnow.signals.attention import attention_rows
 
+SLOTS = 12  # of a sampled row, and words of a sampled question
 TILE = 64  # query rows at a time, so that no tile outgrows the queries of a head
 
 Rows = Literal["last", "question", "items"]
@@ -103,14 +104,19 @@ class LMAttentionInputs:
         slots = self.packing.to_logical()
         return [slots[b, start:end] for b, (start, end) in enumerate(self.spans.questions)]
 
-    def _from(self, b: int, slots: Int[Tensor, " r"]) -> Float[Tensor, " n"]:
-        """Attention of some rows of sample b to all keys, mean over heads and rows, in tiles of rows."""
-        total = self.k.new_zeros(self.k.shape[2], dtype=torch.promote_types(self.k.dtype, torch.float32))
+    def rows(self, b: int, slots: Int[Tensor, " r"]) -> Iterator[tuple[slice, Float[Tensor, "t n"]]]:
+        """Attention of some slots of sample b to all keys, mean over heads, in tiles: which of them, and their rows."""
         own = self.of_row(b)
-        for part in slots.split(TILE) if len(slots) else ():  # a sample may have no items
-            seen = own.visible(part[None])[:, None]
-            rows = attention_rows(own.q[:, :, part], own.k, self.scaling, seen)
-            total += rows.mean(1)[0].sum(0)
+        for start in range(0, slots.shape[0], TILE):
+            at = slice(start, start + TILE)
+            seen = own.visible(slots[None, at])[:, None]
+            yield at, attention_rows(own.q[:, :, slots[at]], own.k, self.scaling, seen).mean(1)[0]
+
+    def _from(self, b: int, slots: Int[Tensor, " r"]) -> Float[Tensor, " n"]:
+        """Attention of some rows of sample b to all keys, mean over heads and rows."""
+        total = self.k.new_zeros(self.k.shape[2], dtype=torch.promote_types(self.k.dtype, torch.float32))
+        for _, rows in self.rows(b, slots):
+            total += rows.sum(0)
         return total / max(1, slots.shape[0])
 
     def _mass(self, rows: Rows, keys: Rows, b: int) -> Float[Tensor, ""]:
@@ -227,6 +233,7 @@ class LayerModules:
         mask: `[B, P]` which slots hold tokens; the others are padding, which no signal may count.
         packing: the slots in which they stand.
         spans: questions and items.
+        last_norm: the norm behind the last layer; None where there is none that is known.
     """
 
     before: Float[Tensor, "b p d"]
@@ -236,3 +243,4 @@ class LayerModules:
     mask: Bool[Tensor, "b p"]
     packing: Packing
     spans: TextSpans
+    last_norm: Callable[[Tensor], Tensor] | None = None
