@@ -55,7 +55,7 @@ def recycled(
         number = torch.arange(most, device=main.device)
         live = (found >= 0) & (number < centres)[..., None]
         target = torch.where(live, (kept + number)[..., None], -1).flatten(1)
-        found = found.clamp_min(0).flatten(1)
+        found = found.masked_fill(~live, 0).flatten(1)
         parts.append((found, target, weight.gather(1, found)))
     index, target, weights = (torch.cat(x, 1) for x in zip(*parts, strict=True))
     m = most if counts is None else max(counts)

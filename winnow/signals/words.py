@@ -28,7 +28,7 @@ def text_of(packing: Packing, spans: TextSpans, text: Text) -> tuple[list[Int[Te
     if text == "all":
         bounds = [(min(end, packing.logical - 1), packing.logical) for end in spans.ends]
     bounds = [pair if items.shape[0] else (0, 0) for pair, items in zip(bounds, spans.items, strict=True)]
-    logical = packing.to_logical()
+    logical, last = packing.to_logical(), packing.last_slots()
     longest = max((end - start for start, end in bounds), default=0)
     slots = [logical[b, start:end] for b, (start, end) in enumerate(bounds)]
     real = torch.zeros(len(bounds), longest, dtype=torch.bool, device=logical.device)
@@ -36,7 +36,7 @@ def text_of(packing: Packing, spans: TextSpans, text: Text) -> tuple[list[Int[Te
         real[b, : end - start] = packing.real[b, start:end]
         if text == "all" and end > start:
             nothing = ~real[b].any()
-            slots[b][0] = torch.where(nothing, packing.last_slots()[b], slots[b][0])
+            slots[b][0] = torch.where(nothing, last[b], slots[b][0])
             real[b, 0] |= nothing
     return slots, real
 
