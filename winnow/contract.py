@@ -11,7 +11,7 @@ from winnow.core.method import Method
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
 from winnow.core.registry import register
-from winnow.core.select import comparable, count_broken, ranked, top_k
+from winnow.core.select import comparable, count_broken, rank_of, ranked, top_k
 from winnow.core.settings import Between, Block, Count, Layer, Share
 from winnow.core.signal import Signal, Site, block_index
 from winnow.core.step import (
@@ -40,10 +40,10 @@ from winnow.signals.language import (
     LMKeys,
     LMSignal,
 )
-from winnow.signals.layers import LayerChange, PageRank, TokenTransition
+from winnow.signals.layers import KeyNorm, LayerChange, LayerStates, PageRank, RowStates, TokenTransition
 from winnow.signals.question import Question, QuestionCosine, QuestionSignal, QuestionTokens
 from winnow.signals.vision import HiddenStates, Pixels, TowerAttention, VisionAttention, VisionKeys, VisionSignal
-from winnow.signals.words import TextRaters, WordAttention
+from winnow.signals.words import TextAttention, TextKeyNorm, TextRaters, WordAttention
 
 __all__ = [
     "CLS",
@@ -63,6 +63,7 @@ __all__ = [
     "Emit",
     "HiddenStates",
     "KVReduce",
+    "KeyNorm",
     "LMAttention",
     "LMAttentionInputs",
     "LMAttentionMass",
@@ -72,6 +73,7 @@ __all__ = [
     "Layer",
     "LayerChange",
     "LayerModules",
+    "LayerStates",
     "Layout",
     "Method",
     "ModelInfo",
@@ -89,11 +91,14 @@ __all__ = [
     "Reduction",
     "Repose",
     "Route",
+    "RowStates",
     "Share",
     "Signal",
     "Site",
     "State",
     "Step",
+    "TextAttention",
+    "TextKeyNorm",
     "TextRaters",
     "TextSummary",
     "TokenTransition",
@@ -114,6 +119,7 @@ __all__ = [
     "n_tiles",
     "quotas",
     "rank_in_tile",
+    "rank_of",
     "ranked",
     "register",
     "split_evenly",

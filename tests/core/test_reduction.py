@@ -235,3 +235,43 @@ def test_gradients_flow_through_tokens():
     for r in (Reduction.select(torch.tensor([[1, 3]]), 5), Reduction.assign(torch.tensor([[0, 0, 1, 1, -1]]), m=2)):
         (grad,) = torch.autograd.grad(r.apply(x).sum(), x)
         assert torch.equal(grad[0, :, 0] != 0, r.kept[0])
+
+
+BROKEN = [float("nan"), float("inf"), -float("inf")]
+DROPS = {
+    "target": Reduction.assign(torch.tensor([[0, -1, 1, 1]]), m=2),
+    "target-and-weight": Reduction.assign(torch.tensor([[0, -1, 1, 1]]), torch.ones(1, 4), m=2),
+    "weight": Reduction.assign(torch.tensor([[0, 1, 1, 1]]), torch.tensor([[1.0, 0.0, 1.0, 1.0]]), m=2),
+    "matrix": Reduction.mix(torch.tensor([[[1.0, 0, 0, 0], [0, 0, 1, 1]]])),
+}
+
+
+@pytest.mark.parametrize("value", BROKEN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", DROPS)
+def test_a_dropped_token_reaches_no_output_whatever_it_is(how, dtype, value):
+    x = torch.tensor([[[1.0, 2.0], [3.0, value], [5.0, 6.0], [7.0, 8.0]]], dtype=dtype, requires_grad=True)
+    out = DROPS[how].apply(x)
+    assert out.tolist() == [[[1, 2], [12, 14]]]
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert grad[0, :, 0].tolist() == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("value", BROKEN)
+def test_a_broken_token_breaks_the_outputs_that_it_has_a_part_in_and_no_others(value):
+    x = torch.tensor([[[1.0], [value], [5.0]]])
+    edges = Reduction.edges(
+        torch.tensor([[0, 1, 1, 2]]), torch.tensor([[0, 0, 1, 1]]), torch.tensor([[1.0, 0.0, 0.5, 0.5]]), n=3, m=2
+    )
+    for r in (edges, Reduction.mix(edges.to_matrix())):
+        assert r.apply(x).isfinite()[0, :, 0].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_weight_of_nothing_is_learned_unless_its_token_is_broken(dense):
+    weight = torch.tensor([[1.0, 0.0, 0.0]], requires_grad=True)
+    x = torch.tensor([[[1.0], [2.0], [torch.nan]]])
+    r = Reduction.mix(weight[:, None]) if dense else Reduction.assign(torch.zeros(1, 3, dtype=torch.int64), weight, m=1)
+    (grad,) = torch.autograd.grad(r.apply(x).sum(), weight)
+    assert grad[0, :2].tolist() == [1, 2]
+    assert grad.isfinite().all()

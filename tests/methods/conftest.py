@@ -21,3 +21,9 @@ def samples():
 @pytest.fixture
 def sample(samples):
     return samples[0]
+
+
+@pytest.fixture(scope="session")
+def few(samples):
+    """Half of the scenes, for plans for which pictures have to be encoded anew."""
+    return samples[0].first(45)

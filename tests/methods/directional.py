@@ -120,6 +120,11 @@ class Sample:
         self._encoded: dict[str, list[tuple[list[Request], dict[str, Tensor], Encoded]]] = {}
         self._answers: dict[str, tuple[PerScene, Tensor]] = {}
 
+    def first(self, scenes: int) -> Sample:
+        """The first scenes, in whole batches."""
+        views = {point: own[: scenes // BATCH] for point, own in self.views.items()}
+        return Sample(self.handle, self.processor, self.requests[:scenes], views)
+
     @property
     def layout(self) -> Layout:
         return self.views["projected"][0].layout

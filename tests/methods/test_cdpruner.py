@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from tests.methods.asked import asked, left
 from tests.methods.directional import at_random, evenly, gap
 from tests.methods.stubs import STUBS, first_k, ids, tokens
 from winnow.contract import ClipPatches, ClipText, ModelInfo, QuestionCosine, View, WinnowError
@@ -217,32 +216,21 @@ def test_bad_settings_are_refused(settings):
         CDPruner(**settings)
 
 
-SCENES = 60
-
-
-@pytest.fixture(scope="session")
-def views(samples):
-    return asked(samples[0], CDPruner(), SCENES)
-
-
-def _follows_the_sign(sample, views, reduce):
+def _follows_the_sign(sample, kept):
     """Most evidence with relevance, less with none, least with its sign turned."""
-    more, none, turned = (
-        sample.recall(left(sample, views, lambda view: reduce(view, settings)), sample.evidence[:SCENES])  # noqa: B023
-        for settings in ({}, {"theta": 0.0}, {"sign": "minus"})
-    )
+    more, none, turned = (sample.recall(kept(settings)) for settings in ("", ",theta=0.0", ",sign=minus"))
     assert gap(more, none).low > 0
     assert gap(none, turned).low > 0
 
 
 @pytest.mark.system("cdpruner", "directional")
 @pytest.mark.xdist_group("samples")
-def test_relevance_finds_evidence_and_its_sign_turned_loses_it(sample, views):
-    _follows_the_sign(sample, views, lambda view, settings: CDPruner(keep=32, **settings).reduce(view))
+def test_relevance_finds_evidence_and_its_sign_turned_loses_it(few):
+    _follows_the_sign(few, lambda settings: few.answers(f"cdpruner:keep=32{settings}")[1])
 
 
 @pytest.mark.xdist_group("samples")
 @pytest.mark.parametrize("stub", [first_k, evenly, at_random])
-def test_the_sign_fails_for_a_stub(sample, views, stub):
+def test_the_sign_fails_for_a_stub(few, stub):
     with pytest.raises(AssertionError):
-        _follows_the_sign(sample, views, lambda view, settings: stub(view, 32))
+        _follows_the_sign(few, lambda settings: few.kept(stub, 32))

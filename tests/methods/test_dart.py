@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import zoo
 from torch.nn.functional import cosine_similarity
 
 from winnow.core.errors import WinnowError
@@ -11,9 +14,10 @@ from winnow.core.info import ModelInfo
 from winnow.core.plan import Plan
 from winnow.core.view import View
 from winnow.methods.dart import DART
-from winnow.testing import Picture
+from winnow.testing import Build, Picture, check_on_models
 
 from .stubs import STUBS, first_k, ids, scores, tokens
+from .test_on_models import ROWS, by_hand
 
 LLAVA = ModelInfo("LLaVA", depth=32, width=16, vision_depth=24, feature_layer=-2)
 
@@ -94,8 +98,8 @@ def test_released_keeps_what_the_code_keeps(n, keep):
     differs = 0
     for seed in range(0, 60, 10):
         x, norms, text, row, states = _prompt(seed, n)
-        values = dict(zip(step.needs, (norms, text, row), strict=True))
-        found = ids(step.act(View.of(x, step.signals(values.__getitem__)), None)[0].reduction)
+        values = dict(zip(step.needs, (norms, text, row, x), strict=True))
+        found = ids(step.act(View.of(tokens(seed + 4, n), step.signals(values.__getitem__)), None)[0].reduction)
         assert str(step.at) == "layers[2]"
         assert len(found) == 4 + 8 * (keep // 8)
         assert found == _released(x[0], norms[0], text[0], states[0], keep, 35)
@@ -164,6 +168,20 @@ def test_the_layer_before_the_cut_is_looked_at():
     (step,) = DART(layer=5).checked_steps(LLAVA)
     assert str(step.at) == "layers[5]"
     assert {s.layer for s in step.needs} == {4}
+
+
+@pytest.mark.parametrize("build", ["llava_clip", "qwen2_5_vl"])
+def test_behind_the_last_norm_of_a_model(build):
+    """Its gains differ from channel to channel, so that without it other tokens are kept."""
+    model = zoo.model(build)
+    model.model.language_model.norm.weight.data.uniform_(0, 4, generator=torch.Generator().manual_seed(1))
+    builds = {build: Build(lambda: model, zoo.samples(build, ROWS), zoo.collate)}
+    settings = {"keep": 11, "layer": 2, "norm": True}
+    check_on_models(DART, partial(by_hand, "dart"), settings=settings, builds=builds)
+    with pytest.raises(AssertionError):
+        check_on_models(
+            DART, lambda *args, norm, **own: by_hand("dart", *args, **own), settings=settings, builds=builds
+        )
 
 
 def _finds_more_than_blind(sample, kept):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from winnow.contract import TextAttention
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.view import View
 from winnow.methods.efficientvla import EfficientVLA
-from winnow.parts.text import TextAttention
 
 from .stubs import STUBS, first_k, ids, scores, tokens
 

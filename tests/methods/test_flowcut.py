@@ -9,7 +9,7 @@ import torch
 import zoo
 
 import winnow
-from tests.methods.directional import BATCH, at_random, batches, evenly, gap, mask_of
+from tests.methods.directional import at_random, evenly, gap
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
@@ -214,37 +214,22 @@ def test_bad_settings(wrong):
         FlowCut(**wrong)
 
 
-FEW = 2 * BATCH  # scenes: the tower has to run again for them
-
-
-@torch.no_grad()
-def _kept(sample, plan):
-    """Which tokens a plan that acts in the tower leaves of the first scenes."""
-    found = []
-    for _, batch in batches(sample.requests[:FEW]):
-        with sample.handle.using(plan):
-            sample.handle.model(**batch)
-        found += [item.kept.tolist() for item in sorted(sample.handle.last.items, key=lambda item: item.row)]
-    return mask_of(torch.tensor(found), sample.evidence.shape[1])
-
-
 def _finds_evidence(sample, kept):
     """More of the evidence, and of all things, than blind selections."""
     for blind in (evenly, at_random):
-        other = sample.kept(blind, 32)[:FEW]
-        for mask in (sample.evidence[:FEW], sample.objects[:FEW]):
-            more = gap(sample.recall(kept, mask), sample.recall(other, mask))
-            assert more.low > 0
+        other = sample.kept(blind, 32)
+        for mask in (sample.evidence, sample.objects):
+            assert gap(sample.recall(kept, mask), sample.recall(other, mask)).low > 0
 
 
 @pytest.mark.system("flowcut", "directional")
 @pytest.mark.xdist_group("samples")
-def test_what_flows_to_cls_finds_evidence_and_objects(sample):
-    _finds_evidence(sample, _kept(sample, "flowcut:keep=32"))
+def test_what_flows_to_cls_finds_evidence_and_objects(few):
+    _finds_evidence(few, few.answers("flowcut:keep=32")[1])
 
 
 @pytest.mark.xdist_group("samples")
 @pytest.mark.parametrize("stub", [first_k, evenly, at_random])
-def test_finding_fails_for_a_stub(sample, stub):
+def test_finding_fails_for_a_stub(few, stub):
     with pytest.raises(AssertionError):
-        _finds_evidence(sample, sample.kept(stub, 32)[:FEW])
+        _finds_evidence(few, few.kept(stub, 32))

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from tests.methods.asked import asked, left
 from tests.methods.directional import at_random, evenly, gap
 from tests.methods.stubs import STUBS, first_k, ids
 from winnow.contract import ModelInfo, QuestionCosine, View, VisionFeatures, WinnowError
@@ -171,42 +170,29 @@ def test_bad_settings_are_refused(settings):
         MMTok(**settings)
 
 
-SCENES = 60
-
-
-@pytest.fixture(scope="session")
-def views(samples):
-    return asked(samples[0], MMTok(), SCENES)
-
-
-def _covers_both(sample, views, reduce):
+def _covers_both(sample, kept):
     """With four tokens more evidence than the picture alone gives, and no less than the words alone; with 13 more of it
     than by the words alone, and more things are touched."""
 
-    def kept(k, **settings):
-        return left(sample, views, lambda view: reduce(view, k, settings))
-
-    def evidence(mask):
-        return sample.recall(mask, sample.evidence[:SCENES])
-
     def touched(mask):
-        return np.array([(t & m).any(1).double().mean() for t, m in zip(sample.things, mask, strict=False)])
+        return np.array([(t & m).any(1).double().mean() for t, m in zip(sample.things, mask, strict=True)])
 
-    words, picture = {"alpha": 0}, {"alpha": 1e6}
-    assert gap(evidence(kept(4)), evidence(kept(4, **picture))).low > 0
-    assert gap(evidence(kept(4)), evidence(kept(4, **words))).value >= -0.01
-    assert gap(evidence(kept(13)), evidence(kept(13, **words))).low > 0
-    assert gap(touched(kept(13)), touched(kept(13, **words))).low > 0
+    both, picture, words = (sample.recall(kept(4, settings)) for settings in ("", ",alpha=1000000", ",alpha=0"))
+    assert gap(both, picture).low > 0
+    assert gap(both, words).value >= -0.01
+    both, words = kept(13, ""), kept(13, ",alpha=0")
+    assert gap(sample.recall(both), sample.recall(words)).low > 0
+    assert gap(touched(both), touched(words)).low > 0
 
 
 @pytest.mark.system("mmtok", "directional")
 @pytest.mark.xdist_group("samples")
-def test_the_question_and_the_picture_are_both_covered(sample, views):
-    _covers_both(sample, views, lambda view, k, settings: MMTok(keep=k, **settings).reduce(view))
+def test_the_question_and_the_picture_are_both_covered(few):
+    _covers_both(few, lambda k, settings: few.answers(f"mmtok:keep={k}{settings}")[1])
 
 
 @pytest.mark.xdist_group("samples")
 @pytest.mark.parametrize("stub", [first_k, evenly, at_random])
-def test_covering_both_fails_for_a_stub(sample, views, stub):
+def test_covering_both_fails_for_a_stub(few, stub):
     with pytest.raises(AssertionError):
-        _covers_both(sample, views, lambda view, k, settings: stub(view, k))
+        _covers_both(few, lambda k, settings: few.kept(stub, k))

@@ -10,6 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 import winnow
 from tests import zoo
+from winnow.contract import TextAttention
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
@@ -18,7 +19,6 @@ from winnow.core.reduction import Reduction
 from winnow.core.step import Observe, State
 from winnow.core.view import View
 from winnow.methods.mustdrop import MustDrop
-from winnow.parts.text import TextAttention
 from winnow.signals.vision import VisionAttention
 from winnow.testing import WITH_CLS, Picture
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from tests.methods.asked import asked, left
 from tests.methods.directional import at_random, evenly, gap
 from tests.methods.stubs import STUBS, first_k
 from winnow.contract import ClipPatches, ClipText, ModelInfo, OneHeadAttention, View, WideKeys, WinnowError
@@ -210,33 +209,23 @@ def test_bad_settings_are_refused(settings):
         RecoverableCompression(**settings)
 
 
-SCENES = 60
-
-
-@pytest.fixture(scope="session")
-def views(samples):
-    return asked(samples[0], RecoverableCompression(), SCENES)
-
-
-def _recovers(sample, views, reduce):
+def _recovers(sample, kept):
     """With recovery more of the evidence than without, at equal total count, and more than a blind choice leaves."""
     for k in (32, 13):
-        found = {on: left(sample, views, lambda view: reduce(view, k, on)) for on in (True, False)}  # noqa: B023
-        more, less = (sample.recall(found[on], sample.evidence[:SCENES]) for on in (True, False))
+        more, less = (sample.recall(kept(k, settings)) for settings in ("", ",recover=false"))
         assert gap(more, less).low > 0
         for blind in (evenly, at_random):
-            other = left(sample, views, lambda view: blind(view, k))  # noqa: B023
-            assert gap(more, sample.recall(other, sample.evidence[:SCENES])).low > 0
+            assert gap(more, sample.recall(sample.kept(blind, k))).low > 0
 
 
 @pytest.mark.system("recoverable-compression", "directional")
 @pytest.mark.xdist_group("samples")
-def test_recovery_finds_what_the_question_asks_for(sample, views):
-    _recovers(sample, views, lambda view, k, on: RecoverableCompression(keep=k, recover=on).reduce(view))
+def test_recovery_finds_what_the_question_asks_for(few):
+    _recovers(few, lambda k, settings: few.answers(f"recoverable-compression:keep={k}{settings}")[1])
 
 
 @pytest.mark.xdist_group("samples")
 @pytest.mark.parametrize("stub", [first_k, evenly, at_random])
-def test_recovery_fails_for_a_stub(sample, views, stub):
+def test_recovery_fails_for_a_stub(few, stub):
     with pytest.raises(AssertionError):
-        _recovers(sample, views, lambda view, k, on: stub(view, k))
+        _recovers(few, lambda k, settings: few.kept(stub, k))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.methods.directional import at_random, batches, evenly, gap, mask_of
+from tests.methods.directional import at_random, evenly, gap
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
@@ -221,17 +221,6 @@ def test_what_global_patches_look_at_is_not_kept_by_a_stub(stub):
         _looks_where_global_patches_look(lambda view, k: ids(stub(view, k)))
 
 
-@torch.no_grad()
-def left_of(sample, method):
-    """The share of the evidence that is left behind the last step; the tower runs anew, with all its rows."""
-    kept = []
-    for _, batch in batches(sample.requests):
-        with sample.handle.using(method):
-            sample.handle.model(**batch)
-        kept += [mask_of(item.kept[None], sample.layout.n_content) for item in sample.handle.last.items]
-    return sample.recall(torch.cat(kept))
-
-
 def _finds_more_evidence_than_chance(left, sample):
     assert gap(left, sample.recall(sample.kept(at_random, 64))).low > 0
     assert gap(left, sample.recall(sample.kept(evenly, 64))).low > 0
@@ -241,7 +230,7 @@ def _finds_more_evidence_than_chance(left, sample):
 @pytest.mark.xdist_group("samples")
 def test_its_score_finds_evidence(sample):
     """At a threshold for this tower: at the released 34.76, of a larger one, it is not told from chance."""
-    _finds_more_evidence_than_chance(left_of(sample, VFlowOpt(before=0.25, middle=1, late=1, threshold=2.0)), sample)
+    _finds_more_evidence_than_chance(sample.left("vflowopt:before=0.25,middle=1,late=1,threshold=2.0"), sample)
 
 
 @pytest.mark.xdist_group("samples")

@@ -126,7 +126,10 @@ def test_the_mean_over_layers_is_the_published_budget():
         (22, 4),
         (16, 3),
     ]
-    sizes, starts = [budget.of(576) for budget in method.tokens], [0, *method._stages(LLAVA), 32]
+    sizes, starts = (
+        [budget.of(576) for budget in method.tokens],
+        [0, *(s.at.index for s in method.checked_steps(LLAVA)[1:]), 32],
+    )
     assert Fraction(sum(n * (b - a) for n, a, b in zip(sizes, starts, starts[1:], strict=False)), 32) == 32
 
 

@@ -68,9 +68,8 @@ def test_too_many_cells_lose_their_lowest():
 
 def test_broken_tokens_are_merged_into_nothing_and_nothing_to_do_is_a_selection():
     score = torch.tensor([[-torch.inf, 2.0, 1.0, 4.0]])
-    broken = torch.tensor([[True, False, False, False]])
     cells = torch.zeros(1, 4, dtype=torch.int64)
-    found = merge_lowest(score, cells, 2, broken=broken)
+    found = merge_lowest(score, cells, 2)
     assert made(found.lane(0)) == ([1, 3], [{1: 2 / 3, 2: 1 / 3}, {3: 1.0}])
     tokens = torch.tensor([[[torch.nan], [1.0], [2.0], [3.0]]])
     assert bool(found.apply(tokens).isfinite().all())

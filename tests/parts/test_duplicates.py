@@ -1,4 +1,4 @@
-"""Dropping duplicates in rounds, against the same written with lists; and the tiles of items apart."""
+"""Dropping duplicates in rounds, against the same written with lists."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from winnow.core.layout import Layout
-from winnow.core.view import View
-from winnow.parts.apart import tiles_apart
 from winnow.parts.cosine import product, unit
 from winnow.parts.duplicates import without_duplicates, without_duplicates_naive
-from winnow.testing import Picture
 
 
 def _some(seed, n, b=1):
@@ -53,23 +49,3 @@ def test_broken_tokens_go_first_and_nothing_is_like_them():
     broken[0, order[0, [0, 4, 6]]] = True
     left = without_duplicates(x, order, 17, broken)[0]
     assert not broken[0, left].any()
-
-
-def test_tiles_of_whole_items_and_of_what_is_left_of_them():
-    layout = Picture.tiled(3, 2, 1).lm
-    parts = list(tiles_apart(View.of(torch.zeros(2, 27, 1), layout=layout), 10))
-    assert [(items, len(members), k) for items, members, k in parts] == [(slice(2), 9, k) for k in (4, 3, 3)]
-    assert [set(layout.tiles[members]) for _, members, _ in parts] == [{0}, {1}, {2}]
-    left = torch.tensor([[0, 1, 2, 9], [10, 11, 18, 19]])
-    view = View(torch.zeros(2, 4, 1), layout, left, 27)
-    assert [(items.start, members.tolist(), k) for items, members, k in tiles_apart(view, 3)] == [
-        (0, [0, 1, 2], 2),
-        (0, [3], 1),
-        (1, [0, 1], 2),
-        (1, [2, 3], 1),
-    ]
-
-
-def test_one_tile_is_one_part():
-    ((items, members, k),) = tiles_apart(View.of(torch.zeros(2, 6, 1), layout=Layout.grid(2, 3)), 9)
-    assert (items, members.tolist(), k) == (slice(2), list(range(6)), 6)

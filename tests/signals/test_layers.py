@@ -1,13 +1,14 @@
-"""PageRank over an LM layer's attention, on plain tensors."""
+"""PageRank over an LM layer's attention, and states behind the last norm, on plain tensors."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from winnow.core.errors import UnsupportedError
 from winnow.core.packing import Packing
-from winnow.signals.language import LMAttentionInputs, TextSpans
-from winnow.signals.layers import PageRank, page_rank_naive
+from winnow.signals.language import LayerModules, LMAttentionInputs, TextSpans
+from winnow.signals.layers import LayerStates, PageRank, page_rank_naive
 
 SPANS = TextSpans([], [], [])
 
@@ -63,3 +64,13 @@ def test_keys_of_a_cache_take_no_part():
     found = PageRank(0).read(LMAttentionInputs(q, k, 0.3, packing, None, SPANS))
     alone = PageRank(0).read(LMAttentionInputs(q, k[:, :, 3:], 0.3, packing, None, SPANS))
     assert torch.equal(found, alone)
+
+
+def test_states_go_through_the_last_norm_if_asked():
+    x = _random(2, 5, 4)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    parts = x - 1, x, (x, x), (x, x), mask, Packing.of(mask, (5, 5)), SPANS
+    assert torch.equal(LayerStates(0).read(LayerModules(*parts)), x)
+    assert torch.equal(LayerStates(0, norm=True).read(LayerModules(*parts, lambda x: x * 2)), x * 2)
+    with pytest.raises(UnsupportedError, match="norm=false"):
+        LayerStates(0, norm=True).read(LayerModules(*parts))

@@ -133,24 +133,30 @@ class Reduction:
         return Reduction(**moved)
 
     def apply(self, x: Float[Tensor, "*lanes n d"]) -> Float[Tensor, "*lanes m d"]:
-        """The output rows. A selection copies bits; sums run in the dtype of `x`."""
+        """The output rows. A selection copies bits; sums run in the dtype of `x`.
+
+        What has no weight in an output does not reach it, be it NaN.
+        """
         if x.shape[-2] != self.n:
             raise WinnowError(
                 f"Reduction of {self.n} source tokens got {x.shape[-2]} tokens of shape {tuple(x.shape)}."
             )
         if self.matrix is not None:
-            return self.matrix.to(x.dtype) @ x
+            return _product(self.matrix.to(x.dtype), x)
         if x.shape[:-2] != self.lanes:
             raise WinnowError(f"Reduction with lanes {tuple(self.lanes)} got tokens of shape {tuple(x.shape)}.")
         index = self.index[..., None].expand(*self.index.shape, x.shape[-1])  # type: ignore[index,union-attr]
         rows = x.gather(-2, index)
         if self.target is None:
             return rows
-        live = self.target >= 0
-        weight = live.to(x.dtype) if self.weight is None else self.weight.to(x.dtype) * live
-        out = x.new_zeros(*rows.shape[:-2], self.m, x.shape[-1])
+        gone, weight = self.target < 0, None if self.weight is None else self.weight.to(x.dtype)
+        if weight is not None:
+            # Of a weight that is being learned, finite tokens need the gradient at 0 as well.
+            gone = gone | ((weight == 0) & _broken(x).gather(-1, self.index))  # type: ignore[arg-type]
+        rows.masked_fill_(gone[..., None], 0)
+        rows = rows if weight is None else rows * weight[..., None]
         to = self.target.clamp_min(0)[..., None].expand_as(rows)
-        return out.scatter_add(-2, to, rows * weight[..., None])
+        return x.new_zeros(*rows.shape[:-2], self.m, x.shape[-1]).scatter_add(-2, to, rows)
 
     def to_matrix(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*lanes m n"]:
         """The map as a dense matrix; rows of padding are zero."""
@@ -271,3 +277,15 @@ class Reduction:
             representative=cut(self.representative),
             ordered=self.ordered,
         )
+
+
+def _product(matrix: Float[Tensor, "*lanes m n"], x: Float[Tensor, "*lanes n d"]) -> Float[Tensor, "*lanes m d"]:
+    """`matrix @ x`, in which a broken token breaks those rows alone in which it has weight."""
+    broken = _broken(x)
+    reached = (matrix.detach() != 0).to(x.dtype) @ broken.to(x.dtype)[..., None] > 0
+    return (matrix @ x.masked_fill(broken[..., None], 0)).masked_fill(reached, torch.nan)
+
+
+def _broken(x: Float[Tensor, "*lanes n d"]) -> Bool[Tensor, "*lanes n"]:
+    """Which tokens are NaN or infinite anywhere."""
+    return ~x.detach().sum(-1, dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()

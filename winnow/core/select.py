@@ -27,6 +27,18 @@ def ranked(scores: Float[Tensor, "b n"]) -> Int[Tensor, "b n"]:
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices
 
 
+def rank_of(scores: Float[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    """The rank of each token: 0 is the best score, ties by index. Takes comparable scores."""
+    return places(ranked(scores))
+
+
+def places(order: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    """Where each index stands in an order of all of them."""
+    return torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+
+
 def top_k(scores: Num[Tensor, "b n"], k: int, view: View | None = None) -> Reduction:
     """Keep the k tokens with the highest scores (all, if there are fewer), in the order in which they stand.
 

@@ -242,7 +242,8 @@ class Engine:
             case "lm", "attention":
                 return Tap(bound.attention_of(site.index), functools.partial(self._see_lm, site.index)).remove
             case "lm", "hidden":
-                return LayerWatch(bound.layers[site.index], self._lm_pass, site.index).remove
+                norm = getattr(bound.lm, "norm", None)
+                return LayerWatch(bound.layers[site.index], self._lm_pass, site.index, norm).remove
             case _:
                 return _nothing  # pixels and the projector are seen anyway
 

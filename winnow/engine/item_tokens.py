@@ -96,6 +96,31 @@ class LMTokens(ItemTokens):
     separator_slots: Int[Tensor, " s"] = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """Rows that were made anew.
+
+    Attributes:
+        row: the sample.
+        was, at: `[n]`, `[m]` the logical positions of the rows before, and of those that took their place.
+        reduction: from the ones to the others.
+    """
+
+    row: int
+    was: Int[Tensor, " n"]
+    at: Int[Tensor, " m"]
+    reduction: Reduction
+
+
+def content_slots(items: Sequence[LMTokens], rows: int, device: torch.device) -> list[Int[Tensor, " _"]]:
+    """The slots of all items of each row that have tokens left."""
+    found = []
+    for row in range(rows):
+        own = [item.slots for item in items if item.row == row and item.count]
+        found.append(torch.cat(own).to(device) if own else torch.zeros(0, dtype=torch.int64, device=device))
+    return found
+
+
 def carried(state: State, reduction: Reduction) -> State:
     """What a method remembers of one item after a reduction, its own or another's.
 

@@ -7,7 +7,6 @@ are made outside), the LM is called with the whole sequence and every layer gets
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from winnow.engine.cache import CacheState, Past, check_cache, held_by, state_of
 from winnow.engine.devices import device_of
 from winnow.engine.encoder import lm_signal, places
 from winnow.engine.encoding import EncoderRecord
-from winnow.engine.item_tokens import LMTokens, Span, carried, content_mask
+from winnow.engine.item_tokens import LMTokens, Merged, Span, carried, content_mask, content_slots
 from winnow.engine.packed import PackedSequence, packed_segments, row_mask
 from winnow.engine.probing import probe_layer
 from winnow.engine.question import Questions
@@ -33,22 +32,6 @@ from winnow.engine.runner import Change, StepRunner, add_notes
 from winnow.engine.whole_call import WholeCall
 from winnow.signals.language import LMAttentionInputs, LMEntry, TextSpans, as_visible
 from winnow.signals.tap import scaling_of
-
-
-@dataclass(frozen=True, eq=False)
-class Merged:
-    """Rows that were made anew.
-
-    Attributes:
-        row: the sample.
-        was, at: `[n]`, `[m]` the logical positions of the rows before, and of those that took their place.
-        reduction: from the ones to the others.
-    """
-
-    row: int
-    was: Int[Tensor, " n"]
-    at: Int[Tensor, " m"]
-    reduction: Reduction
 
 
 class LMPass:
@@ -312,11 +295,8 @@ class LMPass:
 
     def spans(self, device: torch.device) -> TextSpans:
         """Which tokens of each row are what, at this moment."""
-        content = []
-        for row in range(len(self.tokens.packing.sizes)):
-            own = [item.slots for item in self.items if item.row == row and item.count]
-            content.append(torch.cat(own).to(device) if own else torch.zeros(0, dtype=torch.int64, device=device))
-        return TextSpans(self.questions, self.ends, content)
+        rows = len(self.tokens.packing.sizes)
+        return TextSpans(self.questions, self.ends, content_slots(self.items, rows, device))
 
     def _inputs(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, mask: Any = None) -> LMAttentionInputs:
         past = self.past_mask(self._past(layer))

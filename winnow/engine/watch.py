@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from winnow.core.errors import UnsupportedError
+from winnow.engine.devices import device_of
 from winnow.engine.hooks import Hook
 from winnow.signals.language import LayerModules
 
@@ -19,10 +20,12 @@ class LayerWatch:
     Args:
         running: the pass through the LM that is running in this context, or None.
         index: of the layer.
+        norm: the norm behind the last layer; None where there is none that is known.
     """
 
-    def __init__(self, layer: nn.Module, running: Callable[[], Any], index: int) -> None:
+    def __init__(self, layer: nn.Module, running: Callable[[], Any], index: int, norm: nn.Module | None) -> None:
         self.running, self.index = running, index
+        self.norm = None if norm is None else lambda x: norm(x.to(device_of(norm))).to(x.device)
         parts = {"attention": getattr(layer, "self_attn", None), "mlp": getattr(layer, "mlp", None)}
         if None in parts.values():
             raise UnsupportedError(
@@ -54,7 +57,7 @@ class LayerWatch:
             packing = lm.tokens.packing.to(after.device)
             before = _hidden(args, kwargs).to(after.device)  # the layer before may be on another
             parts = before, after, seen["attention"], seen["mlp"], packing.mask, packing, lm.spans(after.device)
-            lm.hidden(self.index, LayerModules(*parts))
+            lm.hidden(self.index, LayerModules(*parts, self.norm))
 
 
 def _hidden(args: Any, kwargs: Any) -> Tensor:

@@ -22,9 +22,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import winnow.contract as wn
+from winnow.parts.apart import select_per_tile
 from winnow.parts.cosine import cosine_rows, product, unit
 from winnow.parts.dpp import greedy_map
-from winnow.parts.lanes import select_per_tile
 
 EPSILON = 1e-6  # of the code: above 0, so that the least relevant token can still be told from none
 

@@ -7,11 +7,10 @@ Pivots are the image tokens and the text tokens whose keys have the largest L1 n
 after the other, image before text and larger norms first, takes those of the remaining image tokens that have the
 lowest cosine similarity to it. Image pivots are kept, text pivots only choose.
 Departs from the paper: exactly `keep` tokens are left; what does not divide by the pivots goes to the first of them.
-Similarity is that of the hidden states as they are: the LM's last norm, whose gains weigh the channels, cannot be seen.
-Departs from the released code: the code compares after that last norm; on plain tensors give it normed states. It has
-the image pivots on top of the budget, which is rounded down to a multiple of the pivots (`on_top=true`), and its pivots
-take their turns in the order of a Python set of positions in the prompt (`start=35` is where LLaVA-1.5's image begins;
-it costs one read of the pivots on the host). Any batch size.
+Departs from the released code: the code compares hidden states behind the LM's last norm (`norm=true`), and has the
+image pivots on top of the budget, which is rounded down to a multiple of the pivots (`on_top=true`). Its pivots take
+their turns in the order of a Python set of positions in the prompt (`start=35` is where LLaVA-1.5's image begins; it
+costs one read of the pivots on the host). Any batch size.
 """
 
 import torch
@@ -19,7 +18,6 @@ from jaxtyping import Float, Int
 
 import winnow.contract as wn
 from winnow.parts.cosine import product, unit
-from winnow.parts.text import KeyNorm, RowStates, TextKeyNorm
 
 
 @wn.register("dart")
@@ -31,6 +29,7 @@ class DART(wn.Method):
         layer: K, the layers that run in full; the step acts before LM layer K.
         image_pivots: image tokens that are pivots; at most `keep` are.
         text_pivots: text tokens that are pivots; where there are fewer behind the image, the first ones come again.
+        norm: whether hidden states are compared behind the LM's last norm, whose gains weigh the channels.
         on_top: whether image pivots come on top of the budget.
         start: the position of the item's first token in the prompt, for the turns of the released code; None: image
             before text, larger norms first.
@@ -40,11 +39,12 @@ class DART(wn.Method):
     layer: wn.Layer = 2
     image_pivots: wn.Count = 4
     text_pivots: wn.Count = 4
+    norm: bool = False
     on_top: bool = False
     start: wn.Count | None = None
 
     rounding = "floor"
-    released = {"on_top": True, "start": 35, "positions": "keep"}
+    released = {"norm": True, "on_top": True, "start": 35, "positions": "keep"}
 
     def check(self) -> None:
         if self.layer < 1 or self.image_pivots + self.text_pivots < 1:
@@ -54,14 +54,16 @@ class DART(wn.Method):
             )
 
     def signals(self):
-        return KeyNorm(self.layer - 1), TextKeyNorm(self.layer - 1), RowStates(self.layer - 1)
+        layer = self.layer - 1
+        found = wn.KeyNorm(layer), wn.TextKeyNorm(layer), wn.RowStates(layer, self.norm)
+        return (*found, wn.LayerStates(layer, True)) if self.norm else found
 
     def steps(self, info: wn.ModelInfo):
         return (wn.Step(wn.Point("layers", info.lm_layer(self.layer)), self._one_step, self.signals()),)
 
     def reduce(self, view: wn.View) -> wn.Reduction:
-        norms, text, states = (view[signal] for signal in self.signals())
-        x, broken = unit(view.tokens)
+        norms, text, states, *normed = (view[signal] for signal in self.signals())
+        x, broken = unit(normed[0] if normed else view.tokens)
         wn.count_broken(broken, view)
         image = wn.ranked(wn.comparable(norms, view).masked_fill(broken, -torch.inf))
         keep, several = self.keep.of(view), self.image_pivots + self.text_pivots

@@ -18,7 +18,6 @@ import torch
 
 import winnow.contract as wn
 from winnow.parts.cosine import product, unit
-from winnow.parts.text import TextAttention
 
 
 @wn.register("efficientvla")
@@ -38,7 +37,7 @@ class EfficientVLA(wn.Method):
     layer: Annotated[int, wn.Between(1)] = 2
 
     def signals(self):
-        return (TextAttention(self.layer - 1),)
+        return (wn.TextAttention(self.layer - 1),)
 
     def steps(self, info: wn.ModelInfo):
         return (wn.Step(wn.Point("layers", info.lm_layer(self.layer)), self._one_step, self.signals()),)

@@ -95,7 +95,7 @@ class FlowCut(wn.Method):
             if not left
             else [max(min(n, target), n - cut) for cut in _cuts(row, target, left)]
         )
-        place = wn.ranked(score[:, 1:]).argsort(1)
+        place = wn.rank_of(score[:, 1:])
         chosen = place < torch.tensor(kept, device=place.device)[:, None]
         chosen = torch.cat([torch.ones_like(chosen[:, :1]), chosen], 1)
         return wn.Reduction.select(chosen, counts=[1 + k for k in kept]), state

@@ -109,7 +109,7 @@ class HoloV(wn.Method):
     def _quotas(self, weight: Float[torch.Tensor, "b c"], k: int) -> Int[torch.Tensor, "b c"]:
         share = weight / (weight.sum(1, keepdim=True) + EPSILON)
         quota = (share * k).floor().long()
-        return quota + (wn.ranked(share).argsort(1) < k - quota.sum(1, keepdim=True))
+        return quota + (wn.rank_of(share) < k - quota.sum(1, keepdim=True))
 
 
 @lru_cache(maxsize=64)

@@ -22,9 +22,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 import winnow.contract as wn
+from winnow.parts.apart import select_per_tile
 from winnow.parts.cosine import unit
 from winnow.parts.coverage import coverage
-from winnow.parts.lanes import select_per_tile
 
 Heat = Annotated[float, wn.Between(1e-3)]
 

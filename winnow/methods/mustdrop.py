@@ -24,7 +24,6 @@ import torch
 
 import winnow.contract as wn
 from winnow.parts.cosine import unit
-from winnow.parts.text import TextAttention
 from winnow.parts.windows import full_windows, means
 
 SIDE = 3
@@ -75,7 +74,7 @@ class MustDrop(wn.Method):
     def steps(self, info: wn.ModelInfo):
         steps = [wn.Step(wn.Point("projected"), self.enter, (self.row,))]
         steps += [wn.Step(wn.Point("blocks", 1), self.merge)] if self.flat <= 1 else []
-        for number, text in enumerate(map(TextAttention, self.layers or ())):
+        for number, text in enumerate(map(wn.TextAttention, self.layers or ())):
             cut = functools.partial(self.cut, text=text, part=(number + 1) / len(self.layers or ()))
             steps.append(wn.Step(wn.Point("layers", info.lm_layer(text.layer + 1)), cut, (text,)))
         return tuple(steps)
@@ -89,7 +88,7 @@ class MustDrop(wn.Method):
         sums = torch.stack([item[rows].sum(1).square().sum(1) - item.square().sum(1)[rows].sum(1) for item in x])
         score = (sums / (SIDE**2 * (SIDE**2 - 1))).masked_fill(broken[:, rows].any(2), -torch.inf)
         flat = (score >= self.flat).sum(1, keepdim=True)
-        merged = wn.ranked(score).argsort(1) < (flat.amin(0, keepdim=True) if self.equal else flat)
+        merged = wn.rank_of(score) < (flat.amin(0, keepdim=True) if self.equal else flat)
         middle = rows[:, SIDE**2 // 2].expand(view.b, -1)
         flatness = score.new_full((view.b, view.n), -torch.inf)
         flatness.scatter_(1, middle, score.masked_fill(~merged, -torch.inf))
@@ -107,13 +106,13 @@ class MustDrop(wn.Method):
             order = (wn.rank_in_tile(state.token["flatness"], tile) + tile * view.n).argsort(1)
         return wn.Reduce(wn.Reduction.select(order, view.n, ordered=False), "drop"), state_after
 
-    def cut(self, view: wn.View, state: wn.State, text: TextAttention, part: float) -> wn.Reduction:
+    def cut(self, view: wn.View, state: wn.State, text: wn.TextAttention, part: float) -> wn.Reduction:
         """What stays of the image behind a layer."""
         total, most = (wn.comparable(values, view) for values in view[text].unbind(-1))
         key = state.token.get("key", torch.zeros_like(total, dtype=torch.bool))
         if self.budget is not None:
             step = round(float(self.budget.share(view.n_visual)) ** part * view.n_visual)
-            return wn.top_k(key * view.n - wn.ranked(total).argsort(1), max(self.budget.of(view), step))
+            return wn.top_k(key * view.n - wn.rank_of(total), max(self.budget.of(view), step))
         least = self.overall * total.masked_fill(total == -torch.inf, 0).sum(1, keepdim=True)
         found = wn.Reduction.select(key | ((total > -torch.inf) & ((total >= least) | (most >= self.individual))))
         index = found.representatives

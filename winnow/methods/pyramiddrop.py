@@ -9,6 +9,7 @@ plans differ in what they keep alone; the code numbers anew what is left after e
 """
 
 import winnow.contract as wn
+from winnow.parts.cuts import check_cuts, cuts_of, equal_parts, geometric
 
 
 @wn.register("pyramiddrop")
@@ -28,27 +29,15 @@ class PyramidDrop(wn.Method):
     released = {"positions": "compact"}
 
     def check(self) -> None:
-        cuts, layers = len(self.ratios), self.layers
-        if layers is not None and (len(layers) != cuts or list(layers) != sorted(set(layers))):
-            raise wn.WinnowError(
-                f"pyramiddrop: layers={layers!r}; allowed: {cuts} ascending layers, one for each ratio."
-            )
+        check_cuts("pyramiddrop", self.layers, self.ratios, first=0)
 
     def at_budget(self, budget, content: int):
         """Equal steps down to the budget: at 12.5 % these are the published 50 %, 25 %, 12.5 %."""
-        last, cuts = wn.Budget.parse(budget).rounded(self.rounding), len(self.ratios)
-        parts = [float(last.share(content)) ** ((cut + 1) / cuts) for cut in range(cuts - 1)]
-        least = max(1, last.of(content))
-        steps = [
-            max(least, round(part * content)) if last.is_count else f"{100 * max(part, 1e-6):.6g}%" for part in parts
-        ]
-        return self.replace(ratios=(*steps, last))
+        return self.replace(ratios=geometric(budget, content, len(self.ratios), self.rounding))
 
     def resolve(self, info: wn.ModelInfo):
-        cuts = len(self.ratios)
-        layers = self.layers or tuple(info.at_depth((i + 1) / (cuts + 1)) for i in range(cuts))
-        budgets = dict(zip(layers, self.ratios, strict=True))  # on a very shallow LM cuts coincide: the deepest holds
-        return PyramidDrop(tuple(budgets.values()), tuple(info.lm_layer(layer) for layer in budgets))
+        cuts = cuts_of(info, self.layers, equal_parts(len(self.ratios)), self.ratios, first=0)
+        return self.replace(ratios=tuple(cuts.values()), layers=tuple(cuts))
 
     def steps(self, info: wn.ModelInfo):
         return tuple(map(self._step, map(wn.LMAttention, self.layers or ()), self.ratios))

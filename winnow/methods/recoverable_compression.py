@@ -24,7 +24,7 @@ from torch import Tensor
 import winnow.contract as wn
 from winnow.parts.cosine import product, unit
 from winnow.parts.outliers import outliers
-from winnow.parts.recycle import rank_of, recycled
+from winnow.parts.recycle import recycled
 
 JOINT = 768  # width of CLIP-L's space, whose root divides the cosines
 
@@ -79,7 +79,7 @@ class RecoverableCompression(wn.Method):
         n = there.sum(1, keepdim=True)
         v = self._share(row, there, 0, n)
         lowest = like.masked_fill(broken, torch.inf).amin(1, keepdim=True)
-        t = self._share(torch.where(rank_of(row) < v, lowest, like), there, 0, n - v) * self.recover
+        t = self._share(torch.where(wn.rank_of(row) < v, lowest, like), there, 0, n - v) * self.recover
         main = self._main(row, like, v, t)
         rest = there & ~main
         width = torch.full_like(v, keys[0].shape[1])
@@ -115,6 +115,6 @@ class RecoverableCompression(wn.Method):
 
     def _main(self, row: Tensor, like: Tensor, v: Tensor, t: Tensor) -> Bool[Tensor, "b n"]:
         """The v most salient tokens, and of the others the t that are most like the question."""
-        salient = rank_of(row) < v
+        salient = wn.rank_of(row) < v
         behind = torch.where(salient, -torch.inf, like.masked_fill(like == -torch.inf, torch.finfo(like.dtype).min))
-        return salient | (rank_of(behind) < t)
+        return salient | (wn.rank_of(behind) < t)

@@ -64,7 +64,7 @@ class TokenCorrelationCompression(wn.Method):
         quota = wanted if self.keep is None else apportion(self.keep.of(view), wanted, sizes)
         first = torch.stack([_outliers(row, view) for row in (deep, middle)]).any(0)
         # Ranks, not values, so that outliers stand before the rest whatever the scale of either row.
-        rank = torch.where(first, view.n + _ascending(deep), _ascending(self._rest(middle, view))).to(torch.float64)
+        rank = torch.where(first, view.n - wn.rank_of(deep), -wn.rank_of(self._rest(middle, view))).to(torch.float64)
         missing = broken | (deep == -torch.inf) | (middle == -torch.inf)
         kept = wn.rank_in_tile(rank.masked_fill(missing, -torch.inf), tile) < quota.gather(1, tile)
         counts = None if self.keep is None else (min(self.keep.of(view), view.n),) * view.b
@@ -94,10 +94,3 @@ def _outliers(row: Float[Tensor, "b n"], view: wn.View) -> Bool[Tensor, "b n"]:
     """Values beyond the upper fence of Tukey's boxplot, tile by tile."""
     low, high = (quantile_in_tile(row, q, view) for q in (0.25, 0.75))
     return row > (high + 1.5 * (high - low)).gather(1, wn.tile_of(view))
-
-
-def _ascending(row: Float[Tensor, "b n"]) -> Tensor:
-    """`[b, n]` the place of each value from the smallest; among equals the first token has the highest."""
-    order = wn.ranked(row)
-    places = torch.arange(row.shape[1] - 1, -1, -1, device=row.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places)

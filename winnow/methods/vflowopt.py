@@ -108,7 +108,7 @@ class VFlowOpt(wn.Method):
         score, cells = self.score(view).masked_fill(broken, -torch.inf), cells_of(view, side)
         stay, count = self._stay(view, 2)
         more = None if self.exact else int(count / side**2)
-        return merge_lowest(score, cells, view.n - stay, more, broken), wn.State(token={"score": score})
+        return merge_lowest(score, cells, view.n - stay, more), wn.State(token={"score": score})
 
     def cut(self, view: wn.View, state: wn.State, which: int = 4):
         score = state.token["score"] if "score" in state.token else self.score(view)

@@ -21,6 +21,7 @@ import torch
 
 import winnow.contract as wn
 from winnow.parts.contextual import of_tokens, of_tower
+from winnow.parts.cuts import check_cuts, cuts_of, equal_parts
 from winnow.parts.tower import tower_of
 
 
@@ -49,11 +50,8 @@ class VisionDrop(wn.Method):
     released = {"positions": "compact"}
 
     def check(self) -> None:
-        stages, layers, merged = len(self.tokens), self.layers, self.contextual
-        if layers is not None and (len(layers) != stages - 1 or list(layers) != sorted(set(layers))):
-            raise wn.WinnowError(
-                f"visiondrop: layers={layers!r}; allowed: {stages - 1} ascending layers, for as many cuts."
-            )
+        stages, merged = len(self.tokens), self.contextual
+        check_cuts("visiondrop", self.layers, self.tokens[1:], first=0)
         if len(merged) != stages if isinstance(merged, tuple) else merged >= 1:
             raise wn.WinnowError(f"visiondrop: contextual={merged!r}; allowed: a share below 1, or {stages} numbers.")
 
@@ -73,13 +71,9 @@ class VisionDrop(wn.Method):
 
     def steps(self, info: wn.ModelInfo):
         first = wn.Step(wn.Point("features"), lambda view, state: self.encode(view), (self.row, self.keys))
-        return first, *(self._cut_at(info.lm_layer(layer), stage) for layer, stage in self._stages(info).items())
-
-    def _stages(self, info: wn.ModelInfo) -> dict[int, int]:
-        """The stage that begins before each layer; where some coincide on a shallow LM, the last of them."""
         cuts = len(self.tokens) - 1
-        layers = self.layers or [info.at_depth((i + 1) / (cuts + 1)) for i in range(cuts)]
-        return dict(zip(layers, range(1, cuts + 1), strict=True))
+        stages = cuts_of(info, self.layers, equal_parts(cuts), range(1, cuts + 1), first=0)
+        return first, *(self._cut_at(layer, stage) for layer, stage in stages.items())
 
     def _cut_at(self, layer: int, stage: int) -> wn.Step:
         needs = wn.LMAttention(layer, "items"), wn.LMKeys(layer)

@@ -16,12 +16,8 @@ tile. Positions are kept by default, as for all methods of winnow; the code numb
 
 from typing import Annotated, Literal
 
-import torch
-from jaxtyping import Float, Int
-
 import winnow.contract as wn
-from winnow.parts.cosine import unit
-from winnow.parts.merge import strided_clusters
+from winnow.parts.contextual import of_tower
 from winnow.parts.tower import tower_of
 
 
@@ -73,45 +69,8 @@ class VisionZip(wn.Method):
         return tuple((n - c, c) for n, c in zip(split, contextual, strict=True))
 
     def reduce(self, view: wn.View) -> wn.Reduction:
-        tower = tower_of(view, "visionzip")
-        sizes = [len(patches) for patches in tower.patches]
-        counts = self.counts(tuple(sizes), view.n_visual)
-        scores = wn.comparable(view[self.row], view).split(sizes, dim=1)
-        keys, broken = unit(view[self.keys])
-        wn.count_broken(broken, view)
-        cluster = torch.full((view.b, view.n), -1, device=view.tokens.device)
-        dominant, targets, rows = [], [], sum(d for d, _ in counts)
-        for cls, patches, (d, c), score in zip(tower.cls, tower.patches, counts, scores, strict=True):
-            best = wn.ranked(score)
-            rest = best[:, max(0, d - 1) :].sort(1).values
-            target, owner = strided_clusters(rest, [k[patches] for k in keys], c)
-            dominant += [cls.expand(view.b, min(d, 1)), patches[best[:, : max(0, d - 1)]]]
-            targets.append(patches[target])
-            cluster.scatter_(1, patches[rest], torch.where(owner < 0, -1, owner + rows))
-            rows += c
-        first = torch.cat(dominant, 1)
-        first = first.gather(1, tower.rank[first].argsort(1))
-        cluster.scatter_(1, first, torch.arange(first.shape[1], device=first.device).expand_as(first))
-        representative = torch.cat([first, *targets], 1)
-        weights = self._weights(cluster, representative)
-        if self.order == "thumbnail":
-            order = _thumbnail_first(counts, representative)
-            representative, cluster = representative[:, order], torch.where(cluster < 0, -1, order.argsort()[cluster])
-        return wn.Reduction.assign(cluster, weights, m=rows, representative=representative, ordered=False)
-
-    def _weights(
-        self, cluster: Int[torch.Tensor, "b n"], representative: Int[torch.Tensor, "b m"]
-    ) -> Float[torch.Tensor, "b n"]:
-        live = (cluster >= 0).float()
-        size = live.new_zeros(representative.shape).scatter_add_(1, cluster.clamp_min(0), live)
-        if self.merge == "mean":
-            return live / size.gather(1, cluster.clamp_min(0))
-        others = (size - 1).clamp_min(1).gather(1, cluster.clamp_min(0))
-        return (live / others).scatter_(1, representative, 1.0)
-
-
-def _thumbnail_first(counts: tuple[tuple[int, int], ...], representative: torch.Tensor) -> Int[torch.Tensor, " m"]:
-    """The outputs, dominant before contextual, with all of the first tile's ahead of the others."""
-    (d, c), dominant = counts[0], sum(d for d, _ in counts)
-    place = torch.arange(representative.shape[1], device=representative.device)
-    return torch.cat([place[:d], place[dominant : dominant + c], place[d:dominant], place[dominant + c :]])
+        patches = tuple(map(len, tower_of(view, "visionzip").patches))
+        counts, first = self.counts(patches, view.n_visual), self.order == "thumbnail"
+        return of_tower(
+            view, "visionzip", view[self.row], view[self.keys], counts, merge=self.merge, thumbnail_first=first
+        )

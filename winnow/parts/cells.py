@@ -4,12 +4,12 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from winnow.core.layout import Layout
 from winnow.core.reduction import Reduction
-from winnow.core.select import ranked
+from winnow.core.select import places, ranked
 from winnow.core.view import View
 
 
@@ -30,7 +30,6 @@ def merge_lowest(
     cells: Int[Tensor, "b n"],
     fewer: int,
     more: int | None = None,
-    broken: Bool[Tensor, "b n"] | None = None,
 ) -> Reduction:
     """Make one token of those of the lowest that share a cell: their mean, weighed by score, in the highest's place.
 
@@ -38,17 +37,16 @@ def merge_lowest(
     is lower.
 
     Args:
-        score: comparable.
+        score: comparable; at −∞, of broken tokens, nothing of a token goes into a mean.
         fewer: tokens that are to go. As many of the lowest are merged as make exactly that; where even all of them
             would leave more, because there are too many cells, the lowest of what is left goes as well.
         more: merge so many more of the lowest than are to go instead, however many then go: one host read.
-        broken: tokens that are merged into nothing.
     """
     b, n = score.shape
     if fewer <= 0:
         return Reduction.select(torch.arange(n, device=score.device).expand(b, n), n)
     order = ranked(score).flip(1)  # lowest first
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(n, device=order.device).expand_as(order))
+    rank = places(order)
     if more is None:
         lowest = torch.full_like(rank, n).scatter_reduce(1, cells, rank, "amin").gather(1, cells)
         joins = (rank != lowest).gather(1, order).long()
@@ -74,9 +72,6 @@ def merge_lowest(
     leads = rank == top
     weight = torch.where(is_low, torch.where(total > 0, worth / total, leads.to(worth.dtype)), 1.0)
     index = torch.arange(n, device=rank.device).expand(b, n)
-    if broken is not None:  # not even nothing of it, which would be NaN
-        lost = broken & ~leads & is_low
-        index, weight = torch.where(lost, head, index), weight.masked_fill(lost, 0.0)
     return Reduction(n, m, index, target, weight, counts=counts, representative=chosen)
 
 

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from winnow.core.select import rank_of
 from winnow.core.tiles import n_tiles, tile_of
 from winnow.core.view import View
 
@@ -50,12 +51,7 @@ def apportion(total: int, weights: Tensor, sizes: Int[Tensor, "b t"]) -> Int[Ten
     exact = torch.where(enough.any(1, keepdim=True), wide * level, torch.inf).minimum(sizes.double())
     whole = exact.floor().long()
     rest = (exact - whole).masked_fill(whole >= sizes, -1)
-    rank = torch.empty_like(order).scatter_(
-        1,
-        rest.sort(dim=1, descending=True, stable=True).indices,
-        torch.arange(order.shape[1], device=order.device).expand_as(order),
-    )
-    return whole + (rank < left - whole.sum(1, keepdim=True)).long()
+    return whole + (rank_of(rest) < left - whole.sum(1, keepdim=True)).long()
 
 
 def apportion_naive(total: int, weights: list[float], sizes: list[int]) -> list[int]:

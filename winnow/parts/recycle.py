@@ -5,16 +5,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from winnow.core.reduction import Reduction
-from winnow.core.select import ranked
+from winnow.core.select import places, rank_of, ranked
 from winnow.parts.cosine import product
-
-
-def rank_of(scores: Float[Tensor, "b n"]) -> Int[Tensor, "b n"]:
-    """The rank of each token: 0 is the best score, ties by index. Takes comparable scores."""
-    order = ranked(scores)
-    return torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
 
 
 def recycled(
@@ -50,15 +42,11 @@ def recycled(
     other = rest & ~centre & extra
     slot = torch.where(main, main.cumsum(1) - 1, kept + torch.where(centre, rank, centres))
     slot = slot.masked_fill(~(main | centre | other), -1)
-    # What is dropped may be broken, and even 0 times a broken token is broken: such edges start at a kept token.
-    safe = rank_of(main.float())
-    safe = torch.empty_like(safe).scatter_(1, safe, torch.arange(n, device=safe.device).expand_as(safe))[:, :1]
-    index = torch.where(slot < 0, safe, torch.arange(n, device=main.device))
-    parts = [(index, slot, torch.where(other, weight, 1))]
+    parts = [(torch.arange(n, device=main.device).expand(b, -1), slot, torch.where(other, weight, 1))]
     near = min(merged, n - 1)
     if most and near:
         found = torch.full((b, most, near), -1, dtype=torch.int64, device=main.device)
-        of = torch.empty_like(rank).scatter_(1, rank, torch.arange(n, device=rank.device).expand_as(rank))[:, :most]
+        of = places(rank)[:, :most]
         for lane in range(b):
             alike = product([keys[lane][of[lane]]], [keys[lane]])[0] + bonus[lane]
             alike = alike.masked_fill(~rest[lane], -torch.inf).scatter_(1, of[lane][:, None], -torch.inf)
@@ -67,7 +55,7 @@ def recycled(
         number = torch.arange(most, device=main.device)
         live = (found >= 0) & (number < centres)[..., None]
         target = torch.where(live, (kept + number)[..., None], -1).flatten(1)
-        found = torch.where(live, found, safe[..., None]).flatten(1)
+        found = found.masked_fill(~live, 0).flatten(1)
         parts.append((found, target, weight.gather(1, found)))
     index, target, weights = (torch.cat(x, 1) for x in zip(*parts, strict=True))
     m = most if counts is None else max(counts)

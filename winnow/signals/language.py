@@ -1,6 +1,6 @@
 """Signals of the language model: attention to items, in the slots of the moment, computed for a few rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -14,6 +14,7 @@ from winnow.core.packing import Packing
 from winnow.core.signal import Signal, Site, block_index
 from winnow.signals.attention import attention_rows
 
+SLOTS = 12  # of a sampled row, and words of a sampled question
 TILE = 64  # query rows at a time, so that no tile outgrows the queries of a head
 
 Rows = Literal["last", "question", "items"]
@@ -104,15 +105,24 @@ class LMAttentionInputs:
     def _question_slots(self) -> list[Int[Tensor, " r"]]:
         return _question_slots(self.packing, self.spans)
 
+    def by_head(self, b: int, slots: Int[Tensor, " r"]) -> Iterator[tuple[slice, Float[Tensor, "h t n"]]]:
+        """Attention of some slots of sample b to all keys in each head, in tiles: which of them, and their rows."""
+        own = self.of_row(b)
+        for start in range(0, slots.shape[0], TILE):
+            at = slice(start, start + TILE)
+            seen = own.visible(slots[None, at])[:, None]
+            yield at, attention_rows(own.q[:, :, slots[at]], own.k, self.scaling, seen)[0]
+
+    def rows(self, b: int, slots: Int[Tensor, " r"]) -> Iterator[tuple[slice, Float[Tensor, "t n"]]]:
+        """The same, mean over heads."""
+        return ((at, rows.mean(0)) for at, rows in self.by_head(b, slots))
+
     def _from(self, b: int, slots: Int[Tensor, " r"]) -> Float[Tensor, "h n"]:
-        """Attention of some rows of sample b to all keys in each head, mean over rows, in tiles of rows."""
+        """Attention of some rows of sample b to all keys in each head, mean over rows."""
         wide = torch.promote_types(self.k.dtype, torch.float32)
         total = self.k.new_zeros(self.q.shape[1], self.k.shape[2], dtype=wide)
-        own = self.of_row(b)
-        for part in slots.split(TILE) if len(slots) else ():  # a sample may have no items
-            seen = own.visible(part[None])[:, None]
-            rows = attention_rows(own.q[:, :, part], own.k, self.scaling, seen)
-            total += rows[0].sum(1)
+        for _, rows in self.by_head(b, slots):
+            total += rows.sum(1)
         return total / max(1, slots.shape[0])
 
     def _mass(self, rows: Rows, keys: Rows, b: int) -> Float[Tensor, ""]:
@@ -270,6 +280,7 @@ class LayerModules:
         mask: `[B, P]` which slots hold tokens; the others are padding, which no signal may count.
         packing: the slots in which they stand.
         spans: questions and items.
+        last_norm: the norm behind the last layer; None where there is none that is known.
     """
 
     before: Float[Tensor, "b p d"]
@@ -279,3 +290,4 @@ class LayerModules:
     mask: Bool[Tensor, "b p"]
     packing: Packing
     spans: TextSpans
+    last_norm: Callable[[Tensor], Tensor] | None = None

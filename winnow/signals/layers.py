@@ -1,14 +1,16 @@
-"""Signals of what an LM layer does with its tokens: who votes for them, and how far they are moved."""
+"""Signals of what an LM layer does with its tokens: its keys, who votes for them, how far they are moved, and where."""
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from winnow.core.errors import UnsupportedError
 from winnow.core.info import ModelInfo
 from winnow.core.signal import Site
-from winnow.signals.language import LayerModules, LMAttentionInputs, LMSignal
+from winnow.signals.language import SLOTS, LayerModules, LMAttentionInputs, LMSignal
 
 
 @dataclass(frozen=True)
@@ -100,3 +102,57 @@ class LayerChange(LMSignal):
     def read(self, seen: LayerModules) -> Float[Tensor, "b p"]:
         wide = torch.promote_types(seen.before.dtype, torch.float32)
         return (seen.after.to(wide) - seen.before.to(wide)).norm(dim=-1)
+
+
+def key_norms(seen: LMAttentionInputs) -> Float[Tensor, "b p"]:
+    """The L1 norm of each slot's keys, all heads together."""
+    k = seen.k[:, :, seen.before :]
+    return k.to(torch.promote_types(k.dtype, torch.float32)).abs().sum((1, 3))
+
+
+@dataclass(frozen=True)
+class KeyNorm(LMSignal):
+    """The L1 norm of the item's keys in one LM layer, all heads together, after rotation: `[b, N]`, fp32."""
+
+    def read(self, seen: LMAttentionInputs) -> Float[Tensor, "b p"]:
+        return key_norms(seen)
+
+
+@dataclass(frozen=True)
+class LayerStates(LMSignal):
+    """What an LM layer gives for the item's tokens: `[b, N, D]`.
+
+    Args:
+        layer: the LM layer.
+        norm: whether it goes through the norm that stands behind the last layer.
+        width: of the LM; filled in for the model.
+    """
+
+    norm: bool = False
+    width: int = 0
+
+    def resolve(self, info: ModelInfo) -> Self:
+        return super().resolve(info)._with(width=info.width)
+
+    def site(self, info: ModelInfo) -> Site:
+        return Site("lm", self.layer, "hidden")
+
+    def read(self, seen: LayerModules) -> Float[Tensor, "b p d"]:
+        if not self.norm:
+            return seen.after
+        if seen.last_norm is None:
+            raise UnsupportedError("this language model has no last norm that winnow knows; use norm=false.")
+        return seen.last_norm(seen.after)
+
+    def sample(self, generator: torch.Generator, b: int, n: int) -> Tensor:
+        return torch.randn(b, n, self.width, generator=generator)
+
+
+@dataclass(frozen=True)
+class RowStates(LayerStates):
+    """What an LM layer gives for all slots of the item's row, text included: `[b, P, D]`."""
+
+    per: ClassVar[Literal["token", "item"]] = "item"
+
+    def sample(self, generator: torch.Generator, b: int, n: int) -> Tensor:
+        return torch.randn(b, SLOTS, self.width, generator=generator)

@@ -16,7 +16,9 @@ PIVOTS = 4
 
 
 @torch.no_grad()
-def by_hand(reference: Reference, sample: dict[str, Tensor], entry: Entry, *, keep: int | str, layer: int) -> Hand:
+def by_hand(
+    reference: Reference, sample: dict[str, Tensor], entry: Entry, *, keep: int | str, layer: int, norm: bool = False
+) -> Hand:
     def choose(number: int, rows: Tensor, seen: Sequence[Seen]) -> Tensor:
         before, now = seen[layer - 1], seen[-1]
         cache = DynamicCache(config=reference.lm.config)
@@ -28,7 +30,7 @@ def by_hand(reference: Reference, sample: dict[str, Tensor], entry: Entry, *, ke
         k = share(keep, len(entry.content[number]), "down")
         pivots = sorted(image, key=lambda i: -norms[i])[: min(PIVOTS, k)]
         turns = pivots + sorted(text, key=lambda i: -norms[i])[:PIVOTS]
-        alike = cosines(now.hidden[0])
+        alike = cosines((reference.lm.norm(now.hidden) if norm else now.hidden)[0])
         kept = set(pivots)
         rest = k - len(pivots)
         for turn, pivot in enumerate(turns):

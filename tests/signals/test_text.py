@@ -7,8 +7,9 @@ import torch
 
 from winnow.core.info import ModelInfo
 from winnow.core.packing import Packing
-from winnow.parts.text import KeyNorm, RowStates, TextAttention, TextKeyNorm
 from winnow.signals.language import LMAttentionInputs, TextSpans
+from winnow.signals.layers import KeyNorm, RowStates
+from winnow.signals.words import TextAttention, TextKeyNorm
 
 ENDS = (5, 3)
 
