@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from winnow.core.packing import Packing
 from winnow.engine.encoder import plain_method
-from winnow.engine.lm_pass import Merged
+from winnow.engine.item_tokens import Merged
 
 NAME = "_deepstack_process"
 
