@@ -98,7 +98,7 @@ def gap(first: PerScene, second: PerScene) -> Gap:
     return Gap(float(d.mean()), float(d.mean() - half), float(d.mean() + half))
 
 
-@dataclass(repr=False)  # a failing check shows what it compares
+@dataclass(repr=False, eq=False)  # a failing check shows what it compares
 class Sample:
     """Questions on as many scenes, and the views that the model gave of them without compression.
 
@@ -119,6 +119,7 @@ class Sample:
         self.objects = torch.stack([masks.any(0) for masks in self.things])
         self._encoded: dict[str, list[tuple[list[Request], dict[str, Tensor], Encoded]]] = {}
         self._answers: dict[str, tuple[PerScene, Tensor]] = {}
+        self._seen: dict[str, PerScene] = {}
 
     def first(self, scenes: int) -> Sample:
         """The first scenes, in whole batches."""
@@ -158,6 +159,11 @@ class Sample:
         """The share of the evidence that is left after the plan's last step."""
         return self.recall(self.answers(plan)[1])
 
+    def seen(self, plan: str | Plan | Method) -> PerScene:
+        """Visual tokens that the language model reads under the plan, in the mean over its layers."""
+        self.answers(plan)
+        return self._seen[Plan.of(plan).key]
+
     @torch.no_grad()
     def answers(self, plan: str | Plan | Method) -> tuple[PerScene, Bool[Tensor, "s v"]]:
         """Which questions are answered, and which tokens are left. Pictures are encoded once for equal signals."""
@@ -168,7 +174,7 @@ class Sample:
         if ears.key not in self._encoded:
             made = [(own, b, Encoded(self.handle, ears, b)) for own, b in batches(self.requests)]
             self._encoded[ears.key] = made
-        right, kept = [], []
+        right, kept, seen = [], [], []
         for own, batch, encoded in self._encoded[ears.key]:
             with self.handle.using(given):
                 ids = self.handle.model.generate(
@@ -181,8 +187,12 @@ class Sample:
                 ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
             )
             right += [judge(text, r.ask.truth)[0] for text, r in zip(said, own, strict=True)]
-            items = sorted(self.handle.last.items, key=lambda item: item.row)
+            ledger = self.handle.last
+            items = sorted(ledger.items, key=lambda item: item.row)
             kept += [mask_of(item.kept[None], item.n_visual) for item in items]
+            text = np.array(ledger.logical) - [item.n_visual for item in items]
+            seen += list(np.mean(ledger.layer_tokens, axis=0) - text)
+        self._seen[given.key] = np.array(seen)
         self._answers[given.key] = np.array(right, dtype=float), torch.cat(kept)
         return self._answers[given.key]
 
@@ -219,28 +229,30 @@ def _roll(ask: Ask) -> Image.Image:
 
 
 @contextmanager
-def opened(folder: str | None = None) -> Iterator[tuple[Sample, Sample]]:
+def opened(folder: str | None = None, *, words: bool = False) -> Iterator[tuple[Sample, Sample]]:
     """The sample, and the same pictures with the upper and the lower half exchanged (of which less is heard).
 
-    `folder` holds another model of the recipe than the shipped one.
+    `folder` holds another model of the recipe than the shipped one. With `words` the processor tells the words of a
+    question from those of the template behind it.
     """
     torch.set_num_threads(1)
     model, processor = load(folder, device="cpu", dtype="float32")
     asked = questions()
-    with compress(model, Plan(())) as handle:
+    with compress(model, Plan(()), processor=processor if words else None) as handle:
         depth, blocks = handle.info.depth, range(handle.info.vision_depth)
         tower = [VisionAttention(block, query=query) for block in (*blocks, "feature", -1) for query in ("cls", "all")]
         tower.append(VisionAttention(query="auto"))  # as FasterVLM asks for it
         every = Ear((*tower, VisionKeys()), tuple(range(depth - 1)))
         few = Ear((VisionAttention(query="auto"),), (1, 2))  # for FasterVLM and for FastV at two depths
         yield (
-            _sample(handle, processor, every, Task({}, asked, open_world)),
-            _sample(handle, processor, few, Task({}, asked, _roll)),
+            sampled(handle, processor, every, Task({}, asked, open_world)),
+            sampled(handle, processor, few, Task({}, asked, _roll)),
         )
 
 
 @torch.no_grad()
-def _sample(handle: Handle, processor: Any, ear: Ear, task: Task) -> Sample:
+def sampled(handle: Handle, processor: Any, ear: Ear, task: Task) -> Sample:
+    """Questions, and what an ear hears of them without compression."""
     requests = [request(handle.model, processor, task, ask) for ask in task.questions]
     for _, batch in batches(requests):
         with handle.using(Plan((ear,))):
@@ -293,7 +305,13 @@ def by_lm(sample: Sample, layer: int, k: int) -> Bool[Tensor, "s v"]:
 
 
 def lower_less_upper(sample: Sample, rolled: Sample, kept: Tensor, kept_rolled: Tensor) -> Gap:
-    """Recall of a thing when it lies in the lower half, less that of the same thing in the upper half.
+    """Recall of a thing when it lies in the lower half, less that of the same thing in the upper half."""
+    found = moved(sample, rolled, kept, kept_rolled)
+    return gap(found, np.zeros(len(found)))
+
+
+def moved(sample: Sample, rolled: Sample, kept: Tensor, kept_rolled: Tensor) -> Float[np.ndarray, " moved"]:
+    """The same by scenes that have such a thing.
 
     Each thing that the middle line does not cut is seen in both places; mean over the things of a scene.
     """
@@ -306,7 +324,7 @@ def lower_less_upper(sample: Sample, rolled: Sample, kept: Tensor, kept_rolled: 
         if whole:
             sign = [1 if box[1] >= 0.5 else -1 for box in whole]
             found.append(np.mean([s * (a - b) for s, a, b in zip(sign, here, there, strict=True)]))
-    return gap(np.array(found), np.zeros(len(found)))
+    return np.array(found)
 
 
 def _share(layout: Layout, box: tuple[float, ...], kept: Bool[Tensor, " v"]) -> float:
