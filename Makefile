@@ -28,9 +28,10 @@ TRAIN   := $(BIN)/winnow train reference --preset small --processes 2 --resume
 SMALL   := winnow/reference/small
 RUNS    := runs
 SEED    := 1
+LEARNED := covipal diffrate dyvte explainability-compression
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-select selection systems systems-check families families-check docs measured images reference card clean
+.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-select selection systems systems-check families families-check docs measured images reference learned card clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -120,6 +121,10 @@ reference: $(STAMP) ## Train the reference model, its twin without dropout and t
 	install -m 644 $(RUNS)/small/model/* $(SMALL)
 	install -m 644 $(RUNS)/small/log.jsonl $(SMALL)/training.jsonl
 	install -m 644 $(RUNS)/small/curves.png docs/images/reference-model-curves.png
+
+learned: $(STAMP) ## Train the learned methods on the reference model
+	for slug in $(LEARNED); do $(BIN)/winnow train $$slug --resume --out $(RUNS)/$$slug || exit 1; \
+	  install -m 644 $(RUNS)/$$slug/$$slug.safetensors $(RUNS)/$$slug/$$slug.json $(SMALL)/learned; done
 
 card: measured ## Measure the shipped model, its twin and the tower control for the card
 	$(MEASURE) --model $(RUNS)/twin/model --store out/twin.sqlite

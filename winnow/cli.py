@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from winnow import __version__, cli_bench, cli_tune
 from winnow.cli_options import Device, DeviceMap, Dtype, Json, Model, Positions, Quantization, Revision, Trust
 from winnow.cli_streams import flush, forgiving, mistake, print_json, say, warn
+from winnow.cli_train import Trainable
 from winnow.core.errors import WinnowError
 
 
@@ -50,7 +51,7 @@ app = typer.Typer(
 world = typer.Typer(
     no_args_is_help=True, help="The reference world: drawn scenes whose questions carry their evidence."
 )
-train = typer.Typer(no_args_is_help=True, help="Train what winnow ships.")
+train = typer.Typer(cls=Trainable, no_args_is_help=True, help="Train what winnow ships, or its like for your model.")
 app.add_typer(world, name="world")
 app.add_typer(train, name="train")
 cli_bench.register(app)

@@ -29,8 +29,17 @@ from winnow.core.step import (
 from winnow.core.tiles import in_thumbnail, n_tiles, quotas, rank_in_tile, tile_of, top_k_per_tile
 from winnow.core.view import View
 from winnow.signals.clip import ClipPatches, ClipText
+from winnow.signals.entering import QuestionRows, TextSummary
 from winnow.signals.features import ClsLogits, OneHeadAttention, VisionFeatures, WideKeys
-from winnow.signals.language import LayerModules, LMAttention, LMAttentionInputs, LMAttentionMass, LMKeys, LMSignal
+from winnow.signals.language import (
+    LayerModules,
+    LMAttention,
+    LMAttentionInputs,
+    LMAttentionMass,
+    LMEntry,
+    LMKeys,
+    LMSignal,
+)
 from winnow.signals.layers import LayerChange, PageRank, TokenTransition
 from winnow.signals.question import Question, QuestionCosine, QuestionSignal, QuestionTokens
 from winnow.signals.vision import HiddenStates, Pixels, TowerAttention, VisionAttention, VisionKeys, VisionSignal
@@ -57,6 +66,7 @@ __all__ = [
     "LMAttention",
     "LMAttentionInputs",
     "LMAttentionMass",
+    "LMEntry",
     "LMKeys",
     "LMSignal",
     "Layer",
@@ -72,6 +82,7 @@ __all__ = [
     "Point",
     "Question",
     "QuestionCosine",
+    "QuestionRows",
     "QuestionSignal",
     "QuestionTokens",
     "Reduce",
@@ -84,6 +95,7 @@ __all__ = [
     "State",
     "Step",
     "TextRaters",
+    "TextSummary",
     "TokenTransition",
     "TowerAttention",
     "UnsupportedError",

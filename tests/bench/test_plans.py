@@ -78,8 +78,12 @@ def left_after(method: Method, content: int) -> int:
     return left
 
 
+# All tokens of a sample leave at once, or none.
+WITHOUT_BUDGET = {"dyvte"}
+
+
 @pytest.mark.parametrize("content", SHAPES)
-@pytest.mark.parametrize("slug", [entry.slug for entry in entries()])
+@pytest.mark.parametrize("slug", [entry.slug for entry in entries() if entry.slug not in WITHOUT_BUDGET])
 def test_every_budget_keeps_what_its_column_says(slug, content):
     budgets = ("13", "64", "192", "12.5%", "1") if content > 192 else ("13", "12.5%", "1")
     measured = [job for job in jobs((slug,), budgets, content, baselines=()) if job.cell.kind == "method"]

@@ -103,7 +103,8 @@ def test_wherever_the_parts_are(places):
     compared("llava_clip", CASES["probed"].plan, places)
 
 
-@pytest.mark.parametrize("slug", [entry.slug for entry in entries()])
+# What learned methods build is moved by `Module.to`, which cannot move to a device that is made up.
+@pytest.mark.parametrize("slug", [entry.slug for entry in entries() if "weights" not in entry.settings])
 @pytest.mark.filterwarnings("ignore::winnow.WinnowWarning")
 def test_every_method_runs_on_several_devices(slug):
     method = method_class(slug).configured().at_budget(9, zoo.tokens_of("llava_clip", "A"))

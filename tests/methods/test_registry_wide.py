@@ -41,12 +41,13 @@ def test_ties_go_to_the_lowest_index(slug):
             assert found.index.tolist() == [list(range(found.m))] * view.b
 
 
-COUNTED = {"pixelprune": "how many cells stay depends on the picture"}
+# How many tokens are left depends on the data: one read for each step.
+READS_THE_DEVICE = {"dyvte", "pixelprune"}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: reads of the device cannot be seen on a CPU")
-@pytest.mark.parametrize("slug", [slug for slug in SLUGS if slug not in COUNTED])
+@pytest.mark.parametrize("slug", [slug for slug in SLUGS if slug not in READS_THE_DEVICE])
 def test_first_step_never_waits_for_the_device(slug):
     subject = Subject(method_class(slug), infos=(WITH_CLS,))
     act = next(iter(subject.acts(**({"keep": 9} if subject.has_keep else {}))))

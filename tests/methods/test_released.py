@@ -24,10 +24,19 @@ from winnow.testing import Picture
 from .stubs import ids, scores, tokens
 
 LLAVA = ModelInfo("LLaVA", depth=32, vision_depth=24, feature_layer=-2)
-NO_CODE = {"efficientvla", "fopru", "todre", "token-correlation-compression", "token-transforming"}
+NO_CODE = {
+    "covipal",
+    "efficientvla",
+    "explainability-compression",
+    "fopru",
+    "todre",
+    "token-correlation-compression",
+    "token-transforming",
+}
 KEEP_POSITIONS = {
     "dart",
     "diffrate",
+    "dyvte",
     "fastv",
     "pixelprune",
     "tome",

@@ -68,9 +68,19 @@ class Task:
 
 
 def world_task(
-    count: int, *, split: str = "test", seed: int = 0, size: int = 224, types: Sequence[str] = TYPES
+    count: int,
+    *,
+    split: str = "test",
+    seed: int = 0,
+    size: int = 224,
+    types: Sequence[str] = TYPES,
+    per_scene: int | None = None,
 ) -> Task:
-    """`count` questions of winnow's world, as equally many of each type as can be, from consecutive scenes."""
+    """`count` questions of winnow's world, as equally many of each type as can be, from consecutive scenes.
+
+    Args:
+        per_scene: questions of one scene at most.
+    """
     if count < 1:
         raise WinnowError(f"questions={count}; ask at least 1.")
     left = {kind: count // len(types) + (i < count % len(types)) for i, kind in enumerate(types)}
@@ -79,9 +89,12 @@ def world_task(
         if not any(left.values()):
             break
         drawn = _scene(number, size, split)
-        for place, question in enumerate(drawn.questions):
-            if left.get(question.type, 0) > 0:
-                left[question.type] -= 1
+        wanted = [place for place, question in enumerate(drawn.questions) if left.get(question.type, 0) > 0]
+        if per_scene is not None:  # types that most are left of come first
+            wanted = sorted(wanted, key=lambda place: -left[drawn.questions[place].type])[:per_scene]
+        for place in wanted:
+            if left[drawn.questions[place].type] > 0:
+                left[drawn.questions[place].type] -= 1
                 asked.append(_of_world(drawn, place))
     missing = {kind: n for kind, n in left.items() if n}
     if missing:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from winnow.core.errors import WinnowError
 
@@ -23,6 +24,8 @@ class ModelInfo:
         mrope: whether positions are 3-D (temporal, height, width).
         merge: patches of one side that make one token (2: a token is 2 × 2 patches).
         vision_width: width of the tower's output at `features`.
+        heads: query heads of an LM layer.
+        fingerprint: gives a word that tells the model's weights from others of its shape; None where there is no model.
     """
 
     model: str = "model"
@@ -36,6 +39,8 @@ class ModelInfo:
     mrope: bool = False
     merge: int = 1
     vision_width: int = 1
+    heads: int = 1
+    fingerprint: Callable[[], str] | None = field(default=None, compare=False, repr=False)
 
     def lm_layer(self, layer: int, what: str = "layer") -> int:
         """Check an LM layer number: `layers[k]` acts before layer k, so k is 0 … depth − 1."""

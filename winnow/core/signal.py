@@ -16,7 +16,7 @@ from winnow.core.info import ModelInfo
 from winnow.core.reduction import Reduction
 
 Stack = Literal["pixels", "vision", "projector", "text", "lm"]
-Shows = Literal["attention", "hidden"]
+Shows = Literal["attention", "hidden", "entry"]
 
 
 @dataclass(frozen=True, order=True)
@@ -27,7 +27,8 @@ class Site:
         stack: `pixels` (what the encoder is given), `vision` (a block of the tower), `projector`, `text` (the question,
             as it enters the language model), or `lm` (a layer).
         index: block or layer, from 0; 0 for the others.
-        shows: `attention`, the queries, keys and values of the block, or `hidden`, what goes in and comes out of it.
+        shows: `attention`, the queries, keys and values of the block; `hidden`, what goes in and comes out of it; in
+            the language model also `entry`: what is about to go into the layer before which a step acts.
     """
 
     stack: Stack

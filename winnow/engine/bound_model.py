@@ -1,6 +1,7 @@
 """BoundModel: what is static about a model that is compressed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from winnow.engine.devices import device_of
 from winnow.engine.flops import LINEAR
 from winnow.engine.versions import cache_keyword
 from winnow.models.family import Family, decoder_of, seam
+from winnow.models.fingerprint import fingerprint
 
 WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
 ATTENTIONS = ("self_attn", "attention", "attn", "self_attention")
@@ -72,7 +74,8 @@ class BoundModel:
         for module in (base, *layers) if family.short else (base, lm):
             cache_keyword(module)  # refused here where it is not known
         family.check(model)
-        info = family.info(model)
+        heads = getattr(lm.config, "num_attention_heads", 1)
+        info = replace(family.info(model), heads=heads, fingerprint=partial(fingerprint, model))
         tower, blocks, projector = parts
         device = device_of(model.get_input_embeddings())
         short = family.short and set(kinds) == {"full_attention"}

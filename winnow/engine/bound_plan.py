@@ -30,7 +30,7 @@ class BoundPlan:
         features, projected: (number of the method, step) at the tower's output, and at the LM's input.
         layers: LM layer → steps before it.
         listeners: site → signals that are read there.
-        probed: LM layer → signals that a step before this very layer wants of it.
+        probed: LM layer → signals that a step before this very layer wants of it, or of what is about to enter it.
         modules: number of a method → its parameters, for methods that have some.
         reads_text: whether any step depends on the text.
         reads_question: whether any step depends on where the question is.
@@ -166,8 +166,10 @@ def _listen(
     before = step.at.index or 0 if step.at.name == "layers" else 0
     if site.stack == "projector" and step.at.name == "features":
         raise WinnowError(f"{slug} acts before the projector and cannot see {signal}: it has not run by then.")
+    if site.shows == "entry" and site.index < before:
+        raise WinnowError(f"{slug} acts at {step.at} and cannot see {signal}: it sees what enters layer {before} only.")
     if site.stack == "lm" and site.index >= before:
-        if site.index == before and site.shows == "attention" and step.at.name != "features":
+        if site.index == before and site.shows != "hidden" and step.at.name != "features":
             probed[before].add(signal)
             return
         raise WinnowError(f"{slug} acts at {step.at} and cannot see {signal}: that layer has not run by then.")

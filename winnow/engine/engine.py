@@ -220,8 +220,9 @@ class Engine:
             for site in (site for site in behind if site not in self._tapped):
                 self._tapped.add(site)
                 self._removers.append(self._listener(site))
-        for layer in plan.probed:
-            if Site("lm", layer) not in self._tapped:
+        for layer, wanted in plan.probed.items():
+            attends = any(signal.site(self.bound.info).shows == "attention" for signal in wanted)
+            if attends and Site("lm", layer) not in self._tapped:
                 self._tapped.add(Site("lm", layer))
                 self._removers.append(self._listener(Site("lm", layer)))
 

@@ -31,7 +31,7 @@ from winnow.engine.remember import remember_layers, remember_positions
 from winnow.engine.request import Request, padding_mask
 from winnow.engine.runner import Change, StepRunner, add_notes
 from winnow.engine.whole_call import WholeCall
-from winnow.signals.language import LMAttentionInputs, TextSpans, as_visible
+from winnow.signals.language import LMAttentionInputs, LMEntry, TextSpans, as_visible
 from winnow.signals.tap import scaling_of
 
 
@@ -330,6 +330,13 @@ class LMPass:
         """What a step wants of the layer that is about to run."""
         wanted = [s for s in step.needs if s in self.plan.probed.get(index, ())]
         if not wanted or not any(item.count for item in self.items):
+            return
+        entering = [s for s in wanted if s.site(self.bound.info).shows == "entry"]
+        if entering:
+            packing = self.tokens.packing.to(args[0].device)
+            self._read(entering, LMEntry(args[0], packing, self.spans(args[0].device)))
+        wanted = [s for s in wanted if s not in entering]
+        if not wanted:
             return
         past = self._past(index)
         layer, hidden, mask = self.bound.layers[index], args[0], None

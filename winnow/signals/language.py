@@ -66,7 +66,12 @@ class LMAttentionInputs:
         if rows == "last":
             return self._from_last()
         at = self._question_slots() if rows == "question" else self.spans.items
-        return torch.stack([self._from(b, slots) for b, slots in enumerate(at)])[:, self.before :]
+        return torch.stack([self._from(b, slots).mean(0) for b, slots in enumerate(at)])[:, self.before :]
+
+    def received_by_head(self) -> Float[Tensor, "b p h"]:
+        """Attention that each slot receives from the question in each head, mean over rows."""
+        at = self._question_slots()
+        return torch.stack([self._from(b, slots).T for b, slots in enumerate(at)])[:, self.before :]
 
     def mass(self, rows: Rows, keys: Rows) -> Float[Tensor, " b"]:
         """Share of the attention of some rows that falls on some keys, mean over heads and rows."""
@@ -100,17 +105,17 @@ class LMAttentionInputs:
         return attention_rows(rows, self.k, self.scaling, seen).mean(1)[:, 0, self.before :]
 
     def _question_slots(self) -> list[Int[Tensor, " r"]]:
-        slots = self.packing.to_logical()
-        return [slots[b, start:end] for b, (start, end) in enumerate(self.spans.questions)]
+        return _question_slots(self.packing, self.spans)
 
-    def _from(self, b: int, slots: Int[Tensor, " r"]) -> Float[Tensor, " n"]:
-        """Attention of some rows of sample b to all keys, mean over heads and rows, in tiles of rows."""
-        total = self.k.new_zeros(self.k.shape[2], dtype=torch.promote_types(self.k.dtype, torch.float32))
+    def _from(self, b: int, slots: Int[Tensor, " r"]) -> Float[Tensor, "h n"]:
+        """Attention of some rows of sample b to all keys in each head, mean over rows, in tiles of rows."""
+        wide = torch.promote_types(self.k.dtype, torch.float32)
+        total = self.k.new_zeros(self.q.shape[1], self.k.shape[2], dtype=wide)
         own = self.of_row(b)
         for part in slots.split(TILE) if len(slots) else ():  # a sample may have no items
             seen = own.visible(part[None])[:, None]
             rows = attention_rows(own.q[:, :, part], own.k, self.scaling, seen)
-            total += rows.mean(1)[0].sum(0)
+            total += rows[0].sum(1)
         return total / max(1, slots.shape[0])
 
     def _mass(self, rows: Rows, keys: Rows, b: int) -> Float[Tensor, ""]:
@@ -119,7 +124,48 @@ class LMAttentionInputs:
         unseen = (rows, keys) == ("items", "question") and self.spans.questions[b][0] >= self.spans.ends[b]
         if unseen or not at.shape[0] or not on.shape[0]:
             return self.q.new_zeros((), dtype=torch.promote_types(self.q.dtype, torch.float32))
-        return self._from(b, at)[self.before :][on].sum()
+        return self._from(b, at).mean(0)[self.before :][on].sum()
+
+
+@dataclass(frozen=True, eq=False)
+class LMEntry:
+    """What a signal of an LM layer is shown at `shows="entry"`: the rows that are about to go into it.
+
+    Attributes:
+        hidden: `[B, P, D]`.
+        packing: the slots in which they stand.
+        spans: questions and items.
+    """
+
+    hidden: Float[Tensor, "b p d"]
+    packing: Packing
+    spans: TextSpans
+
+    def last_of_question(self, count: int) -> Float[Tensor, "b t d"]:
+        """The last `count` rows of each question; where it has fewer, zeros stand before them."""
+        found = self.hidden.new_zeros(len(self.spans.questions), count, self.hidden.shape[-1])
+        for b, slots in enumerate(_question_slots(self.packing, self.spans)):
+            own = slots[-count:]
+            found[b, count - own.shape[0] :] = self.hidden[b, own]
+        return found
+
+    def behind_items(self) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
+        """The mean of the rows behind the last item but the very last row (zeros, where there are none), and that row.
+
+        At least in fp32.
+        """
+        packing, wide = self.packing, self.hidden.to(torch.promote_types(self.hidden.dtype, torch.float32))
+        last = packing.last_slots()
+        slots = torch.arange(packing.width, device=last.device)
+        ends = torch.tensor(self.spans.ends, device=last.device)[:, None]
+        text = (packing.mask & (packing.source >= ends) & (slots != last[:, None]))[..., None]
+        mean = torch.where(text, wide, 0).sum(1) / text.sum(1).clamp_min(1)
+        return mean, wide.gather(1, last[:, None, None].expand(-1, 1, wide.shape[-1]))[:, 0]
+
+
+def _question_slots(packing: Packing, spans: TextSpans) -> list[Int[Tensor, " r"]]:
+    slots = packing.to_logical()
+    return [slots[b, start:end] for b, (start, end) in enumerate(spans.questions)]
 
 
 def as_visible(mask: Any) -> Bool[Tensor, "b 1 p n"] | None:

@@ -79,3 +79,9 @@ def grid_of(reference: Reference, sample: dict[str, Tensor], picture: int) -> Ca
         return down * side + row, right * side + col
 
     return spot
+
+
+def glorot(shapes: Sequence[Sequence[int]], seed: int = 0) -> list[Tensor]:
+    """Random matrices, one after the other from one seed: what learned methods have before they are trained."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.init.xavier_uniform_(torch.empty(*shape), generator=generator) for shape in shapes]

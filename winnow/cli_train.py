@@ -1,0 +1,52 @@
+"""`winnow train SLUG`: train a learned method on a frozen model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from winnow.cli_options import Device, Dtype, Model
+from winnow.cli_streams import say
+from winnow.learn.pruners import trainable
+
+_one = typer.Typer(add_completion=False)
+
+
+class Trainable(TyperGroup):
+    """A group in which each learned method is a command too."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *trainable()]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in trainable():
+            return super().get_command(ctx, cmd_name)
+        command = typer.main.get_command(_one)
+        command.name = cmd_name
+        return command
+
+
+@_one.command()
+def method(
+    ctx: typer.Context,
+    model: Model = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of the run.", show_default="runs/SLUG")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Decides everything.")] = 0,
+    scale: Annotated[float, typer.Option(help="Share of the questions and steps of the recipe.")] = 1.0,
+    data: Annotated[
+        Path | None, typer.Option(help="Questions as JSON lines.", show_default="scenes of winnow's world")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Train this learned method on a frozen model; the file that is printed is what its setting `weights` takes."""
+    from winnow.learn.pruners.fit import fit
+    from winnow.models.load import quiet
+
+    quiet()
+    settings: dict[str, Any] = {"model": model, "resume": resume, "seed": seed, "scale": scale, "data": data}
+    say(fit(str(ctx.info_name), out, **settings, device=device, dtype=dtype))
