@@ -25,7 +25,6 @@ from .stubs import ids, scores, tokens
 
 LLAVA = ModelInfo("LLaVA", depth=32, vision_depth=24, feature_layer=-2)
 NO_CODE = {
-    "covipal",
     "efficientvla",
     "explainability-compression",
     "fopru",
