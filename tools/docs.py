@@ -45,8 +45,9 @@ SHOWN = "32"  # the budget of the table in the README: an eighth of the referenc
 MARK = "<!-- Written by tools/docs.py from the registry; do not edit. -->\n"
 FACTS = ("Looks at", "Cost", "Departs from the paper", "Departs from the released code")
 EXAMPLE = ModelInfo(
-    model="LLaVA-1.5-7B", family="llava", depth=32, width=4096, vision_depth=24, feature_layer=-2, vision_width=1024
-)
+    model="LLaVA-1.5-7B", family="llava", depth=32, width=4096, vision_depth=24, feature_layer=-2, vision_width=1024,
+    points=("blocks", "blocks.mlp", "features", "projected", "layers"),
+)  # fmt: skip
 
 
 def told(cls: type[Method]) -> dict[str, str]:
@@ -111,8 +112,8 @@ def released(cls: type[Method]) -> str:
 
 def points(cls: type[Method]) -> str:
     """Where it acts with its defaults, on a model of the size of LLaVA-1.5-7B."""
-    at = dict.fromkeys(f"`{step.at}`" for step in cls().checked_steps(EXAMPLE))
-    return ", ".join(at)
+    at = list(dict.fromkeys(f"`{step.at}`" for step in cls().checked_steps(EXAMPLE)))
+    return ", ".join(at if len(at) <= 6 else (*at[:2], "…", at[-1]))
 
 
 def identity(cls: type[Method]) -> str:

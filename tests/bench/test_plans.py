@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
-from winnow.bench import plans
 from winnow.bench.plans import jobs
-from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.errors import WinnowError
 from winnow.core.method import Method
+from winnow.core.plan import Plan
 from winnow.core.registry import entries
 from winnow.testing import WITH_CLS, Picture, Subject, run
 
@@ -50,15 +50,11 @@ def test_mistakes_in_the_table_of_cells_are_told(methods, budgets, baselines, to
         jobs(methods, budgets, 256, baselines=baselines)
 
 
-def test_a_method_without_a_budget_must_be_given_as_a_plan(monkeypatch):
-    @dataclass(frozen=True)
-    class Fixed(Method):
-        ratios: int = 3
-        slug = "fixed"
-
-    monkeypatch.setattr(plans, "method_class", lambda slug: Fixed)
-    with pytest.raises(UnsupportedError, match=r"no setting `keep`.*fixed:ratios=…"):
-        plans.jobs(("fixed",), ("64",), 256)
+@pytest.mark.parametrize("slug", ["dyvte", "pixelprune"])
+def test_a_method_without_a_budget_is_measured_once_as_it_is(slug):
+    measured = [job for job in jobs((slug,), ("64", "12.5%"), 256, baselines=()) if job.cell.kind == "method"]
+    assert [(job.cell.label, job.cell.budget, job.cell.keep) for job in measured] == [(slug, "", None)]
+    assert measured[0].plan == Plan.of(slug)
 
 
 SHAPES = {256: (16, 16), 576: (24, 24), 2880: (48, 60), 25: (5, 5), 253: (11, 23), 100: (10, 10)}
@@ -68,24 +64,29 @@ def left_after(method: Method, content: int) -> int:
     """Content tokens that are left of an item when every step of a method has run, on random tokens and signals."""
     settings = {name: getattr(method, name) for name in method.settings()}
     subject = Subject(type(method), settings, (WITH_CLS,))
-    left = content
+    left = entered = content
     for act in subject.acts():
-        view = subject.view(act, Picture.grid(*SHAPES[content]), b=1, left=left)
+        view = replace(subject.view(act, Picture.grid(*SHAPES[content]), b=1, left=left), n_lm=entered)
+        if act.step.at.name == "blocks":  # [CLS], and what is left behind it
+            some = {s: x[:, : left + 1] for s, x in view.signals.items()}
+            view = replace(view, tokens=view.tokens[:, : left + 1], ids=view.ids[:, : left + 1], signals=some)
         # Text looks at the picture: no method drops all of it.
         looked = {s: torch.ones_like(x) if s.per == "item" else x for s, x in view.signals.items()}
         found = run(act.step, replace(view, signals=looked))
-        left = left if found is None else found.m
+        left = left if found is None else found.m - (act.step.at.name == "blocks")  # [CLS] stays there
+        entered = entered if act.step.at.name == "layers" else left
     return left
 
 
-# All tokens of a sample leave at once, or none.
-WITHOUT_BUDGET = {"dyvte"}
+# All tokens of a sample leave at once, or none; what the picture repeats leaves.
+WITHOUT_BUDGET = {"dyvte", "pixelprune"}
 
 
 @pytest.mark.parametrize("content", SHAPES)
 @pytest.mark.parametrize("slug", [entry.slug for entry in entries() if entry.slug not in WITHOUT_BUDGET])
 def test_every_budget_keeps_what_its_column_says(slug, content):
-    budgets = ("13", "64", "192", "12.5%", "1") if content > 192 else ("13", "12.5%", "1")
+    least = "2" if slug == "tome" else "1"  # each block merges half of the patches at most
+    budgets = ("13", "64", "192", "12.5%", least) if content > 192 else ("13", "12.5%", least)
     measured = [job for job in jobs((slug,), budgets, content, baselines=()) if job.cell.kind == "method"]
     assert len(measured) == len(budgets)
     for job in measured:

@@ -18,6 +18,7 @@ BAD: dict[Any, tuple[Any, ...]] = {
     bool: (1, 0, "no", None, 1.0),
     int: (2.0, "2", True, math.nan, None, [1]),
     float: ("x", True, math.nan, math.inf, None),
+    str: (3, 2.5, True, None, ["x"]),
 }
 
 

@@ -24,24 +24,12 @@ from winnow.testing import Picture
 from .stubs import ids, scores, tokens
 
 LLAVA = ModelInfo("LLaVA", depth=32, vision_depth=24, feature_layer=-2)
+# Of these there is no code; the code of most others numbers positions anew.
 NO_CODE = {
-    "efficientvla",
-    "explainability-compression",
-    "fopru",
-    "todre",
-    "token-correlation-compression",
+    *("covipal", "efficientvla", "explainability-compression", "fopru", "todre", "token-correlation-compression"),
     "token-transforming",
 }
-KEEP_POSITIONS = {
-    "dart",
-    "diffrate",
-    "dyvte",
-    "fastv",
-    "pixelprune",
-    "tome",
-    "v2drop",
-    "vflowopt",
-}  # the code of all others numbers anew
+KEEP_POSITIONS = {"dart", "diffrate", "dyvte", "fastv", "pixelprune", "tome", "v2drop", "vflowopt"}
 RELEASED = sorted(set(built_in()) - NO_CODE)
 
 

@@ -53,7 +53,8 @@ def jobs(
     """The full model, then baselines and methods at every budget, largest first.
 
     Args:
-        methods: slugs, to which budgets apply, or plan strings and plan files, which have their own settings.
+        methods: slugs, to which budgets apply (where a method takes none, it is measured once, as it is), or plan
+            strings and plan files, which have their own settings.
         content: content tokens of a typical item; shares and stepwise methods are made from it.
         baselines: of `BASELINES`; random-M and downsample-M are always measured.
     """
@@ -86,6 +87,10 @@ def _of_method(method: str, budgets: Sequence[str], content: int, positions: str
         if not plan.methods:
             raise WinnowError("The full model is always measured; do not name it among the methods.")
         return [Job(Cell(plan.key, str(plan), "method", "", None), plan)]
+    kind = method_class(method)
+    if not kind.takes_budgets():
+        plan = Plan.of(kind.configured(), positions=positions)
+        return [Job(Cell(plan.key, method, "method", "", None), plan)]
     return [_at(method, budget, content, positions) for budget in budgets]
 
 

@@ -110,6 +110,11 @@ class Method:
         """A method whose settings were fitted with `run`, which the engine supplies; itself by default."""
         return self
 
+    @classmethod
+    def takes_budgets(cls) -> bool:
+        """Whether `at_budget` has something to set."""
+        return "keep" in cls.settings() or cls.at_budget is not Method.at_budget
+
     def at_budget(self, budget: Budget | int | float | str, content: int) -> "Method":
         """The same method at another budget.
 

@@ -63,14 +63,11 @@ class LMAttentionInputs:
 
     def received(self, rows: Rows) -> Float[Tensor, "b p"]:
         """Attention that each slot receives from the last token, question or items, mean over heads and rows."""
-        if rows == "last":
-            return self._from_last()
-        at = self._question_slots() if rows == "question" else self.spans.items
-        return torch.stack([self._from(b, slots).mean(0) for b, slots in enumerate(at)])[:, self.before :]
+        return self._from_last() if rows == "last" else self.received_by_head(rows).mean(-1)
 
-    def received_by_head(self) -> Float[Tensor, "b p h"]:
-        """Attention that each slot receives from the question in each head, mean over rows."""
-        at = self._question_slots()
+    def received_by_head(self, rows: Literal["question", "items"] = "question") -> Float[Tensor, "b p h"]:
+        """Attention that each slot receives from the question or from items in each head, mean over rows."""
+        at = self._question_slots() if rows == "question" else self.spans.items
         return torch.stack([self._from(b, slots).T for b, slots in enumerate(at)])[:, self.before :]
 
     def mass(self, rows: Rows, keys: Rows) -> Float[Tensor, " b"]:

@@ -1,0 +1,107 @@
+"""CoViPAL (arXiv 2508.17243): small scorers that see all visual tokens and the question prune at and early in the LM.
+
+Looks at: the visual tokens at each cut, and the last rows of the question there. Cost: a transformer layer of width
+d = 256 on V + T tokens for each cut, O(V · D · d + V² · d).
+
+At its cut a scorer S(H_v, H_t) gives each visual token a logit: both are normalised and projected to d channels, an
+embedding tells them apart, a pre-norm layer lets all attend to all, and a linear head reads the visual ones. It is
+trained with the model frozen: first on what the last token of the prompt attends to in a deeper layer, then through
+the model, where the log of its gate is added to the attention logits of visual keys.
+Departs from the paper: the width of the scorer, the cuts (half of the tokens at the LM's input, a quarter from a
+quarter of its depth on) and that it reads no more than the last 32 tokens of the question are choices of ours.
+Departs from the released code: the code was not at hand.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import nn
+from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
+
+import winnow.contract as wn
+from winnow.parts.learned import in_fp32, learned
+from winnow.parts.schedule import steps_down_to
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.norms = heads, nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Float[torch.Tensor, "b n d"], seen: torch.Tensor) -> Float[torch.Tensor, "b n d"]:
+        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(gelu(self.up(self.norms[1](x))))
+
+
+class Scorer(nn.Module):
+    """A logit for each visual token, from all of them and the text."""
+
+    def __init__(self, width: int, dim: int, heads: int) -> None:
+        super().__init__()
+        self.visual, self.text = nn.Linear(width, dim), nn.Linear(width, dim)
+        self.layer, self.norm, self.score = Layer(dim, heads), nn.LayerNorm(dim), nn.Linear(dim, 1)
+
+    def forward(self, v: Float[torch.Tensor, "b n w"], t: Float[torch.Tensor, "b t w"]) -> Float[torch.Tensor, "b n"]:
+        """Rows of zeros are not there."""
+        x = torch.cat([self.visual(layer_norm(v, v.shape[-1:])), self.text(layer_norm(t, t.shape[-1:]))], 1)
+        x = self.layer(x, torch.cat([v, t], 1).ne(0).any(-1))
+        return self.score(self.norm(x[:, : v.shape[1]]))[..., 0]
+
+
+@wn.register("covipal")
+class CoViPAL(wn.Method):
+    """Keep the tokens that a trained scorer finds useful, from all tokens and the question, at one or more cuts.
+
+    Args:
+        ratios: budgets of the cuts, all of the tokens that entered the LM.
+        layers: LM layers before which the cuts are made, ascending; default: equal parts of the first half from 0 on.
+        weights: a file that `winnow train covipal` wrote, or `untrained`; default: those for the reference model.
+    """
+
+    ratios: tuple[wn.Budget, ...] = (wn.Budget(0.5), wn.Budget(0.25))
+    layers: tuple[wn.Layer, ...] | None = None
+    weights: str | None = None
+
+    rounding = "floor"
+    identity = {"ratios": ("100%", "100%")}
+
+    def check(self) -> None:
+        layers, cuts = self.layers, len(self.ratios)
+        if layers is not None and (len(layers) != cuts or list(layers) != sorted(set(layers))):
+            raise wn.WinnowError(f"covipal: layers={layers!r}; allowed: {cuts} ascending layers, one for each ratio.")
+
+    def at_budget(self, budget, content: int):
+        """Equal steps down to the budget."""
+        last = wn.Budget.parse(budget).rounded(self.rounding)
+        return self.replace(ratios=steps_down_to(last, len(self.ratios), content))
+
+    def resolve(self, info: wn.ModelInfo):
+        cuts = len(self.ratios)
+        layers = self.layers or tuple(info.at_depth(i / cuts / 2) for i in range(cuts))
+        budgets = dict(zip(layers, self.ratios, strict=True))  # on a very shallow LM cuts coincide: the deepest holds
+        return self.replace(ratios=tuple(budgets.values()), layers=tuple(map(info.lm_layer, budgets)))
+
+    def build(self, info: wn.ModelInfo):
+        def make(dim: int = 256, heads: int = 4) -> nn.ModuleDict:
+            return nn.ModuleDict({str(layer): Scorer(info.width, dim, heads) for layer in self.layers or ()})
+
+        return learned(self.slug, self.weights, info, make)
+
+    def steps(self, info: wn.ModelInfo):
+        return tuple(map(self._step, map(wn.QuestionRows, self.layers or ()), self.ratios))
+
+    def _step(self, text: wn.QuestionRows, budget: wn.Budget) -> wn.Step:
+        return wn.Step(wn.Point("layers", text.layer), lambda view, state: self.cut(view, text, budget), (text,))
+
+    def cut(self, view: wn.View, text: wn.QuestionRows, budget: wn.Budget) -> wn.Reduction:
+        """The map of the cut before the layer whose rows of the question are given."""
+        scorer, broken = view.module[str(text.layer)], ~view.tokens.isfinite().all(-1)
+        v = view.tokens.masked_fill(broken[..., None], 0)
+        t = view[text].masked_fill(~view[text].isfinite().all(-1, keepdim=True), 0)
+        logits = torch.cat([in_fp32(scorer, *item) for item in zip(v.split(1), t.split(1), strict=True)])
+        return wn.top_k(logits.masked_fill(broken, torch.nan), budget.of(view.n_lm), view)
