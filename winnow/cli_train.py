@@ -50,3 +50,15 @@ def method(
     quiet()
     settings: dict[str, Any] = {"model": model, "resume": resume, "seed": seed, "scale": scale, "data": data}
     say(fit(str(ctx.info_name), out, **settings, device=device, dtype=dtype))
+
+
+def toc3d(
+    out: Annotated[Path | None, typer.Option(help="The folder of the run.", show_default="runs/toc3d")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Decides everything.")] = 0,
+    scale: Annotated[float, typer.Option(help="Share of the drives and steps of the recipe.")] = 1.0,
+) -> None:
+    """Train winnow's toy detector for drives with several cameras, and ToC3D's selectors in it."""
+    from winnow.learn.detection.toc3d import train
+
+    say(train(out, resume=resume, seed=seed, scale=scale))

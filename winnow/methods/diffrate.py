@@ -6,7 +6,7 @@ In each block, between attention and MLP, patches are ranked by attention from [
 others the lower ones go to the most similar of the upper ones, as a plain mean. What a token weighs as a key of later
 blocks grows by what is merged into it, times its similarity. A schedule is two lists of counts, the same for all
 pictures; without one, every block but the first takes away as many, half by pruning and half by merging: the uniform
-schedule, which the learned one is compared with. Learning a schedule is no part of the method: give its counts.
+schedule, which the learned one is compared with. `winnow train diffrate` learns one for a model.
 Departs from the paper: nothing.
 Departs from the released code: counts are patches (code: [CLS] too); a block that takes nothing away does not sort; a
 weight that unlike tokens bring down to 0 stays above it (code: NaN). It has no language model behind it.
@@ -19,6 +19,8 @@ import torch
 
 import winnow.contract as wn
 from winnow.parts.cosine import product, unit
+from winnow.parts.learned import learned
+from winnow.parts.learned_budget import Schedule
 
 
 @wn.register("diffrate")
@@ -30,14 +32,16 @@ class DiffRate(wn.Method):
         merge: those that it leaves when it has merged.
         left: without a schedule, patches of a tile that are left behind the last block.
         proportional: whether tokens weigh by what was merged into them as keys of later blocks.
+        weights: a file that `winnow train diffrate` wrote, or `shipped`: the learned schedule for the reference model.
     """
 
     prune: tuple[wn.Budget, ...] | None = None
     merge: tuple[wn.Budget, ...] | None = None
     left: wn.Budget = wn.Budget(0.35)
     proportional: bool = True
+    weights: str | None = None
 
-    identity = {"prune": None, "merge": None, "left": "100%"}
+    identity = {"prune": None, "merge": None, "left": "100%", "weights": None}
     released = {"proportional": True, "positions": "keep"}
 
     def check(self) -> None:
@@ -49,7 +53,16 @@ class DiffRate(wn.Method):
     def at_budget(self, budget, content: int):
         """The uniform schedule down to the budget; as a share, because tiles do not know of each other."""
         share = float(100 * wn.Budget.parse(budget).share(content))
-        return self.replace(left=f"{share:.8f}%", prune=None, merge=None)
+        return self.replace(left=f"{share:.8f}%", prune=None, merge=None, weights=None)
+
+    def resolve(self, info: wn.ModelInfo):
+        """A learned schedule becomes plain counts."""
+        if self.weights is None:
+            return self
+        make = partial(Schedule, patches=256, blocks=wn.VisionAttention().block(info) + 1)
+        module = learned(self.slug, None if self.weights == "shipped" else self.weights, info, make)
+        prune, merge = module.counts()  # type: ignore[operator]
+        return self.replace(prune=prune, merge=merge, weights=None)
 
     def steps(self, info: wn.ModelInfo):
         rows = [wn.VisionAttention(block) for block in range(wn.VisionAttention().block(info) + 1)]

@@ -10,7 +10,7 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,7 +126,7 @@ def fit(
             "questions": task.settings["hash"],
         }
         (folder / "cache").mkdir(parents=True, exist_ok=True)
-        run = Run(folder, recipe, variant, Log(folder, quiet), save)
+        run = Run(folder, recipe, variant, Log(folder, quiet), save, recipe.frozen.examples, handle.bound.device)
         records = run.recorded(len(task.questions))
         module = run.trained(records)
         return run.export(module, records, _facts(slug, model, seed, scale, data))
@@ -145,13 +145,20 @@ def _facts(slug: str, model: str | None, seed: int, scale: float, data: str | Pa
 
 @dataclass
 class Run:
-    """A run in its folder."""
+    """A run in its folder.
+
+    Attributes:
+        examples: what is recorded, from a number to another.
+        device: where the module is trained.
+    """
 
     folder: Path
     recipe: Recipe
     variant: dict[str, Any]
     log: Log
     save: int
+    examples: Callable[[int, int], Iterable[Any]]
+    device: torch.device
 
     def __post_init__(self) -> None:
         said = self.folder / "variant.json"
@@ -165,7 +172,7 @@ class Run:
         for start in range(0, count, CHUNK):
             path = self.folder / "cache" / f"{start // CHUNK:05d}.safetensors"
             if not path.exists():
-                examples = self.recipe.frozen.examples(start, min(count, start + CHUNK))
+                examples = self.examples(start, min(count, start + CHUNK))
                 made = [self.recipe.record(example) for example in examples]
                 flat = {f"{i}.{name}": x.contiguous().cpu() for i, own in enumerate(made) for name, x in own.items()}
                 part = path.with_suffix(".partial")
@@ -182,7 +189,7 @@ class Run:
     def trained(self, records: list[Record]) -> nn.Module:
         """The module after all phases."""
         seed = self.variant["seed"]
-        module = untrained(self.recipe.make, seed).to(self.recipe.frozen.handle.bound.device).train()
+        module = untrained(self.recipe.make, seed).to(self.device).train()
         mine = range(first_held_out(records))
         phases, path = self.recipe.phases(records), self.folder / "checkpoint.pt"
         done, at, state = 0, 0, None
@@ -248,6 +255,7 @@ class Run:
             "held_out": len(others),
             "measured": figures,
         }
+        said |= describe(module) if (describe := getattr(self.recipe, "describe", None)) else {}
         target.with_suffix(".json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
         return target
 
