@@ -7,7 +7,8 @@ others the lower ones go to the most similar of the upper ones, as a plain mean.
 blocks grows by what is merged into it, times its similarity. A schedule is two lists of counts, the same for all
 pictures; without one, every block but the first takes away as many, half by pruning and half by merging: the uniform
 schedule, which the learned one is compared with. `winnow train diffrate` learns one for a model.
-Departs from the paper: nothing.
+Departs from the paper: nothing in what a schedule does. In the search for one, merged tokens carry the mask of pruning,
+because both start alike; even so, the one that is shipped merges nothing.
 Departs from the released code: counts are patches (code: [CLS] too); a block that takes nothing away does not sort; a
 weight that unlike tokens bring down to 0 stays above it (code: NaN). It has no language model behind it.
 """
