@@ -121,6 +121,15 @@ def content_slots(items: Sequence[LMTokens], rows: int, device: torch.device) ->
     return found
 
 
+def on_device(state: State, device: torch.device) -> State:
+    """What a method remembers, where the tokens are from now on; what belongs to the request stays where it is."""
+
+    def moved(fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: x.to(device) for name, x in fields.items()}
+
+    return State(moved(state.token), moved(state.item), state.request, moved(state.summed))
+
+
 def carried(state: State, reduction: Reduction) -> State:
     """What a method remembers of one item after a reduction, its own or another's.
 

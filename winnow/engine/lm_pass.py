@@ -22,7 +22,7 @@ from winnow.engine.cache import CacheState, Past, check_cache, held_by, state_of
 from winnow.engine.devices import device_of
 from winnow.engine.encoder import lm_signal, places
 from winnow.engine.encoding import EncoderRecord
-from winnow.engine.item_tokens import LMTokens, Merged, Span, carried, content_mask, content_slots
+from winnow.engine.item_tokens import LMTokens, Merged, Span, carried, content_mask, content_slots, on_device
 from winnow.engine.packed import PackedSequence, packed_segments, row_mask
 from winnow.engine.probing import probe_layer
 from winnow.engine.question import Questions
@@ -133,7 +133,7 @@ class LMPass:
         )  # fmt: skip
         if record.items:
             tower = record.items[span.number]
-            item.states = dict(tower.states)
+            item.states = {number: on_device(state, mask.device) for number, state in tower.states.items()}
             if item.count < layout.n_content and not record.reduced:
                 # What was remembered of hidden tokens goes with them.
                 left = Reduction.select(ids, layout.n_content)

@@ -249,7 +249,7 @@ class TowerPass:
             content = tile.layout.n_content
             own, at = values[at : at + content], at + content
             prefix = own.new_zeros(tile.layout.n - content, *own.shape[1:])
-            tile.signals[signal] = torch.cat([prefix, own])[tile.ids]
+            tile.signals[signal] = torch.cat([prefix, own]).to(tile.ids.device)[tile.ids]
 
     @property
     def reduced(self) -> bool:
