@@ -105,6 +105,7 @@ def test_wherever_the_parts_are(places):
 
 OTHERS = {"pixelprune": {"threshold": 0.707, "metric": "rmse"}}  # of noise, nothing is equal
 
+
 # What learned methods build is moved by `Module.to`, which cannot move to a device that is made up.
 @pytest.mark.parametrize("slug", [entry.slug for entry in entries() if "weights" not in entry.settings])
 @pytest.mark.filterwarnings("ignore::winnow.WinnowWarning")

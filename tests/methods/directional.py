@@ -164,18 +164,22 @@ class Sample:
         self.answers(plan)
         return self._seen[Plan.of(plan).key]
 
+    def encoded(self, plan: Plan) -> list[tuple[list[Request], dict[str, Tensor], Encoded]]:
+        """Batches of questions with their pictures encoded, once for plans that look at the same of the tower."""
+        ears = listening(self.handle, [plan])
+        if ears.key not in self._encoded:
+            made = [(own, b, Encoded(self.handle, ears, b)) for own, b in batches(self.requests)]
+            self._encoded[ears.key] = made
+        return self._encoded[ears.key]
+
     @torch.no_grad()
     def answers(self, plan: str | Plan | Method) -> tuple[PerScene, Bool[Tensor, "s v"]]:
         """Which questions are answered, and which tokens are left. Pictures are encoded once for equal signals."""
         given = Plan.of(plan)
         if given.key in self._answers:
             return self._answers[given.key]
-        ears = listening(self.handle, [given])
-        if ears.key not in self._encoded:
-            made = [(own, b, Encoded(self.handle, ears, b)) for own, b in batches(self.requests)]
-            self._encoded[ears.key] = made
         right, kept, seen = [], [], []
-        for own, batch, encoded in self._encoded[ears.key]:
+        for own, batch, encoded in self.encoded(given):
             with self.handle.using(given):
                 ids = self.handle.model.generate(
                     **without_pixels(batch),

@@ -145,9 +145,8 @@ UNTRAINED = "dyvte:weights=untrained,hidden=128"
 
 def exits(sample, plan) -> np.ndarray:
     """The layer before which each question's picture leaves; the depth, where it stays."""
-    sample.right(plan)  # encodes the pictures, if nobody has
     found = []
-    for own, batch, encoded in sample._encoded:
+    for own, batch, encoded in sample.encoded(winnow.Plan.of(plan)):
         with sample.handle.using(plan), torch.no_grad():
             sample.handle.model(
                 **without_pixels(batch), mm_encoder_outputs={"image": encoded.under(winnow.Plan.of(plan))}

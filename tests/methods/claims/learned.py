@@ -33,4 +33,13 @@ def explainability(s: Sample, rolled: Sample) -> Iterator[Finding]:
     yield right(s, slug, "it answers more than the encoder's attention", what, plans)
 
 
-CLAIMS = {"dyvte": dyvte, "explainability-compression": explainability}
+def covipal(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    own, what = "covipal:ratios=[32,32]", "32 tokens"
+    plans = {"the scorer": own, "random": blind_cuts(at_random, (0,), (32,))}
+    yield left(s, "covipal", "a trained scorer leaves more evidence than chance", what, plans)
+    yield right(s, "covipal", "it answers more than random tokens", what, plans)
+    plans = {"the scorer": own, "[CLS] attention": "fastervlm:keep=32"}
+    yield right(s, "covipal", "it answers more than training-free pruning", what, plans)
+
+
+CLAIMS = {"covipal": covipal, "dyvte": dyvte, "explainability-compression": explainability}
