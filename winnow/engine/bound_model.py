@@ -74,7 +74,9 @@ class BoundModel:
         for module in (base, *layers) if family.short else (base, lm):
             cache_keyword(module)  # refused here where it is not known
         family.check(model)
-        heads = getattr(lm.config, "num_attention_heads", 1)
+        # Where layers differ, the first stands for all: learned methods that need heads are trained for a model anyway.
+        own = lm.config.per_layer_config[0] if getattr(lm.config, "is_heterogeneous", False) else lm.config
+        heads = getattr(own, "num_attention_heads", 1)
         info = replace(family.info(model), heads=heads, fingerprint=partial(fingerprint, model))
         tower, blocks, projector = parts
         device = device_of(model.get_input_embeddings())
