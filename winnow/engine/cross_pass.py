@@ -137,7 +137,7 @@ class CrossPass:
             self._check()
         elif self.kept is None and self.request.called.get("aspect_ratio_ids") is None:
             return None
-        rows = states.reshape(self._batch(), -1, states.shape[-1])
+        rows = states.reshape(self._words.shape[0], -1, states.shape[-1])
         self.given = rows.shape[1]
         self.counts = [self.given] * rows.shape[0]
         kept = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
@@ -154,10 +154,11 @@ class CrossPass:
         index = self.kept.index[..., None].expand(-1, -1, rows.shape[2])
         return {**self.arguments, STATES: merged.gather(1, index), MASK: self.kept.mask(mask, rows)}
 
-    def _batch(self) -> int:
-        words = self.arguments.get("input_ids")
-        words = self.arguments.get("inputs_embeds") if words is None else words
-        return words.shape[0]  # type: ignore[union-attr]
+    @property
+    def _words(self) -> Tensor:
+        """`[B, S, …]` what the language model is called with."""
+        ids = self.arguments.get("input_ids")
+        return self.arguments["inputs_embeds"] if ids is None else ids
 
     def _check(self) -> None:
         name = self.bound.info.model
@@ -258,13 +259,11 @@ class CrossPass:
             plain: Any = type(cache)
             cache.__class__ = _cross_class(plain)
             cache._winnow_cross = self.kept
-        words = self.arguments.get("input_ids")
-        words = self.arguments.get("inputs_embeds") if words is None else words
-        rows, length = words.shape[:2]  # type: ignore[union-attr]
+        rows, length = self._words.shape[:2]
         if cache is not None and cache.get_seq_length() > length:
             return None
         mask = self.request.called.get("attention_mask")
-        _, sizes, *_ = row_mask(mask if getattr(mask, "ndim", 0) == 2 else None, rows, length, words.device)  # type: ignore[union-attr]
+        _, sizes, *_ = row_mask(mask if getattr(mask, "ndim", 0) == 2 else None, rows, length, self._words.device)
         cross = self.bound.family.cross_layers(self.bound.model)
         counts, given = tuple(self.counts) or (0,) * rows, (self.given,) * rows
         layers = tuple(counts if i in cross else sizes for i in range(len(self.bound.layers)))
