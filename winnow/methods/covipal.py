@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
 import winnow.contract as wn
+from winnow.parts.cuts import geometric
 from winnow.parts.learned import in_fp32, learned
-from winnow.parts.schedule import steps_down_to
 
 
 class Layer(nn.Module):
@@ -77,8 +77,7 @@ class CoViPAL(wn.Method):
 
     def at_budget(self, budget, content: int):
         """Equal steps down to the budget."""
-        last = wn.Budget.parse(budget).rounded(self.rounding)
-        return self.replace(ratios=steps_down_to(last, len(self.ratios), content))
+        return self.replace(ratios=geometric(budget, content, len(self.ratios), self.rounding))
 
     def resolve(self, info: wn.ModelInfo):
         cuts = len(self.ratios)
