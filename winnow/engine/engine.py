@@ -26,7 +26,8 @@ from winnow.engine.cross_pass import CrossPass
 from winnow.engine.encoding import record_of
 from winnow.engine.forward import encodings_of, positions_of_later_turn, start_lm
 from winnow.engine.hooks import ForwardMethod, Hook
-from winnow.engine.ledgers import write_ledger
+from winnow.engine.kv import asks_kinds, check_model, context_of, held_layers, hold, kinds_of
+from winnow.engine.ledgers import text_ledger, write_ledger
 from winnow.engine.question import QuestionReader
 from winnow.engine.request import Attachment, Ledgers, Override, Request, request_now
 from winnow.engine.text_encoder import TextEncoder
@@ -101,6 +102,8 @@ class Engine:
                         f"{self.bound.info.model} has other ones. Use positions=keep."
                     )
                 made = BoundPlan.of(plan, self.bound.info, self.bound.device, dtype)
+                if made.kv:
+                    check_model(self.bound, str(plan))
                 self._plans[key] = self._with_text_encoder(made) if made.needs_text_encoder else made
             made = self._plans[key]
             if self.bound.family.cross and (made.listeners or made.probed):
@@ -218,6 +221,10 @@ class Engine:
             # Taps wherever tokens may be weighted or hidden from then on.
             behind = [Site("vision", index) for index in range(plan.first_block, len(self.bound.blocks))]
             for site in (site for site in behind if site not in self._tapped):
+                self._tapped.add(site)
+                self._removers.append(self._listener(site))
+        for site in (Site("lm", layer) for layer in (held_layers(self.bound) if plan.kv else ())):
+            if site not in self._tapped:  # a compressed cache attends by itself, and is asked there
                 self._tapped.add(site)
                 self._removers.append(self._listener(site))
         for layer, wanted in plan.probed.items():
@@ -338,12 +345,16 @@ class Engine:
             called = {**called, "position_ids": positions_of_later_turn(state, called, self.bound.family.axes)}
         read = Rereading(request, state, cache) if again else None
         request.called = called if read is None else read.whole(called)
+        if self.bound.lm is self.bound.base:
+            request.called = self._enter_text(request, request.called)
         with self._opened(request):
             try:
                 with request.clock.phase("decode" if held else "prefill"):
                     output = plain(**request.called)
                 if not request.reached_lm and request.plan.plan.methods:
                     self._explain_the_silence()
+                if self.bound.lm is self.bound.base:
+                    request.ledger = text_ledger(request, cache_of(request.called))
                 filled = state_of(cache_of(output) if cache is None else cache)
                 if filled is not None:
                     finish_turn(self.turns, request, filled, turn, held, read)
@@ -399,15 +410,41 @@ class Engine:
         if kwargs.get("inputs_embeds") is None:
             return None
         given = without_cache(self.bound, kwargs) if request.plan.plan.methods else kwargs
+        given = self._hold(request, given)
         request.lm = start_lm(request, given)
+        self._mark(request, given)
         if request.lm is None:
-            return None
+            return None if given is kwargs else (args, given)
         changed = request.lm.enter(given)
         changed = given if changed is None else changed
         first = request.lm.first_layer(changed)
         if first is not None:
             self._use_layers(request, first)
         return None if changed is kwargs else (args, changed)
+
+    def _enter_text(self, request: Request, called: dict[str, Any]) -> dict[str, Any]:
+        """A model without pictures: its base is its language model, and there is nothing but the cache."""
+        request.reached_lm = True
+        given = without_cache(self.bound, called) if request.plan.plan.methods else called
+        given = self._hold(request, given)
+        context = context_of(cache_of(given))
+        if context is not None and asks_kinds(request.plan):
+            new = given.get("input_ids")
+            new = given["inputs_embeds"] if new is None else new
+            context.kinds = kinds_of(None, new)
+        return given
+
+    def _hold(self, request: Request, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Put the layers of the cache in place, where the plan compresses it."""
+        if not request.plan.kv:
+            return arguments
+        return hold(self.bound, request.plan, self.attachment, arguments)
+
+    def _mark(self, request: Request, arguments: dict[str, Any]) -> None:
+        """Tell a compressed cache what the tokens of this forward are, where it asks."""
+        context = context_of(arguments.get(self.bound.cache_name))
+        if context is not None and asks_kinds(request.plan):
+            context.kinds = kinds_of(request.lm, arguments["inputs_embeds"])
 
     def _leave_lm(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Give outputs their logical length back, and write the ledger."""

@@ -31,7 +31,7 @@ from winnow.engine.request import Request, padding_mask
 from winnow.engine.runner import Change, StepRunner, add_notes
 from winnow.engine.whole_call import WholeCall
 from winnow.signals.language import LMAttentionInputs, LMEntry, TextSpans, as_visible
-from winnow.signals.tap import scaling_of
+from winnow.signals.tap import AttendsItself, scaling_of
 
 
 class LMPass:
@@ -274,6 +274,11 @@ class LMPass:
         """A tapped LM layer shows its queries, keys and mask; by now its cache holds the keys of this forward too."""
         wanted = self.plan.listeners.get(Site("lm", layer), ())
         if self.items and wanted:
+            if isinstance(k, AttendsItself):
+                raise UnsupportedError(
+                    f"{self.plan.plan} looks at the attention of layer {layer}, whose cache was compressed before "
+                    "these pictures came; start with a new cache."
+                )
             with self.request.clock.phase("select"):
                 self._read(wanted, self._inputs(layer, module, q, k, mask))
 

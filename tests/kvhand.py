@@ -1,0 +1,171 @@
+"""The reference for compressed caches: nothing is dropped, and what was evicted is masked, head by head.
+
+Nothing here imports winnow: an attention function written out by hand hides slots of the full cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_NAME = "kvhand"
+
+TEXTS: dict[str, Any] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "phi3": Phi3Config,
+    "gemma3": Gemma3TextConfig,
+}
+
+
+def text_model(name: str, layers: int = 3, seed: int = 0, **overrides: Any) -> nn.Module:
+    """A tiny language model of a real class, with peaky attention."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if name == "gemma3":
+        settings |= {
+            "sliding_window": 8,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"][:layers],
+        }
+    if name == "mistral":
+        settings |= {"sliding_window": None}
+    model = transformers.AutoModelForCausalLM.from_config(TEXTS[name](**(settings | overrides))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5.0)
+    return model
+
+
+def prompt(lengths: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
+    """A left-padded batch of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    ids = torch.zeros(len(lengths), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, n in enumerate(lengths):
+        ids[row, longest - n :] = torch.randint(2, 120, (n,), generator=generator)
+        mask[row, longest - n :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+class Forced(transformers.LogitsProcessor):
+    """Lets `generate` write given tokens `[B, steps]`, so that two runs read the same."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens, self.step = tokens, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced.scatter_(1, self.tokens[:, self.step % self.tokens.shape[1], None], 0.0)
+        self.step += 1
+        return forced
+
+
+def written(model: Any, inputs: dict[str, Tensor], tokens: Tensor, **options: Any) -> Any:
+    """`generate` that writes the tokens; its `logits` are those of each step, before they were forced."""
+    steps = tokens.shape[1]
+    return model.generate(
+        **inputs,
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        logits_processor=[Forced(tokens)],
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+
+
+def _attention(
+    hidden: Callable[[int, int], Tensor | None], module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any,
+    scaling: float | None = None, softcap: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    logits = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if mask is not None:
+        logits = logits + mask[..., : key.shape[2]]
+    layer = getattr(module, "layer_idx", None)
+    evicted = None if layer is None else hidden(layer, key.shape[2])
+    if evicted is not None and query.shape[2] < key.shape[2]:
+        evicted = nn.functional.pad(evicted, (0, key.shape[2] - evicted.shape[2]))
+        logits = logits.masked_fill(evicted.repeat_interleave(group, 1)[:, :, None], -torch.inf)
+    weights = logits.float().softmax(-1).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+@contextlib.contextmanager
+def evicting(model: Any, hidden: Callable[[int, int], Tensor | None]) -> Iterator[Any]:
+    """The model with a full cache, some slots of which are masked once they lie in the past.
+
+    Args:
+        hidden: (layer, slots now) → `[B, G, n]` True for evicted ones of the first n; None: none.
+    """
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        return _attention(hidden, module, query, key, value, attention_mask, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register(_NAME, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, eager_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_NAME)
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation(before)
+
+
+def evicted_of(cache: Any) -> dict[int, Tensor]:
+    """`[B, G, n]` True for what each compressed layer of a cache no longer holds, of the tokens read by then."""
+    found = {}
+    for index, layer in enumerate(cache.layers):
+        store = getattr(layer, "store", None)
+        if store is None or not layer.changed or getattr(store, "slots", None) is None:
+            continue
+        if hasattr(store, "lengths"):
+            lanes = [store.lane(i)[2].long() for i in range(len(store.lengths))]
+            gone = torch.ones(len(lanes), layer.seen, dtype=torch.bool)
+            for lane, kept in enumerate(lanes):
+                gone[lane, kept] = False
+            found[index] = gone.unflatten(0, (-1, store.heads))
+            continue
+        slots = store.slots.long()
+        later = store.length - slots.shape[2]
+        gone = torch.ones(*slots.shape[:2], layer.seen, dtype=torch.bool)
+        real = torch.ones(slots.shape[0], slots.shape[2], dtype=torch.bool)
+        if store.real is not None:
+            real = store.real[:, : slots.shape[2]]
+        for row in range(slots.shape[0]):
+            for head in range(slots.shape[1]):
+                gone[row, head, slots[row, head][real[row]]] = False
+        if later:
+            gone[:, :, -later:] = False
+        found[index] = gone
+    return found

@@ -1,0 +1,99 @@
+"""Joining: what the steps of all groups of a layer answered becomes its store."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from winnow.cache.blocks import Coded, Grouped
+from winnow.cache.dense import Dense
+from winnow.cache.groups import Group
+from winnow.cache.ragged import Ragged
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What is left of a group: keys and values `[b, G, m, d]`, slots and bias `[b, G, m]`.
+
+    Attributes:
+        counts: slots of each lane (sample-major), where lanes hold unequal numbers.
+    """
+
+    group: Group
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    bias: Tensor | None = None
+    counts: tuple[int, ...] | None = None
+
+
+def joined(parts: list[Part], heads: int, ragged: bool) -> Dense | Ragged:
+    """The store of a layer.
+
+    Args:
+        heads: KV heads of the layer.
+        ragged: whether it was ragged before.
+    """
+    if ragged or any(part.counts is not None for part in parts):
+        return _ragged(parts, heads)
+    if len(parts) == 1:
+        only = parts[0]
+        return Dense(only.keys, only.values, None, only.bias, only.slots.to(torch.int32), grows=True)
+    rows, m = sum(len(part.group.rows) for part in parts), max(part.keys.shape[2] for part in parts)
+    first = parts[0]
+    keys, values = (x.new_zeros(rows, x.shape[1], m, x.shape[3]) for x in (first.keys, first.values))
+    slots = torch.zeros(rows, heads, m, dtype=torch.int32, device=keys.device)
+    weighted = any(part.bias is not None for part in parts)
+    bias = torch.zeros(rows, heads, m, device=keys.device) if weighted else None
+    real = torch.zeros(rows, m, dtype=torch.bool, device=keys.device)
+    for part in parts:
+        at, start = torch.tensor(part.group.rows, device=keys.device), m - part.keys.shape[2]
+        keys[at, :, start:], values[at, :, start:] = part.keys, part.values
+        slots[at, :, start:], real[at, start:] = part.slots.to(torch.int32), True
+        if bias is not None and part.bias is not None:
+            bias[at, :, start:] = part.bias.float()
+    return Dense(keys, values, None if bool(real.all()) else real, bias, slots, grows=True)
+
+
+def _ragged(parts: list[Part], heads: int) -> Ragged:
+    weighted = any(part.bias is not None for part in parts)
+    lanes: dict[tuple[int, int], Any] = {}
+    for part in parts:
+        names = part.group.heads or tuple(range(heads))
+        for i, row in enumerate(part.group.rows):
+            for j, head in enumerate(names):
+                n = part.keys.shape[2] if part.counts is None else part.counts[i * len(names) + j]
+                bias = None
+                if weighted:
+                    bias = torch.zeros(n, device=part.keys.device) if part.bias is None else part.bias[i, j, :n]
+                own = (part.keys, part.values, part.slots.to(torch.int32))
+                lanes[row, head] = (*(x[i, j, :n] for x in own), bias)
+    return Ragged.of([lanes[key] for key in sorted(lanes)], heads, weighted)
+
+
+def coded(store: Dense, parts: list[tuple[Part, Any, int]]) -> Coded:
+    """The store of a layer whose slots are encoded, each group by itself.
+
+    Args:
+        store: what was there.
+        parts: of each group what it holds, what encodes it, and how many of its first slots are encoded.
+    """
+    if len(parts) == 1:
+        part, encode, count = parts[0]
+        made = Coded([], Dense(part.keys, part.values, grows=True), store.real, store.slots)
+        if count:
+            made.encode(encode, count)
+        return made
+    # Tails of unequal length do not lie side by side: of several groups, all slots are encoded.
+    blocks = [encode(part.keys.contiguous(), part.values.contiguous()) for part, encode, _ in parts]
+    longest = max(part.keys.shape[2] for part, *_ in parts)
+    keys, values = store.read()
+    real = torch.zeros(keys.shape[0], longest, dtype=torch.bool, device=keys.device)
+    slots = torch.zeros(*keys.shape[:2], longest, dtype=torch.int32, device=keys.device)
+    for part, *_ in parts:
+        at, start = torch.tensor(part.group.rows, device=keys.device), longest - part.keys.shape[2]
+        real[at, start:], slots[at, :, start:] = True, part.slots.to(torch.int32)
+    block = Grouped(blocks, tuple(part.group.rows for part, *_ in parts), longest)
+    tail = Dense(keys[:, :, :0].clone(), values[:, :, :0].clone(), grows=True)
+    return Coded([block], tail, None if bool(real.all()) else real, slots)
