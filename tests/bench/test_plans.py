@@ -11,7 +11,7 @@ from winnow.bench.plans import jobs
 from winnow.core.errors import WinnowError
 from winnow.core.method import Method
 from winnow.core.plan import Plan
-from winnow.core.registry import entries
+from winnow.core.registry import picture_methods
 from winnow.testing import WITH_CLS, Picture, Subject, run
 
 
@@ -83,7 +83,7 @@ WITHOUT_BUDGET = {"dyvte", "pixelprune"}
 
 
 @pytest.mark.parametrize("content", SHAPES)
-@pytest.mark.parametrize("slug", [entry.slug for entry in entries() if entry.slug not in WITHOUT_BUDGET])
+@pytest.mark.parametrize("slug", [entry.slug for entry in picture_methods() if entry.slug not in WITHOUT_BUDGET])
 def test_every_budget_keeps_what_its_column_says(slug, content):
     least = "2" if slug == "tome" else "1"  # each block merges half of the patches at most
     budgets = ("13", "64", "192", "12.5%", least) if content > 192 else ("13", "12.5%", least)
