@@ -106,12 +106,10 @@ class KVBudget:
             for kind in names:
                 if kind not in KINDS or kind in found:
                     what = "is named twice" if kind in found else f"is not one of {', '.join(KINDS)}, visual"
-                    raise WinnowError(f"keep={list(self.value)!r}: {kind!r} {what}; {_ALLOWED}.")  # type: ignore[arg-type]
+                    raise WinnowError(f"keep={self}: {kind!r} {what}; {_ALLOWED}.")
                 found[kind] = KVBudget(_none_or(amount.strip()))
                 if found[kind].is_bytes or found[kind].is_mass:
-                    raise WinnowError(
-                        f"keep={list(self.value)!r}: a kind has a count or a share, not {amount!r}; {_ALLOWED}."
-                    )  # type: ignore[arg-type]
+                    raise WinnowError(f"keep={self}: a kind has a count or a share, not {amount!r}; {_ALLOWED}.")
         return found
 
     def of(self, n: int, fresh: int, *, layer: int, depth: int, slot_bytes: int = 0) -> int:

@@ -26,7 +26,7 @@ from winnow.engine.cross_pass import CrossPass
 from winnow.engine.encoding import record_of
 from winnow.engine.forward import encodings_of, positions_of_later_turn, start_lm
 from winnow.engine.hooks import ForwardMethod, Hook
-from winnow.engine.kv import check_model, enter_text, held_layers, hold, tell_kinds
+from winnow.engine.kv import check_model, enter_text, held_layers, hold, show_call, tell_kinds
 from winnow.engine.ledgers import text_ledger, write_ledger
 from winnow.engine.question import QuestionReader
 from winnow.engine.request import Attachment, Ledgers, Override, Request, request_now
@@ -223,10 +223,13 @@ class Engine:
             for site in (site for site in behind if site not in self._tapped):
                 self._tapped.add(site)
                 self._removers.append(self._listener(site))
-        for site in (Site("lm", layer) for layer in (held_layers(self.bound) if plan.kv else ())):
-            if site not in self._tapped:  # a compressed cache attends by itself, and is asked there
+        for layer in held_layers(self.bound) if plan.kv else ():
+            if (site := Site("lm", layer)) not in self._tapped:  # a compressed cache attends where it is tapped
                 self._tapped.add(site)
                 self._removers.append(self._listener(site))
+            if any(step.calls for _, step in plan.kv.get(layer, ())):  # type: ignore[attr-defined]
+                attention = self.bound.attention_of(layer)
+                self._hook(attention.register_forward_pre_hook(Hook(show_call), with_kwargs=True))
         for layer, wanted in plan.probed.items():
             attends = any(signal.site(self.bound.info).shows == "attention" for signal in wanted)
             if attends and Site("lm", layer) not in self._tapped:

@@ -109,6 +109,15 @@ def tell_kinds(request: Request, arguments: dict[str, Any]) -> None:
         context.kinds = kinds_of(request.lm, arguments["inputs_embeds"])
 
 
+def show_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before an attention module: its compressed cache takes down what it is called with, where a step asks."""
+    cache = cache_of(kwargs)
+    layers = getattr(cache, "layers", ())
+    layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
+    if isinstance(layer, HeldLayer) and layer.runner.wants_calls:
+        layer.called = {"hidden_states": args[0], **kwargs} if args else dict(kwargs)
+
+
 def context_of(cache: Any) -> Context | None:
     """What the layers of a compressed cache share; None where it is a plain one."""
     layer = next((layer for layer in getattr(cache, "layers", ()) if isinstance(layer, HeldLayer)), None)

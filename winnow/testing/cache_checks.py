@@ -64,12 +64,13 @@ def check_broken(subject: Subject) -> None:
 def check_flat(subject: Subject) -> None:
     """Equal keys, values and queries give a proper map, the same twice and for every sample."""
     for step, view in _cases(subject, 48, **({"keep": 12} if subject.has_keep else {})):
-        ones = replace(view, **{name: torch.ones_like(getattr(view, name)) for name in ("keys", "values", "queries")})
+        flat: dict[str, Any] = {name: torch.ones_like(getattr(view, name)) for name in ("keys", "values", "queries")}
+        ones = replace(view, **flat)
         first, second = answer(step, ones), answer(step, ones)
         if isinstance(first, KVReduce):
             _check_form(first, view, f"{subject.kind.slug} with equal keys")
             kept = first.k.representatives
-            expect(torch.equal(kept, second.k.representatives), f"{subject.kind.slug}: two runs differ")  # type: ignore[attr-defined]
+            expect(torch.equal(kept, second.k.representatives), f"{subject.kind.slug}: two runs differ")
             expect(torch.equal(kept[0], kept[1]), f"{subject.kind.slug}: two equal samples differ")
 
 
@@ -145,7 +146,7 @@ CACHE_CHECKS: tuple[Callable[[Subject], None], ...] = (
 
 def answer(step: KVStep, view: KVView) -> Any:
     """What a step does to a cache of which it remembers nothing."""
-    return step.act(view, State())[0]  # type: ignore[arg-type]
+    return step.act(view, State())[0]
 
 
 def _cases(subject: Subject, n: int, *, b: int = B, **settings: Any) -> Iterator[Case]:
@@ -160,8 +161,8 @@ def _row(view: KVView, row: int) -> KVView:
     def one(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[row : row + 1]
 
-    below = None if view.below is None else tuple(one(x) for x in view.below)
-    cut = {name: one(getattr(view, name)) for name in ("keys", "values", "queries", "slots")}
+    below: Any = None if view.below is None else tuple(one(x) for x in view.below)
+    cut: dict[str, Any] = {name: one(getattr(view, name)) for name in ("keys", "values", "queries", "slots")}
     return replace(view, **cut, below=below, slot_bytes=view.slot_bytes // view.b)
 
 
