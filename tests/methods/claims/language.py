@@ -23,6 +23,7 @@ from winnow.methods.sparsevlm import SparseVLM
 from winnow.methods.transprune import TransPrune
 from winnow.methods.v2drop import V2Drop
 from winnow.methods.visiondrop import VisionDrop
+from winnow.methods.vtw import VTW
 
 from .finding import Finding, as_many, compared, left, nearer, right
 
@@ -113,6 +114,16 @@ def visiondrop(s: Sample, rolled: Sample) -> Iterator[Finding]:
     yield right(s, "visiondrop", "visual attention answers more than the text's", "32 tokens at last", plans)
 
 
+def vtw(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    plans = {f"from layer {layer} on": VTW(layer=layer) for layer in (6, 2)}
+    yield right(s, "vtw", "deep layers need no vision: withdrawing late costs less than early", "no tokens", plans)
+    for layer, where in ((4, "half"), (6, "three quarters")):
+        seen = layer * 32
+        plans = {"VTW": VTW(layer=layer), "random": blind_cuts(at_random, (0,), (seen,))}
+        claim = f"withdrawal at {where} of the depth answers more than as many random tokens in all layers"
+        yield right(s, "vtw", claim, f"no tokens at last, {seen} in the mean over layers", plans)
+
+
 def mustdrop(s: Sample, rolled: Sample) -> Iterator[Finding]:
     own, what = MustDrop().at_budget(32, 256), "32 tokens at last"
     plans = {"key tokens": own, "none": own.replace(key=0.0)}
@@ -143,5 +154,6 @@ CLAIMS = {
     "transprune": transprune,
     "v2drop": v2drop,
     "visiondrop": visiondrop,
+    "vtw": vtw,
     "mustdrop": mustdrop,
 }
