@@ -29,7 +29,7 @@ NO_CODE = {
     *("covipal", "efficientvla", "explainability-compression", "fopru", "todre", "token-correlation-compression"),
     "token-transforming",
 }
-KEEP_POSITIONS = {"dart", "diffrate", "dyvte", "fastv", "pixelprune", "tome", "v2drop", "vflowopt", "vtw"}
+KEEP_POSITIONS = {"dart", "diffrate", "dyvte", "fastv", "fitprune", "pixelprune", "tome", "v2drop", "vflowopt", "vtw"}
 RELEASED = sorted(set(built_in()) - NO_CODE)
 
 

@@ -9,7 +9,7 @@ over samples). `calibrate(run)` is this search. Published for LLaVA-1.5-7B: laye
 Departs from the paper: nothing.
 Departs from the released code: any number, size and place of pictures (there, 576 tokens behind 35 tokens of text),
 with the newlines between their rows. Its search starts at layer 5 (`first=5`) and takes η from the model's name: 0.003,
-for LLaVA-1.5-13B 0.0005, for LLaVA-1.6-7B 0.0001; where no layer comes as near, it fails without a word.
+for LLaVA-1.5-13B 0.0005, for LLaVA-1.6-7B 0.0001.
 """
 
 from collections.abc import Callable

@@ -17,6 +17,7 @@ from winnow.methods.dart import DART
 from winnow.methods.divprune import DivPrune
 from winnow.methods.efficientvla import EfficientVLA
 from winnow.methods.fastv import FastV
+from winnow.methods.fitprune import FitPrune
 from winnow.methods.mustdrop import MustDrop
 from winnow.methods.pyramiddrop import PyramidDrop
 from winnow.methods.sparsevlm import SparseVLM
@@ -114,6 +115,18 @@ def visiondrop(s: Sample, rolled: Sample) -> Iterator[Finding]:
     yield right(s, "visiondrop", "visual attention answers more than the text's", "32 tokens at last", plans)
 
 
+def fitprune(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    own, what = FitPrune().at_budget(32, 256), "32 tokens at last"
+    done = own.recipe.cuts(s.handle.info.depth)
+    left_over = [own.kept(256, layers, max(done.values())) for layers in done.values()]
+    plans = {"FitPrune": own, "random": blind_cuts(at_random, tuple(done), left_over)}
+    yield left(s, "fitprune", "what image and text attend to is the evidence", what, plans)
+    yield right(s, "fitprune", "its schedule answers more than random cuts of the same sizes", what, plans)
+    plans = {"FitPrune": own, "FastV": FastV(keep=32, layer=2)}
+    yield left(s, "fitprune", "it leaves more evidence than FastV, which cuts at once", what, plans)
+    yield right(s, "fitprune", "it answers more than FastV, which cuts at once", what, plans)
+
+
 def vtw(s: Sample, rolled: Sample) -> Iterator[Finding]:
     plans = {f"from layer {layer} on": VTW(layer=layer) for layer in (6, 2)}
     yield right(s, "vtw", "deep layers need no vision: withdrawing late costs less than early", "no tokens", plans)
@@ -150,6 +163,7 @@ CLAIMS = {
     "aim": aim,
     "dart": dart,
     "efficientvla": efficientvla,
+    "fitprune": fitprune,
     "sparsevlm": sparsevlm,
     "transprune": transprune,
     "v2drop": v2drop,
