@@ -49,9 +49,9 @@ def code(drops, scored, n):
 
 
 @pytest.mark.system("fitprune", "exact")
-@pytest.mark.parametrize("reduction", sorted(RECIPES["llava-1.5"]))
+@pytest.mark.parametrize("reduction", sorted(RECIPES[576]))
 def test_released_code_on_its_576_tokens(reduction):
-    drops = RECIPES["llava-1.5"][reduction].drops
+    drops = RECIPES[576][reduction].drops
     scored = [scores(layer, 576) for layer in range(32)]
     (method,) = Plan.of(f"fitprune:released,reduction={reduction}").methods
     found, want = chain(method, scored, 576), code(drops, scored, 576)
@@ -63,18 +63,18 @@ def test_released_code_on_its_576_tokens(reduction):
 @pytest.mark.parametrize("n", [2880, 2144, 1500])
 @pytest.mark.parametrize("reduction", [40, 60])
 def test_released_code_for_llava_next_scales_each_drop_down(reduction, n):
-    drops = [int(drop * n / 2880) for drop in RECIPES["llava-next"][reduction].drops]
+    drops = [int(drop * n / 2880) for drop in RECIPES[2880][reduction].drops]
     scored = [scores(layer, n) for layer in range(32)]
-    (method,) = Plan.of(f"fitprune:released,fitted=llava-next,reduction={reduction}").methods
+    (method,) = Plan.of(f"fitprune:released,fitted=2880,reduction={reduction}").methods
     found, want = chain(method, scored, n), code(drops, scored, n)
     assert all(held == want[layer - 1] for layer, held in found.items())
 
 
 def test_recipes_are_those_that_were_released():
     """Tokens that are left of 576, and of 2,880, behind the last layer."""
-    ends = {saved: recipe.left(recipe.of, 32) for saved, recipe in RECIPES["llava-1.5"].items()}
+    ends = {saved: recipe.left(recipe.of, 32) for saved, recipe in RECIPES[576].items()}
     assert ends == {10: 510, 20: 427, 30: 312, 40: 240, 50: 173, 55: 152, 60: 127, 70: 88, 80: 62, 90: 37}
-    assert {saved: recipe.left(2880, 32) for saved, recipe in RECIPES["llava-next"].items()} == {40: 1368, 60: 784}
+    assert {saved: recipe.left(2880, 32) for saved, recipe in RECIPES[2880].items()} == {40: 1368, 60: 784}
     assert {len(recipe.drops) for own in RECIPES.values() for recipe in own.values()} == {32}
 
 
@@ -200,7 +200,7 @@ def test_at_a_budget_the_nearest_recipe_ends_there(budget):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"reduction": 25}, {"fitted": "llava-next", "reduction": 50}, {"fitted": "qwen"}, {"drops": ()}, {"drops": (-1,)}],
+    [{"reduction": 25}, {"fitted": 2880, "reduction": 50}, {"fitted": 577}, {"drops": ()}, {"drops": (-1,)}],
 )
 def test_wrong_settings(settings):
     with pytest.raises(WinnowError, match="allowed"):

@@ -12,7 +12,7 @@ Departs from the paper: recipes are not fitted here; on other depths a cut drops
 depth did. With `left`, a recipe is stretched to end at a budget.
 Departs from the released code: any number and size of pictures and any batch size; newlines are no image tokens.
 Tokens leave behind a layer instead of between its attention and its MLP, which changes nothing for the others. For
-LLaVA-NeXT: `fitted=llava-next`.
+LLaVA-NeXT: `fitted=2880`.
 """
 
 from dataclasses import dataclass
@@ -60,13 +60,13 @@ class FitPrune(wn.Method):
 
     Args:
         reduction: the percentage of FLOPs that the recipe was fitted to save.
-        fitted: the model that it was fitted on; for `llava-next` there are 40 and 60.
-        drops: a recipe of its own, in the place of those: tokens of 576 that each LM layer drops.
+        fitted: the tokens of the pictures that it was fitted on; on 2880 there are recipes for 40 and 60.
+        drops: a recipe in the place of those: how many tokens of `fitted` each LM layer drops.
         left: content tokens at last, of those that entered the LM; default: what the recipe leaves.
     """
 
     reduction: Literal[10, 20, 30, 40, 50, 55, 60, 70, 80, 90] = 60
-    fitted: Literal["llava-1.5", "llava-next"] = "llava-1.5"
+    fitted: Literal[576, 2880] = 576
     drops: tuple[wn.Count, ...] | None = None
     left: wn.Budget | None = None
 
@@ -88,7 +88,7 @@ class FitPrune(wn.Method):
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(576, self.drops) if self.drops else RECIPES[self.fitted][self.reduction]
+        return Recipe(self.fitted, self.drops) if self.drops else RECIPES[self.fitted][self.reduction]
 
     def steps(self, info: wn.ModelInfo):
         cuts = self.recipe.cuts(info.depth)

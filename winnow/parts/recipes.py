@@ -38,9 +38,9 @@ def _read(of: int, rows: dict[int, str]) -> dict[int, Recipe]:
     return {saved: Recipe(of, tuple(map(int, row.split()))) for saved, row in rows.items()}
 
 
-# By the model that they were fitted on, and the percentage of FLOPs that they save; 32 layers.
+# By the tokens of the pictures that they were fitted on, and the percentage of FLOPs that they save; 32 layers.
 RECIPES = {
-    "llava-1.5": _read(576, {
+    576: _read(576, {
         10: "0 0 1 2 1 0 1 4 5 5 11 4 2 2 0 0 1 1 2 4 2 10 1 1 1 2 1 1 0 1 0 0",
         20: "0 0 3 3 1 1 4 16 14 15 24 4 2 3 2 0 6 0 5 13 4 19 2 1 1 1 1 1 2 1 0 0",
         30: "0 0 7 6 4 5 16 40 24 21 24 4 2 3 4 0 16 0 11 26 6 32 3 1 0 1 2 2 4 0 0 0",
@@ -52,7 +52,7 @@ RECIPES = {
         80: "128 127 118 35 26 8 13 3 2 1 0 0 0 2 1 8 7 8 5 11 2 6 1 1 0 0 0 1 0 0 0 0",
         90: "262 153 80 19 13 1 2 0 0 0 0 0 0 0 0 1 1 2 1 2 0 1 0 0 0 0 0 1 0 0 0 0",
     }),
-    "llava-next": _read(2880, {
+    2880: _read(2880, {
         40: "7 73 162 124 119 148 131 151 105 26 30 17 5 19 44 10 73 60 67 61 32 39 0 3 1 5 0 0 0 0 0 0",
         60: "98 313 279 218 201 221 167 132 63 12 11 5 1 8 26 13 83 57 56 58 24 42 0 2 1 5 0 0 0 0 0 0",
     }),
