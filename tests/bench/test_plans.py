@@ -50,7 +50,7 @@ def test_mistakes_in_the_table_of_cells_are_told(methods, budgets, baselines, to
         jobs(methods, budgets, 256, baselines=baselines)
 
 
-@pytest.mark.parametrize("slug", ["dyvte", "pixelprune"])
+@pytest.mark.parametrize("slug", ["dyvte", "pixelprune", "vtw"])
 def test_a_method_without_a_budget_is_measured_once_as_it_is(slug):
     measured = [job for job in jobs((slug,), ("64", "12.5%"), 256, baselines=()) if job.cell.kind == "method"]
     assert [(job.cell.label, job.cell.budget, job.cell.keep) for job in measured] == [(slug, "", None)]
@@ -79,7 +79,7 @@ def left_after(method: Method, content: int) -> int:
 
 
 # All tokens of a sample leave at once, or none; what the picture repeats leaves.
-WITHOUT_BUDGET = {"dyvte", "pixelprune"}
+WITHOUT_BUDGET = {"dyvte", "pixelprune", "vtw"}
 
 
 @pytest.mark.parametrize("content", SHAPES)
