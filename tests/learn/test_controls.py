@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from winnow.learn import card, card_page, controls, evaluate
 from winnow.learn.recipes import curriculum
 from winnow.learn.recipes import reference as recipe
 from winnow.models.load import load
+
+pytestmark = pytest.mark.xdist_group("controls")  # the runs are made once, by one worker
 
 QUICK = {"tower_batch": 2, "every": 1, "quiet": True}
 SHARES = ["0.5", "0.25", "0.125", "0.05"]
@@ -25,7 +28,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "tower_stages", lambda scale: curriculum.tower_stages(0.005))
-        patch.setattr(recipe, "language_stages", lambda scale: curriculum.language_stages(0.01)[-1:])
+        patch.setattr(recipe, "language_stages", lambda scale: [replace(curriculum.language_stages(0.01)[-1], batch=2)])
         recipe.train("micro", folder / "plain", seed=2, **QUICK)
         recipe.train("micro", folder / "twin", seed=2, dropout=False, tower=folder / "plain", **QUICK)
         recipe.train("micro", folder / "dense", seed=2, cls_objective=False, until="tower-full", **QUICK)
