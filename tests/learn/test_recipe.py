@@ -43,7 +43,7 @@ def micro_run(tmp_path_factory):
         patch.setattr(tower, "TEXT", SHAPES_ONLY)
         patch.setattr(recipe, "tower_stages", lambda scale: curriculum.tower_stages(0.2))
         patch.setattr(recipe, "language_stages", lambda scale: easy_stages())
-        return recipe.train("micro", tmp_path_factory.mktemp("run"), tower_batch=24, every=5, quiet=True)
+        return recipe.train("micro", tmp_path_factory.mktemp("run"), tower_batch=12, every=5, quiet=True)
 
 
 def easy_stages() -> list[curriculum.LanguageStage]:
