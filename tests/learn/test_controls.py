@@ -18,6 +18,7 @@ from winnow.models.load import load
 pytestmark = pytest.mark.xdist_group("controls")  # the runs are made once, by one worker
 
 QUICK = {"tower_batch": 2, "every": 1, "quiet": True}
+BRIEF = {"threads": 1, "max_new_tokens": 2, "checked": 0}  # what is answered is not looked at
 SHARES = ["0.5", "0.25", "0.125", "0.05"]
 
 
@@ -42,7 +43,7 @@ def stores(runs):
     for name in ("plain", "twin"):
         store = runs / f"{name}.sqlite"
         sweep = processes.Sweep(
-            str(store), ("fastervlm",), processes.budgets_of("16"), str(runs / name / "model"), None, 6, threads=1
+            str(store), ("fastervlm",), processes.budgets_of("16"), str(runs / name / "model"), None, 6, **BRIEF
         )
         processes.run_all(sweep, 1, progress=False)
         made.append(store)
@@ -111,7 +112,7 @@ def test_what_is_no_control_is_refused(runs, stores, tmp_path):
         controls.towers(model, processor, sample, None, None, runs / "plain" / "log.jsonl", runs / "twin")
     other = tmp_path / "other.sqlite"
     sweep = processes.Sweep(
-        str(other), ("fastervlm",), processes.budgets_of("16"), str(runs / "twin" / "model"), None, 4, threads=1
+        str(other), ("fastervlm",), processes.budgets_of("16"), str(runs / "twin" / "model"), None, 4, **BRIEF
     )
     processes.run_all(sweep, 1, progress=False)
     with pytest.raises(WinnowError, match="different questions"):
