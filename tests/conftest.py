@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 PACKAGE = Path(__file__).resolve().parent.parent / "winnow"
 CHECKED = [
     f"winnow.{room}.{path.stem}"
-    for room in ("core", "parts", "signals", "methods", "engine")
+    for room in ("core", "parts", "signals", "methods", "cache", "engine")
     for path in sorted((PACKAGE / room).glob("*.py"))
     if "from jaxtyping import" in path.read_text(encoding="utf-8")
 ]
