@@ -128,6 +128,7 @@ class Runner:
             allowed,
             layer.token_bytes,
             asked.kwargs.get("softcap"),
+            asked.sinks_of(group, store),
             self._below(group),
             context.rotary,
             context.seed,
