@@ -37,7 +37,8 @@ class Gear(CacheMethod):
         later_rank: the same of later blocks.
         loops: power iterations.
         every: tokens that wait, as they are, before they are compressed together; 0: those after the prompt stay.
-        counted: what the outliers of a key's channel are a share of: its length in tokens, or the width of all heads.
+        counted: what the outliers of a key's channel are a share of: its length in tokens, or the width of all heads;
+            then the tokens of a last group that is not full are outliers as well, as in the released code.
         precision: of scales and factors: the model's, or fp32.
     """
 
@@ -75,8 +76,9 @@ class Gear(CacheMethod):
         lines, held = lines_of(x, along), torch.float32 if self.precision == "float" else x.dtype
         of = x.shape[1] * x.shape[3] if self.counted == "width" else lines.shape[2]
         each = min(int(of * self.sparsity / 2), lines.shape[2])
+        short = lines.shape[2] % self.group if self.counted == "width" and self.group and along == "tokens" else 0
         if each:
-            form: Form = Spiked.of(lines, each, self.bits, self.group, held)
+            form: Form = Spiked.of(lines, each, self.bits, self.group, held, short)
         else:
             form = Quantized.of(lines, self.bits, self.group, held)
         whole = Lines(form, x.shape[1], along)

@@ -19,11 +19,14 @@ class Spiked(Form):
     at: Int[Tensor, "b r k"]
 
     @staticmethod
-    def of(lines: Float[Tensor, "b r n"], each: int, bits: int, group: int, held: torch.dtype) -> "Spiked":
-        """The `each` smallest and largest entries kept, and the mean of their line in their place."""
+    def of(
+        lines: Float[Tensor, "b r n"], each: int, bits: int, group: int, held: torch.dtype, last: int = 0
+    ) -> "Spiked":
+        """The `each` smallest and largest entries kept, and the last ones; the mean of their line is in their place."""
         n = lines.shape[2]
         sides = ((min(each, n - n // 2), False), (min(each, n // 2), True))
         at = torch.cat([lines.topk(k, dim=2, largest=largest).indices for k, largest in sides], 2)
+        at = torch.cat([at, torch.arange(n - last, n, device=at.device).expand(*at.shape[:2], -1)], 2)
         mean = lines.float().nanmean(2, keepdim=True).expand(at.shape)
         rest = Quantized.of(lines.float().scatter(2, at, mean), bits, group, held, lines.dtype)
         return Spiked(rest, lines.gather(2, at), at.to(torch.int16 if n <= 2**15 else torch.int32))
@@ -47,9 +50,10 @@ class Repaired(Form):
         right = start.to(x.device).expand(x.shape[0], -1, -1, -1)
         left = x.new_zeros(*x.shape[:3], start.shape[2])
         for loop in range(loops):
-            last = loop == loops - 1
-            left = rest @ (torch.linalg.qr(right).Q if last else right)
-            left = torch.linalg.qr(left).Q if last else left
+            to_come = loops - 1 - loop
+            # The last pass needs orthogonal columns; of many passes, some do, or all columns become one.
+            left = rest @ (right if to_come % 3 else torch.linalg.qr(right).Q)
+            left = left if to_come else torch.linalg.qr(left).Q
             right = rest.transpose(2, 3) @ left
         return Repaired(base, left.to(held), right.to(held))
 
