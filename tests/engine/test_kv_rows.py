@@ -107,7 +107,8 @@ def test_samples_of_unequal_numbers_lie_in_one_padded_cache(lengths: tuple[int, 
         evicted = kvhand.evicted_of(first.past_key_values)
         got = kvhand.written(model, inputs, STEPS)
     store: Any = got.past_key_values.layers[0].store
-    assert type(store) is Dense and store.real is not None
+    assert type(store) is Dense
+    assert store.real is not None
     want = [n // 2 + 2 * i for n, i in zip(lengths, (0, 1, 2) if len(set(lengths)) == 1 else (0, 0, 1), strict=True)]
     assert store.real.sum(1).tolist() == [n + 5 for n in want]
     with kvhand.evicting(model, lambda layer, n: evicted.get(layer)):

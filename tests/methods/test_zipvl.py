@@ -96,7 +96,8 @@ def test_the_card_fails_for_a_stub(stub):
 def test_probes_are_the_last_queries_and_random_ones_the_same_for_all_samples():
     view = random_view(0, 200, b=2)
     rows = ZipVL(last=64, random=64).probes(view).tolist()
-    assert rows == sorted(set(rows)) and len(rows) == 128
+    assert rows == sorted(set(rows))
+    assert len(rows) == 128
     assert rows[-64:] == list(range(136, 200))
     assert rows == ZipVL().probes(random_view(1, 200, b=1)).tolist()
     assert rows != ZipVL().probes(random_view(0, 200, layer=1, depth=2)).tolist()
@@ -109,7 +110,8 @@ def test_all_of_the_mass_is_everything_and_counts_grow_with_it():
     counts = []
     for tau in (0.2, 0.4, 0.6, 0.8, 0.9, 0.99):
         counts.append(len(kept(ZipVL(keep=f"mass={tau}", last=1).evict(view, State())[0])))
-    assert counts == sorted(counts) and counts[0] < counts[2] < counts[-1] < 60
+    assert counts == sorted(counts)
+    assert counts[0] < counts[2] < counts[-1] < 60
     assert isinstance(ZipVL(keep="mass=1").evict(view, State())[0], Observe)
     assert isinstance(ZipVL(keep="100%").evict(view, State())[0], Observe)
 
@@ -132,7 +134,8 @@ def test_what_attends_before_is_what_the_cache_keeps_behind():
     view = random_view(2, 48, b=2, moment="before")
     method = ZipVL(keep="mass=0.6", last=4, random=12)
     before, state = method.evict(view, State())
-    assert isinstance(before, Attend) and before.rows.lanes == (2,)
+    assert isinstance(before, Attend)
+    assert before.rows.lanes == (2,)
     behind, after = method.evict(random_view(99, 48, b=2), state)  # of another view: the set is remembered
     assert not after.token
     for lane in (0, 1):
