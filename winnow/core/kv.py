@@ -40,15 +40,18 @@ class Codec(Action):
 
     Attributes:
         encode: keys and values `[b, G, n, d]` → a `Block`, which can give them back.
+        pair: whether the layer before is encoded with this one: `encode` takes its keys and values first, and gives
+            its block first. What the two blocks share is held once.
         every: later slots stay as they are until this many are there, and are then encoded together; 0: they stay.
         multiple: only the first slots, a multiple of this many, are encoded now.
         later: how later slots are encoded; None: as these.
     """
 
-    encode: Callable[[Tensor, Tensor], Any]
+    encode: Callable[..., Any]
     every: int = 0
     multiple: int = 1
-    later: Callable[[Tensor, Tensor], Any] | None = None
+    later: Callable[..., Any] | None = None
+    pair: bool = False
 
 
 @dataclass(frozen=True, eq=False)
