@@ -16,8 +16,9 @@ from winnow.cache.queries import Asked
 from winnow.cache.ragged import Ragged
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.kv import Codec, KVStep, KVView, Moment
+from winnow.core.packing import Packing
 from winnow.core.reduction import Reduction
-from winnow.core.step import Action, Attend, KVReduce, Observe, Repose
+from winnow.core.step import Action, Attend, Follow, KVReduce, Observe, Repose
 
 Answers = list[tuple[Group, KVView, Action]]
 
@@ -148,7 +149,11 @@ class Runner:
         return self.layer.context.methods[number]
 
     def _apply(self, number: int, answers: Answers) -> None:
-        if all(isinstance(action, Observe) for *_, action in answers):
+        for index in {i for *_, action in answers if isinstance(action, Follow) for i in action.layers}:
+            other: Any = self.layer.context.layers[index]
+            if hasattr(other, "runner") and self.layer.read_now is not None:
+                other.runner.follow(number, self.layer.read_now[0])
+        if all(isinstance(action, Observe | Follow) for *_, action in answers):
             return
         layer, store = self.layer, self.layer.store
         if any(isinstance(action, Codec) for *_, action in answers):
@@ -167,11 +172,28 @@ class Runner:
                 self.memory.split(part.group, part.counts, heads, ragged)
         layer.cut(joined(parts, heads, ragged))
 
+    def follow(self, number: int, left: Packing) -> None:
+        """Of what this layer read in this forward, the tokens of another layer alone stay."""
+        layer, own = self.layer, self.layer.read_now[0]
+        if own.sizes == left.sizes:
+            return
+        layer.mark_padding()
+        stays = torch.zeros_like(left.real).scatter(1, left.source, left.mask).gather(1, own.source)
+        first, answers = layer.seen - own.width, []
+        for group in groups_of(layer.store, None, layer.seen):
+            keys, values, slots, _ = parts_of(layer.store, group, layer.seen)
+            new = slots.long() - first
+            rows = stays.to(new.device)[torch.tensor(group.rows, device=new.device)]
+            kept = (new < 0) | rows[:, None].expand(-1, new.shape[1], -1).gather(2, new.clamp_min(0))
+            chosen = Reduction.select(kept)
+            answers.append((group, KVView(keys, values, keys[:, :, :0], 1.0), KVReduce(chosen, chosen)))
+        self._apply(number, answers)  # type: ignore[arg-type]
+
     def _part(self, number: int, group: Group, view: KVView, action: Action) -> Part:
         """What an action leaves of a group."""
         _, _, slots, bias = parts_of(self.layer.store, group, self.layer.seen)
         match action:
-            case Observe():
+            case Observe() | Follow():
                 return Part(group, view.keys, view.values, slots, bias)
             case Repose(positions=shift):
                 shift = shift[:, None].expand(-1, view.heads, -1) if shift.ndim == 2 else shift
@@ -187,7 +209,7 @@ class Runner:
                 return Part(group, k.apply(view.keys), v.apply(view.values), slots.gather(2, at), bias, k.counts)
             case _:
                 raise WinnowError(
-                    f"{self._slug(number)}: a step at kv returns KVReduce, Codec, Repose or Observe, "
+                    f"{self._slug(number)}: a step at kv returns KVReduce, Codec, Repose, Follow or Observe, "
                     f"got {type(action).__name__}."
                 )
 

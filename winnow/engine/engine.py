@@ -26,7 +26,7 @@ from winnow.engine.cross_pass import CrossPass
 from winnow.engine.encoding import record_of
 from winnow.engine.forward import encodings_of, positions_of_later_turn, start_lm
 from winnow.engine.hooks import ForwardMethod, Hook
-from winnow.engine.kv import asks_kinds, check_model, context_of, held_layers, hold, kinds_of
+from winnow.engine.kv import asks_kinds, check_model, context_of, held_layers, hold, kinds_of, reads_of
 from winnow.engine.ledgers import text_ledger, write_ledger
 from winnow.engine.question import QuestionReader
 from winnow.engine.request import Attachment, Ledgers, Override, Request, request_now
@@ -443,6 +443,8 @@ class Engine:
     def _mark(self, request: Request, arguments: dict[str, Any]) -> None:
         """Tell a compressed cache what the tokens of this forward are, where it asks."""
         context = context_of(arguments.get(self.bound.cache_name))
+        if context is not None:
+            context.reads = reads_of(request.lm)
         if context is not None and asks_kinds(request.plan):
             context.kinds = kinds_of(request.lm, arguments["inputs_embeds"])
 

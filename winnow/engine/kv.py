@@ -12,6 +12,7 @@ from winnow.cache.layer import HeldLayer
 from winnow.cache.rotary import Rotary
 from winnow.core.errors import UnsupportedError
 from winnow.core.kv_budget import KINDS, KVBudget
+from winnow.core.packing import Packing
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.cache import check_cache
@@ -52,6 +53,8 @@ def hold(bound: BoundModel, plan: BoundPlan, attachment: Any, arguments: dict[st
     if cache is None:
         wanted = arguments.get("use_cache")
         if not (bound.lm.config.use_cache if wanted is None else wanted):
+            if not plan.needs_cache:
+                return arguments
             raise UnsupportedError(
                 f"{plan.plan} compresses the KV cache, and this call has none (use_cache=False); leave use_cache on, "
                 "or use handle.using('full') for it."
@@ -103,6 +106,15 @@ def asks_kinds(plan: BoundPlan) -> bool:
     """Whether a budget of the plan depends on what each token is."""
     found = (getattr(method, name) for method in plan.plan.methods for name in method.settings())
     return any(isinstance(value, KVBudget) and value.is_kinds for value in found)
+
+
+def reads_of(lm: Any) -> Callable[[int], tuple[Packing, Tensor | None]] | None:
+    """What tells a layer that runs now which tokens it reads, and which of its older slots are real.
+
+    Args:
+        lm: the pass; None where every layer reads all.
+    """
+    return None if lm is None else lambda index: (lm.tokens.packing, lm.past_mask(lm.past(index)))
 
 
 def kinds_of(lm: Any, embeds: Tensor) -> Callable[[], Tensor]:
