@@ -173,3 +173,55 @@ def evicted_of(cache: Any) -> dict[int, Tensor]:
             gone[:, :, -later:] = False
         found[index] = gone
     return found
+
+
+@torch.no_grad()
+def stepped(model: Any, inputs: dict[str, Tensor], tokens: Tensor, change: Callable[[Any], None]) -> list[Tensor]:
+    """Logits before each token of one sample that writes `tokens`, whose plain cache is changed after every forward.
+
+    Positions go on from the prompt, whatever the cache holds.
+    """
+    out = model(**inputs, use_cache=True)
+    cache, start = out.past_key_values, inputs["input_ids"].shape[1]
+    change(cache)
+    found = [out.logits[:, -1]]
+    for step, token in enumerate(tokens[:-1].tolist()):
+        at = torch.tensor([[start + step]])
+        out = model(input_ids=torch.tensor([[token]]), past_key_values=cache, position_ids=at, use_cache=True)
+        change(cache)
+        found.append(out.logits[:, -1])
+    return found
+
+
+def coding(codec: Any, kept: dict[int, Tensor] | None = None) -> Callable[[Any], None]:
+    """What changes a plain cache of one sample as a codec would, layer by layer: the slots are what a block gives back.
+
+    Args:
+        codec: gives the codec of a layer, and None for the lower layer of a pair and for layers that stay.
+        kept: `[G, m]` by layer the slots that an eviction leaves before that, of the prompt.
+    """
+    done: dict[int, int] = {}
+
+    def change(cache: Any) -> None:
+        for index, layer in enumerate(cache.layers):
+            own = codec(index)
+            if own is None:
+                continue
+            first = index not in done
+            layers = [cache.layers[index - 1], layer] if own.pair else [layer]
+            if first and kept is not None:
+                at = kept[index][None, :, :, None].expand(-1, -1, -1, layer.keys.shape[3])
+                layer.keys, layer.values = layer.keys.gather(2, at), layer.values.gather(2, at)
+            n = layer.keys.shape[2]
+            done.setdefault(index, 0)
+            count = n - n % max(1, own.multiple) if first else own.every
+            encode = own.encode if first else own.later or own.encode
+            while count and count <= n - done[index] and (first or own.every):
+                part = slice(done[index], done[index] + count)
+                given = [x[:, :, part].clone() for one in layers for x in (one.keys, one.values)]
+                made = encode(*given)
+                for one, block in zip(layers, made if own.pair else (made,), strict=True):
+                    one.keys[:, :, part], one.values[:, :, part] = block.read()
+                done[index], first, count, encode = done[index] + count, False, own.every, own.later or own.encode
+
+    return change
