@@ -15,7 +15,7 @@ is left, and chooses behind that; with `kv=mixed` it stays as it is.
 Departs from the released code: no code has been released.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -100,8 +100,7 @@ class ZipVL(wn.CacheMethod):
         return Both(Mixed.of(keys, kept, "tokens", bits), Mixed.of(values, kept, "channels", bits), keys.shape[2])
 
     def steps(self, info: wn.ModelInfo) -> tuple[wn.KVStep, ...]:
-        run: Any = self.evict
-        return tuple(wn.KVStep(wn.Point("kv", k), run, when=("before", "prefill")) for k in range(info.depth))
+        return tuple(wn.KVStep(wn.Point("kv", k), self.evict, when=("before", "prefill")) for k in range(info.depth))
 
 
 def fewest(mass: Tensor, share: float) -> Tensor:
