@@ -132,14 +132,58 @@ def evicting(model: Any, hidden: Callable[[int, int], Tensor | None]) -> Iterato
     ) -> Any:
         return _attention(hidden, module, query, key, value, attention_mask, **kwargs)
 
+    with _attending(model, attention):
+        yield model
+
+
+@contextlib.contextmanager
+def _attending(model: Any, attention: Callable[..., Any]) -> Iterator[None]:
     ALL_ATTENTION_FUNCTIONS.register(_NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, eager_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
     try:
-        yield model
+        yield
     finally:
         model.set_attn_implementation(before)
+
+
+Held = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@contextlib.contextmanager
+def holding(model: Any, held: Held) -> Iterator[Any]:
+    """The model with a full cache, in the place of which decoded tokens read something else.
+
+    Args:
+        held: (layer, keys, values `[B, G, n, d]` of all tokens, the newest too) → keys and values `[B, G, m, d]`, and
+            what is added to the logits of each, `[B, G, m]`: −inf hides one.
+    """
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        if query.shape[2] == key.shape[2]:
+            return _attention(lambda layer, n: None, module, query, key, value, attention_mask, **kwargs)
+        group = query.shape[1] // key.shape[1]
+        keys, values, added = (x.repeat_interleave(group, 1) for x in held(module.layer_idx, key, value))
+        logits = query @ keys.transpose(2, 3) * kwargs["scaling"] + added[:, :, None]
+        return (logits.softmax(-1) @ values).transpose(1, 2).contiguous(), None
+
+    with _attending(model, attention):
+        yield model
+
+
+def evicted_before(model: Any, inputs: dict[str, Tensor], tokens: Tensor) -> dict[int, dict[int, Tensor]]:
+    """What a compressed model has evicted before each token that it writes, as `evicted_of`: by tokens read until then.
+
+    Each number of tokens is written anew, because `generate` shows its cache at the end alone.
+    """
+    read = inputs["input_ids"].shape[1]
+    return {
+        read + step: evicted_of(written(model, inputs, tokens[:, : step + 1]).past_key_values)
+        for step in range(tokens.shape[1])
+    }
 
 
 def evicted_of(cache: Any) -> dict[int, Tensor]:
