@@ -84,7 +84,7 @@ class Forced(transformers.LogitsProcessor):
         return forced
 
 
-def written(model: Any, inputs: dict[str, Tensor], tokens: Tensor, **options: Any) -> Any:
+def written(model: Any, inputs: dict[str, Tensor], tokens: Tensor, forced: Forced | None = None, **options: Any) -> Any:
     """`generate` that writes the tokens; its `logits` are those of each step, before they were forced."""
     steps = tokens.shape[1]
     return model.generate(
@@ -92,7 +92,7 @@ def written(model: Any, inputs: dict[str, Tensor], tokens: Tensor, **options: An
         max_new_tokens=steps,
         min_new_tokens=steps,
         do_sample=False,
-        logits_processor=[Forced(tokens)],
+        logits_processor=[forced or Forced(tokens)],
         output_logits=True,
         return_dict_in_generate=True,
         **options,
@@ -174,16 +174,23 @@ def holding(model: Any, held: Held) -> Iterator[Any]:
         yield model
 
 
-def evicted_before(model: Any, inputs: dict[str, Tensor], tokens: Tensor) -> dict[int, dict[int, Tensor]]:
-    """What a compressed model has evicted before each token that it writes, as `evicted_of`: by tokens read until then.
+class Watching(Forced):
+    """Writes given tokens, and notes what a compressed cache has evicted before each."""
 
-    Each number of tokens is written anew, because `generate` shows its cache at the end alone.
-    """
-    read = inputs["input_ids"].shape[1]
-    return {
-        read + step: evicted_of(written(model, inputs, tokens[:, : step + 1]).past_key_values)
-        for step in range(tokens.shape[1])
-    }
+    def __init__(self, tokens: Tensor, cache: Any) -> None:
+        super().__init__(tokens)
+        self.cache, self.gone = cache, dict[int, dict[int, Tensor]]()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.gone[input_ids.shape[1]] = evicted_of(self.cache)
+        return super().__call__(input_ids, scores)
+
+
+def watched(model: Any, inputs: dict[str, Tensor], tokens: Tensor) -> tuple[Any, dict[int, dict[int, Tensor]]]:
+    """`written` under a plan, and what was evicted before each token, as `evicted_of`: by tokens read until then."""
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    watching = Watching(tokens, cache)
+    return written(model, inputs, tokens, past_key_values=cache, forced=watching), watching.gone
 
 
 def evicted_of(cache: Any) -> dict[int, Tensor]:

@@ -44,8 +44,8 @@ def check_evictions(build: str, plan: Any, steps: int = 6) -> None:
     """Each step reads what the evictions until then left, and nothing else."""
     model, inputs, tokens = model_of(build), batch_of(build), words(steps)
     with winnow.compress(model, plan):
-        gone = kvhand.evicted_before(model, inputs, tokens)
-        got = kvhand.written(model, inputs, tokens).logits
+        out, gone = kvhand.watched(model, inputs, tokens)
+    got = out.logits
     assert all(gone.values())
     with kvhand.evicting(model, lambda layer, n: gone.get(n - 1, {}).get(layer)):
         wanted = kvhand.written(model, inputs, tokens).logits

@@ -122,7 +122,7 @@ def test_in_a_model_the_cache_holds_at_most_b_and_the_newest_stay() -> None:
     tokens = words(14)[:1]
     sizes = []
     with winnow.compress(model, "scissorhands:keep=18,limit=20,recent_slots=6,history=7"):
-        gone = kvhand.evicted_before(model, inputs, tokens)
+        _, gone = kvhand.watched(model, inputs, tokens)
     for read, layers in gone.items():
         assert not layers or not layers[0][:, :, -6:].any()
         sizes.append(read - int(layers[0][0, 0].sum()) if layers else read)
