@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from winnow.contract import CacheMethod, Count, KVBudget, KVView, register
+from winnow.parts.pooling import pooled_along
 
 
 @register("snapkv")
@@ -46,11 +47,3 @@ class SnapKV(CacheMethod):
         votes = view.attention(w).mean(2)[..., : view.n - w]
         pooled = pooled_along(votes, self.kernel, self.pool)
         return F.pad(view.per_kv_head(pooled), (0, w), value=1.0)
-
-
-def pooled_along(x: Tensor, kernel: int, pool: str) -> Tensor:
-    """`[b, h, n]` pooled over neighbours along the sequence, its length unchanged."""
-    if kernel < 2 or not x.shape[2]:
-        return x
-    pooling = F.avg_pool1d if pool == "mean" else F.max_pool1d
-    return pooling(x, kernel, stride=1, padding=kernel // 2)[..., : x.shape[2]]
