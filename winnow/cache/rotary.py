@@ -23,9 +23,16 @@ class Rotary:
 
     def turn(self, x: Float[Tensor, "b g n d"], shift: Int[Tensor, "#b #g n"]) -> Float[Tensor, "b g n d"]:
         """Keys or queries as they would be `shift` positions later. A shift of 0 leaves the bits as they are."""
-        r = self.frequencies.shape[0]
         angle = shift[..., None].to(self.frequencies.device, torch.float32) * self.frequencies
-        cos, sin = angle.cos(), angle.sin()
+        return self._rotated(x, angle.cos(), angle.sin())
+
+    def turn_on_average(self, x: Float[Tensor, "*lanes d"], shifts: Int[Tensor, " s"]) -> Float[Tensor, "*lanes d"]:
+        """The mean of the same keys or queries at all these shifts."""
+        angle = shifts[:, None].to(self.frequencies.device, torch.float32) * self.frequencies
+        return self._rotated(x, angle.cos().mean(0), angle.sin().mean(0))
+
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        r = self.frequencies.shape[0]
         turned, rest = x[..., : 2 * r].float(), x[..., 2 * r :]
         if self.interleaved:
             a, b = turned[..., ::2], turned[..., 1::2]
