@@ -39,8 +39,10 @@ def best_slots(
     count = _of_mass(scores, keep.mass, view, ends) if keep.is_mass else view.budget(keep)
     if count >= n:
         return None
-    if count < first + last:  # the window goes before the sinks
-        ends[: max(0, first - max(0, count - last))] = True
+    if count < first + last:  # the newest stay first, then the earliest
+        ends = torch.zeros_like(ends)
+        ends[: max(0, count - last)] = True
+        ends[max(0, n - min(last, count)) :] = True
     return keep_slots(Reduction.select(top_slots(scores.masked_fill(ends, torch.inf), count), n))
 
 
