@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+_WHOLE = "full_attention"  # the layers whose cache can be compressed
+
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
@@ -46,19 +48,23 @@ class Rotary:
     def of(lm: Any, attention: Any) -> "Rotary | None":
         """The rotation of a model, compared with its own function on random vectors; None if it is another one."""
         rotary = getattr(lm, "rotary_emb", None)
-        frequencies = getattr(rotary, "inv_freq", None)
+        frequencies, kind = getattr(rotary, "inv_freq", None), getattr(rotary, "rope_type", "default")
+        named: dict[str, Any] = {}
+        if isinstance(kind, dict):  # a rotation for each kind of layer
+            frequencies, kind = getattr(rotary, f"{_WHOLE}_inv_freq", None), kind.get(_WHOLE, "default")
+            named = {"layer_type": _WHOLE}
         apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         size = getattr(attention, "head_dim", None)
         if frequencies is None or apply is None or size is None or 2 * frequencies.shape[0] > size:
             return None
-        if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):
+        if kind in ("dynamic", "longrope"):
             return None
         x = torch.randn(1, 1, 4, size, generator=torch.Generator().manual_seed(0)).to(frequencies.device)
         at = torch.arange(4, device=frequencies.device)[None]
 
         def at_positions(by: int) -> Tensor:
             embedding: Any = rotary
-            return apply(x, x, *(_one_axis(e) for e in embedding(x, position_ids=_axes(rotary, at + by))))[0]
+            return apply(x, x, *(_one_axis(e) for e in embedding(x, position_ids=_axes(rotary, at + by), **named)))[0]
 
         try:
             own = [at_positions(0), at_positions(7)]
