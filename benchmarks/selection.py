@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from winnow.core.errors import WinnowError
-from winnow.core.registry import entries, method_class
+from winnow.core.registry import method_class, picture_methods
 from winnow.core.step import State
 from winnow.testing import WITH_CLS, Picture, Subject
 
@@ -74,7 +74,7 @@ def compare(only: list[str], rounds: int) -> int:
     print(f"{'method':<34} {'step':<16} {'ms':>9} {'blocks':>8} {'allowed':>8}")
     worst = 0
     info = replace(WITH_CLS, width=WIDTH, vision_width=WIDTH)
-    for entry in entries():
+    for entry in picture_methods():
         if entry.family == "user" or (only and entry.slug not in only):
             continue
         kind = method_class(entry.slug)

@@ -10,16 +10,21 @@ import zoo
 
 import winnow
 from winnow.core import registry
-from winnow.core.registry import entries, method_class
+from winnow.core.registry import entries, method_class, picture_methods
 from winnow.testing import CHECKS, WITH_CLS, Picture, Subject, check_method, run
 
-SLUGS = [entry.slug for entry in entries()]
+SLUGS = [entry.slug for entry in picture_methods()]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("slug", SLUGS)
 def test_every_method(slug, check):
     check(Subject(method_class(slug)))
+
+
+@pytest.mark.parametrize("slug", [entry.slug for entry in entries() if entry.of_cache])
+def test_every_method_of_the_cache(slug):
+    check_method(method_class(slug))
 
 
 NOT_THE_LOWEST = {
