@@ -13,7 +13,6 @@ import pytest
 import torch
 import zoo
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import winnow
@@ -28,7 +27,7 @@ STEPS = _DISTINCT[:, :12]
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer in a prefill: `origin` are queries without their phase, `[b, H, n, d]`; keys have it, `[b, G, n, d]`."""
+    """One layer in a prefill: `origin` are queries without their phase, `[b, H, n, d]`; keys `[b, G, n, d]` have it."""
 
     origin: Tensor
     keys: Tensor
@@ -138,19 +137,6 @@ def chosen(method: CacheMethod, view: KVView) -> Tensor | None:
     return action.k.index
 
 
-class Largest(TorchDispatchMode):
-    """The most elements that any tensor had that was made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(x, Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
-
-
 def check_method(method: CacheMethod, **known: Any) -> None:
     """What every method promises that keeps as many slots in every head.
 
@@ -175,10 +161,6 @@ def check_method(method: CacheMethod, **known: Any) -> None:
         assert chosen(method, views(n=n, **known)) is None
         assert chosen(method.replace(keep=1), views(n=n + 1, **known)).shape == (2, 2, 1)
     assert chosen(method.configured(keep="100%"), view) is None
-    long = views(n=700, b=1, **known)
-    with Largest() as largest:
-        chosen(method, long)
-    assert largest.elements < 2 * 700 * 700
 
 
 def _cases(build: str) -> tuple[Any, dict[str, Tensor], list[dict[str, Tensor]]]:

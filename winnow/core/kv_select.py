@@ -25,7 +25,8 @@ def best_slots(
     Equal scores: the earlier slot. NaN counts as the lowest score.
 
     Args:
-        first, last: slots at either end that stay whatever they score (sinks, and a window). They count in the budget.
+        first, last: slots at either end that stay whatever they score (sinks, and a window). They count in the budget;
+            where it is smaller, the newest of the window stay.
     """
     if keep.is_all:
         return None
@@ -39,10 +40,8 @@ def best_slots(
     count = _of_mass(scores, keep.mass, view, ends) if keep.is_mass else view.budget(keep)
     if count >= n:
         return None
-    if count < first + last:  # the newest stay first, then the earliest
-        ends = torch.zeros_like(ends)
-        ends[: max(0, count - last)] = True
-        ends[max(0, n - min(last, count)) :] = True
+    if count < first + last:  # the window goes before the sinks
+        ends[max(0, count - last) : max(0, n - min(last, count))] = False
     return keep_slots(Reduction.select(top_slots(scores.masked_fill(ends, torch.inf), count), n))
 
 

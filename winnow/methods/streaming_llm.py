@@ -77,7 +77,7 @@ class StreamingLLM(CacheMethod):
             return found
         if info.mrope:
             raise UnsupportedError("its positions have three axes, along which a window has no begin; leave shift off.")
-        return tuple(own for step in found for own in (step, replace(step, run=self.follow)))  # type: ignore[arg-type]
+        return tuple(own for step in found for own in (step, replace(step, run=self.follow)))
 
     def follow(self, view: KVView, state: State) -> tuple[Action, State]:
         """The sinks move to right before the window, from wherever they are."""
