@@ -27,7 +27,8 @@ from winnow.testing import WITH_CLS, Picture, Subject
 ITEMS, KEEP, WIDTH, HEADS, MLP = 8, 320, 1024, 16, 4096
 PICTURE = Picture.tiled(24, 2, 2)
 GATES = {"score": 0.15, "pairs": 1.0, "coverage": 2.0}  # of a block
-GROUPS = {"todre": "pairs", "cdpruner": "pairs", "mmtok": "coverage"}  # others: pairs where they build a table of them
+# Others: pairs where they build a table of them. SparseVLM clusters what it drops.
+GROUPS = {"todre": "pairs", "cdpruner": "pairs", "sparsevlm": "pairs", "mmtok": "coverage"}
 
 
 class Block(nn.Module):

@@ -26,6 +26,8 @@ TEXTS: dict[str, Any] = {
     "phi3": Phi3Config,
     "gemma3": Gemma3TextConfig,
 }
+# Classes that differ in how they attend: caps on logits, sinks, other rotations, experts, linear layers between.
+OTHERS = ("cohere", "gemma2", "glm4", "gpt_oss", "gpt_neox", "mixtral", "olmo2", "phi", "qwen3_next", "starcoder2")
 
 
 def text_model(name: str, layers: int = 3, seed: int = 0, **overrides: Any) -> nn.Module:
@@ -57,6 +59,41 @@ def text_model(name: str, layers: int = 3, seed: int = 0, **overrides: Any) -> n
             if parameter.ndim == 2:
                 parameter.mul_(5.0)
     return model
+
+
+def other_model(name: str) -> nn.Module:
+    """A tiny language model of a class from `OTHERS`."""
+    known = transformers.AutoConfig.for_model(name).to_dict()
+    wanted = {**_SMALL, "layer_types": ["linear_attention", *["full_attention"] * 2] if "next" in name else None}
+    if name in ("gemma2", "gpt_oss"):
+        wanted["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
+    settings = {key: value for key, value in wanted.items() if key in known and value is not None}
+    settings |= {"sliding_window": None} if name in ("mixtral", "starcoder2") else {}
+    settings |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(name, **settings)).eval()
+
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "sliding_window": 8,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 
 
 def prompt(lengths: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
@@ -101,7 +138,7 @@ def written(model: Any, inputs: dict[str, Tensor], tokens: Tensor, **options: An
 
 def _attention(
     hidden: Callable[[int, int], Tensor | None], module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any,
-    scaling: float | None = None, softcap: float | None = None, **kwargs: Any,
+    scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -115,7 +152,9 @@ def _attention(
     if evicted is not None and query.shape[2] < key.shape[2]:
         evicted = nn.functional.pad(evicted, (0, key.shape[2] - evicted.shape[2]))
         logits = logits.masked_fill(evicted.repeat_interleave(group, 1)[:, :, None], -torch.inf)
-    weights = logits.float().softmax(-1).to(query.dtype)
+    if s_aux is not None:
+        logits = torch.cat([logits, s_aux[None, :, None, None].expand(*logits.shape[:3], 1)], -1)
+    weights = logits.float().softmax(-1).to(query.dtype)[..., : key.shape[2]]
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
@@ -169,3 +208,55 @@ def evicted_of(cache: Any) -> dict[int, Tensor]:
             gone[:, :, -later:] = False
         found[index] = gone
     return found
+
+
+@torch.no_grad()
+def stepped(model: Any, inputs: dict[str, Tensor], tokens: Tensor, change: Callable[[Any], None]) -> list[Tensor]:
+    """Logits before each token of one sample that writes `tokens`, whose plain cache is changed after every forward.
+
+    Positions go on from the prompt, whatever the cache holds.
+    """
+    out = model(**inputs, use_cache=True)
+    cache, start = out.past_key_values, inputs["input_ids"].shape[1]
+    change(cache)
+    found = [out.logits[:, -1]]
+    for step, token in enumerate(tokens[:-1].tolist()):
+        at = torch.tensor([[start + step]])
+        out = model(input_ids=torch.tensor([[token]]), past_key_values=cache, position_ids=at, use_cache=True)
+        change(cache)
+        found.append(out.logits[:, -1])
+    return found
+
+
+def coding(codec: Any, kept: dict[int, Tensor] | None = None) -> Callable[[Any], None]:
+    """What changes a plain cache of one sample as a codec would, layer by layer: the slots are what a block gives back.
+
+    Args:
+        codec: gives the codec of a layer, and None for the lower layer of a pair and for layers that stay.
+        kept: `[G, m]` by layer the slots that an eviction leaves before that, of the prompt.
+    """
+    done: dict[int, int] = {}
+
+    def change(cache: Any) -> None:
+        for index, layer in enumerate(cache.layers):
+            own = codec(index)
+            if own is None:
+                continue
+            first = index not in done
+            layers = [cache.layers[index - 1], layer] if own.pair else [layer]
+            if first and kept is not None:
+                at = kept[index][None, :, :, None].expand(-1, -1, -1, layer.keys.shape[3])
+                layer.keys, layer.values = layer.keys.gather(2, at), layer.values.gather(2, at)
+            n = layer.keys.shape[2]
+            done.setdefault(index, 0)
+            count = n - n % max(1, own.multiple) if first else own.every
+            encode = own.encode if first else own.later or own.encode
+            while count and count <= n - done[index] and (first or own.every):
+                part = slice(done[index], done[index] + count)
+                given = [x[:, :, part].clone() for one in layers for x in (one.keys, one.values)]
+                made = encode(*given)
+                for one, block in zip(layers, made if own.pair else (made,), strict=True):
+                    one.keys[:, :, part], one.values[:, :, part] = block.read()
+                done[index], first, count, encode = done[index] + count, False, own.every, own.later or own.encode
+
+    return change

@@ -79,8 +79,10 @@ def test_the_signal_of_the_contract_page_runs_on_a_model(monkeypatch):
     monkeypatch.setattr(registry, "_extra", dict(registry._extra))
     monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     page = (Path(__file__).parents[2] / "docs" / "contract.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    block, of_cache = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict = {"__name__": "documentation"}
+    exec(compile("from winnow.contract import *\n" + of_cache, "docs/contract.md", "exec", dont_inherit=True), names)  # noqa: S102
+    check_method(names["SmallKeys"])
     exec(compile(block, "docs/contract.md", "exec", dont_inherit=True), names)  # noqa: S102
     check_method(names["MostChanged"])
     model, (sample,) = zoo.model("llava_clip"), zoo.samples("llava_clip", zoo.SINGLE)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from winnow.cache.blocks import Coded, Grouped
 from winnow.cache.dense import Dense
 from winnow.cache.groups import Group
 from winnow.cache.ragged import Ragged
@@ -70,30 +69,3 @@ def _ragged(parts: list[Part], heads: int) -> Ragged:
                 own = (part.keys, part.values, part.slots.to(torch.int32))
                 lanes[row, head] = (*(x[i, j, :n] for x in own), bias)
     return Ragged.of([lanes[key] for key in sorted(lanes)], heads, weighted)
-
-
-def coded(store: Dense, parts: list[tuple[Part, Any, int]]) -> Coded:
-    """The store of a layer whose slots are encoded, each group by itself.
-
-    Args:
-        store: what was there.
-        parts: of each group what it holds, what encodes it, and how many of its first slots are encoded.
-    """
-    if len(parts) == 1:
-        part, encode, count = parts[0]
-        made = Coded([], Dense(part.keys, part.values, grows=True), store.real, store.slots)
-        if count:
-            made.encode(encode, count)
-        return made
-    # Tails of unequal length do not lie side by side: of several groups, all slots are encoded.
-    blocks = [encode(part.keys.contiguous(), part.values.contiguous()) for part, encode, _ in parts]
-    longest = max(part.keys.shape[2] for part, *_ in parts)
-    keys, values = store.read()
-    real = torch.zeros(keys.shape[0], longest, dtype=torch.bool, device=keys.device)
-    slots = torch.zeros(*keys.shape[:2], longest, dtype=torch.int32, device=keys.device)
-    for part, *_ in parts:
-        at, start = torch.tensor(part.group.rows, device=keys.device), longest - part.keys.shape[2]
-        real[at, start:], slots[at, :, start:] = True, part.slots.to(torch.int32)
-    block = Grouped(blocks, tuple(part.group.rows for part, *_ in parts), longest)
-    tail = Dense(keys[:, :, :0].clone(), values[:, :, :0].clone(), grows=True)
-    return Coded([block], tail, None if bool(real.all()) else real, slots)

@@ -20,7 +20,7 @@ from winnow.cache.queries import Asked
 from winnow.cache.ragged import Ragged
 from winnow.cache.run import Runner
 from winnow.core.errors import UnsupportedError, WinnowError
-from winnow.core.kv import KVStep, Moment
+from winnow.core.kv import Codec, KVStep, Moment
 from winnow.signals.tap import AttendsItself
 
 Steps = tuple[tuple[int, KVStep], ...]
@@ -70,7 +70,7 @@ class HeldLayer(CacheLayerMixin):
         self.seen = 0
         self.changed = False
         self.uncut = 0
-        self.codec: Any = None
+        self.codec: tuple[int, Codec] | None = None
         self.kinds: Tensor | None = None
         self.token_bytes = 0
         self.called: dict[str, Any] | None = None
@@ -165,11 +165,12 @@ class HeldLayer(CacheLayerMixin):
         if isinstance(store, Ragged):
             return sum(store.lengths)
         real = store.rows_held * store.length if store.real is None else int(store.real.sum())
-        return real * store.read()[0].shape[1]
+        return real * store.heads
 
     def cut(self, store: Dense | Coded | Ragged) -> None:
         """Put another store in the place of this one."""
-        self.store, self.changed, self.uncut = store, True, 0
+        self.store, self.changed = store, True
+        self.uncut = min(self.uncut, store.uncut) if isinstance(store, Coded) else 0
 
     def get_seq_length(self) -> int:
         """Tokens that were read."""

@@ -30,13 +30,6 @@ class Asked:
     kwargs: dict[str, Any]
     called: dict[str, Any] | None = None
 
-    def __post_init__(self) -> None:
-        if self.kwargs.get("s_aux") is not None:
-            raise UnsupportedError(
-                f"{type(self.module).__name__} attends with sinks (s_aux), which methods of the cache do not know; "
-                "use a plan without them."
-            )
-
     @property
     def scaling(self) -> float:
         """What the logits are multiplied with."""
@@ -102,6 +95,13 @@ class Asked:
         if isinstance(embeddings, tuple) and all(e.ndim == 3 for e in embeddings):
             call["position_embeddings"] = tuple(own(e) for e in embeddings)
         return self.module, call
+
+    def sinks_of(self, group: Group, store: Any) -> Tensor | None:
+        """`[H]` the logits of the module's sinks, for the heads of a group."""
+        sinks = self.kwargs.get("s_aux")
+        if sinks is None or group.heads is None:
+            return sinks
+        return sinks.unflatten(0, (store.heads, -1))[list(group.heads)].flatten()
 
     @staticmethod
     def _rows(query: Tensor, group: Group, store: Any) -> Tensor:

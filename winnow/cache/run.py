@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from winnow.cache.blocks import Coded
+from winnow.cache.blocks import Coded, Lot, encode
 from winnow.cache.dense import Dense
-from winnow.cache.groups import Group, groups_of, of_group, parts_of
-from winnow.cache.joining import Part, coded, joined
+from winnow.cache.groups import Group, groups_of, of_group, parts_of, slots_of
+from winnow.cache.joining import Part, joined
 from winnow.cache.masks import real_of
 from winnow.cache.memory import Memory
 from winnow.cache.queries import Asked
@@ -84,7 +84,7 @@ class Runner:
             whole = asked.query if self.queries is None else torch.cat([self.queries, asked.query], 2)
             self.queries = whole[:, :, -self._recent :].detach()
         for number, step in self.steps:
-            if moment in step.when:
+            if moment in step.when and not self._encoded_by(number):
                 self._apply(number, self._answers(number, step, moment, asked))
         self._encode_tail()
 
@@ -129,6 +129,7 @@ class Runner:
             allowed,
             layer.token_bytes,
             asked.kwargs.get("softcap"),
+            asked.sinks_of(group, store),
             self._below(group),
             context.rotary,
             context.seed,
@@ -159,9 +160,9 @@ class Runner:
         if isinstance(store, Coded):
             raise UnsupportedError(
                 f"{self._slug(number)} shortens a cache that is stored in another form already; in a plan, name it "
-                "before the codec, and leave its limit unset."
+                "before the codec, leave its limit unset, and read all of the prompt in one turn."
             )
-        heads = store.heads if isinstance(store, Ragged) else store.read()[0].shape[1]
+        heads = store.heads
         parts = [self._part(number, group, view, action) for group, view, action in answers]
         for part in parts:
             if part.counts is not None:
@@ -215,19 +216,59 @@ class Runner:
         codecs = [action for *_, action in answers if isinstance(action, Codec)]
         if len(codecs) != len(answers):
             raise WinnowError(f"{self._slug(number)}: a step encodes the cache of all samples, or of none.")
-        parts = []
+        layers = self._coded_layers(number, codecs[0])
+        found = []
         for (group, view, _), codec in zip(answers, codecs, strict=True):
-            slots = parts_of(store, group, self.layer.seen)[2]
-            part = Part(group, view.keys, view.values, slots)
-            parts.append((part, codec.encode, view.n - view.n % codec.multiple))
-        self.layer.codec = codecs[0]
-        self.layer.cut(coded(store, parts))
+            slots = None
+            if store.slots is not None or group.index is not None:
+                slots = parts_of(store, group, self.layer.seen)[2].to(torch.int32)
+                slots = slots[:, :1].clone() if store.slots is None else slots  # all heads hold the same
+            below = [self._below(group) for _ in layers[1:]]
+            pairs: list[Any] = [*below, (view.keys, view.values)]
+            lots = tuple(Lot.of(group.rows, keys, values, slots) for keys, values in pairs)
+            count = view.n - view.n % max(1, codec.multiple)
+            if count:
+                encode(lots, codec.encode, count, self.layer.seen)
+            found.append(lots)
+        self.layer.codec = (number, codecs[0])
+        for layer, lots in zip(layers, zip(*found, strict=True), strict=True):
+            layer.cut(Coded(list(lots)))
+
+    def _coded_layers(self, number: int, codec: Codec) -> list[Any]:
+        """The layers that a codec encodes here: this one, or the one before and this one."""
+        layer = self.layer
+        if not codec.pair:
+            return [layer]
+        below: Any = layer.context.layers[layer.index - 1] if layer.index else None
+        own: Any = layer.store
+        other: Any = getattr(below, "store", None)
+        same = isinstance(other, Dense) and other.length == own.length and other.bias is None
+        if same and (own.slots is not None or other.slots is not None):
+            same = torch.equal(slots_of(own, layer.seen), slots_of(other, layer.seen))
+        if not same:
+            raise UnsupportedError(
+                f"{self._slug(number)} stores layers {layer.index - 1} and {layer.index} together, and these do not "
+                "hold the same slots as they are; use it without a method that drops others in each layer, without "
+                "another codec, and on models all of whose layers attend to everything."
+            )
+        return [below, layer]
+
+    def _encoded_by(self, number: int) -> bool:
+        """Whether a codec has done its work here: what comes later waits in the tail."""
+        return self.layer.codec is not None and self.layer.codec[0] == number
 
     def _encode_tail(self) -> None:
-        store, codec = self.layer.store, self.layer.codec
-        if codec is not None and codec.every and isinstance(store, Coded) and store.tail.length >= codec.every:
-            store.encode(codec.later or codec.encode, codec.every)
-            self.layer.uncut = store.tail.length
+        if self.layer.codec is None or not self.layer.codec[1].every:
+            return
+        codec = self.layer.codec[1]
+        layers = [self.layer]
+        if codec.pair:
+            layers.insert(0, self.layer.context.layers[self.layer.index - 1])
+        for lots in zip(*(layer.store.lots for layer in layers), strict=True):
+            while lots[-1].waiting >= codec.every:
+                encode(lots, codec.later or codec.encode, codec.every, self.layer.seen)
+        for layer in layers:
+            layer.uncut = min(layer.uncut, layer.store.uncut)
 
     def crop(self, count: int) -> None:
         """The last slots were taken back."""

@@ -42,15 +42,18 @@ class Codec(Action):
 
     Attributes:
         encode: keys and values `[b, G, n, d]` → a `Block`, which can give them back.
+        pair: whether the layer before is encoded with this one: `encode` takes its keys and values first, and gives
+            its block first. What the two blocks share is held once.
         every: later slots stay as they are until this many are there, and are then encoded together; 0: they stay.
         multiple: only the first slots, a multiple of this many, are encoded now.
         later: how later slots are encoded; None: as these.
     """
 
-    encode: Callable[[Tensor, Tensor], Any]
+    encode: Callable[..., Any]
     every: int = 0
     multiple: int = 1
-    later: Callable[[Tensor, Tensor], Any] | None = None
+    later: Callable[..., Any] | None = None
+    pair: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +73,7 @@ class KVView:
         allowed: `[b, q, N]` which slots each query reads, where that is not simply what came before.
         slot_bytes: bytes of one slot of all heads and of all samples of the batch.
         softcap: the bound of logits, where the model has one.
+        sinks: `[H]` logits of a key that is nowhere, which takes its share of the attention; None where there is none.
         below: keys and values of the layer before, where both hold the same slots.
         rotary: turns keys by positions; None where the model's positions are not understood.
         seed: seeds this view's own random numbers.
@@ -93,6 +97,7 @@ class KVView:
     allowed: Bool[Tensor, "b q n"] | None = None
     slot_bytes: int = 0
     softcap: float | None = None
+    sinks: Float[Tensor, " h"] | None = None
     below: tuple[Tensor, Tensor] | None = None
     rotary: Any = None
     seed: int = 0
@@ -171,7 +176,12 @@ class KVView:
         logits = logits.float() * self.scaling
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits.masked_fill_(~visible[:, None], -torch.inf).softmax(-1)
+        logits = logits.masked_fill_(~visible[:, None], -torch.inf)
+        if self.sinks is None:
+            return logits.softmax(-1)
+        sinks = self.sinks if heads is None else self.sinks[torch.as_tensor(heads, device=logits.device)]
+        taken = sinks.float()[None, :, None, None].expand(*logits.shape[:3], 1)
+        return torch.cat([logits, taken], -1).softmax(-1)[..., :-1]
 
     def mass(self, window: int | None = None) -> Float[Tensor, "b h n"]:
         """Attention that each slot got from the last `window` queries in all, summed over them in chunks of rows.

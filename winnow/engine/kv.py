@@ -36,6 +36,9 @@ def check_model(bound: BoundModel, plan: str) -> None:
             f"{plan} compresses the cache, and some layers of {bound.info.model} read the keys of others; use a method "
             "that acts before the language model or in its layers."
         )
+    own = getattr(bound.model, "_supports_default_dynamic_cache", None)
+    if own is not None and not own():
+        raise UnsupportedError(f"{plan} compresses the cache, and {bound.info.model} has a cache of another kind.")
     if not held_layers(bound):
         raise UnsupportedError(
             f"{plan} compresses the cache of layers that attend to everything before; {bound.info.model} has none."

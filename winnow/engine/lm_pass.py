@@ -275,8 +275,7 @@ class LMPass:
         wanted = self.plan.listeners.get(Site("lm", layer), ())
         if self.items and wanted:
             if isinstance(k, AttendsItself):
-                late = "whose cache was compressed before these pictures came; start with a new cache"
-                raise UnsupportedError(f"{self.plan.plan} looks at the attention of layer {layer}, {late}.")
+                k.refuse_reading(self.plan.plan)
             with self.request.clock.phase("select"):
                 self._read(wanted, self._inputs(layer, module, q, k, mask))
 
