@@ -137,8 +137,8 @@ def written(model: Any, inputs: dict[str, Tensor], tokens: Tensor, **options: An
 
 
 def _attention(
-    hidden: Callable[[int, int], Tensor | None], module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any,
-    scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+    hidden: Callable[[int, int], Tensor | None], sparse: bool, module: Any, query: Tensor, key: Tensor, value: Tensor,
+    mask: Any, scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -149,27 +149,31 @@ def _attention(
         logits = logits + mask[..., : key.shape[2]]
     layer = getattr(module, "layer_idx", None)
     evicted = None if layer is None else hidden(layer, key.shape[2])
-    if evicted is not None and query.shape[2] < key.shape[2]:
-        evicted = nn.functional.pad(evicted, (0, key.shape[2] - evicted.shape[2]))
-        logits = logits.masked_fill(evicted.repeat_interleave(group, 1)[:, :, None], -torch.inf)
+    if evicted is not None and (sparse or query.shape[2] < key.shape[2]):
+        evicted = nn.functional.pad(evicted[..., : key.shape[2]], (0, max(0, key.shape[2] - evicted.shape[2])))
+        evicted = evicted.repeat_interleave(group, 1)
+        logits = logits.masked_fill(evicted[:, :, None], -torch.inf)
     if s_aux is not None:
         logits = torch.cat([logits, s_aux[None, :, None, None].expand(*logits.shape[:3], 1)], -1)
     weights = logits.float().softmax(-1).to(query.dtype)[..., : key.shape[2]]
+    if evicted is not None and sparse:
+        weights = weights.masked_fill(evicted[:, :, -query.shape[2] :, None], 0)
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 @contextlib.contextmanager
-def evicting(model: Any, hidden: Callable[[int, int], Tensor | None]) -> Iterator[Any]:
+def evicting(model: Any, hidden: Callable[[int, int], Tensor | None], sparse: bool = False) -> Iterator[Any]:
     """The model with a full cache, some slots of which are masked once they lie in the past.
 
     Args:
         hidden: (layer, slots now) → `[B, G, n]` True for evicted ones of the first n; None: none.
+        sparse: they are masked in their own prefill as well, and attend to nothing there.
     """
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> Any:
-        return _attention(hidden, module, query, key, value, attention_mask, **kwargs)
+        return _attention(hidden, sparse, module, query, key, value, attention_mask, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS.register(_NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, eager_mask)

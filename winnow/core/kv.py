@@ -147,22 +147,25 @@ class KVView:
         q = self.queries.shape[2]
         return q if window is None else min(window, q)
 
-    def visible(self, window: int | None = None) -> Bool[Tensor, "#b w n"]:
-        """Which slots each of the last `window` queries reads."""
-        w = self.rows(window)
+    def visible(self, window: int | None = None, at: Int[Tensor, " w"] | None = None) -> Bool[Tensor, "#b w n"]:
+        """Which slots each of the last `window` queries reads, or each of those that stand at `at`."""
+        q = self.queries.shape[2]
+        rows = torch.arange(q - self.rows(window), q, device=self.keys.device) if at is None else at
         if self.allowed is not None:
-            return self.allowed[:, -w:]
-        last = torch.arange(self.n - w, self.n, device=self.keys.device)
-        return (torch.arange(self.n, device=self.keys.device) <= last[:, None])[None]
+            return self.allowed[:, rows]
+        return (torch.arange(self.n, device=self.keys.device) <= (self.n - q + rows)[:, None])[None]
 
-    def attention(self, window: int | None = None, heads: Sequence[int] | None = None) -> Float[Tensor, "b h w n"]:
+    def attention(
+        self, window: int | None = None, heads: Sequence[int] | None = None, at: Int[Tensor, " w"] | None = None
+    ) -> Float[Tensor, "b h w n"]:
         """Attention of the last `window` queries over all slots, softmaxed in fp32.
 
         Args:
             heads: query heads; all by default.
+            at: places of other queries, in the place of the last ones.
         """
-        w = self.rows(window)
-        return self._attention(self.queries[:, :, -w:], self.visible(w), heads)
+        queries = self.queries[:, :, -self.rows(window) :] if at is None else self.queries[:, :, at]
+        return self._attention(queries, self.visible(window, at), heads)
 
     def _attention(self, queries: Tensor, visible: Tensor, heads: Sequence[int] | None = None) -> Tensor:
         keys = self.keys
