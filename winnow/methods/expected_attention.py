@@ -33,7 +33,14 @@ class ExpectedAttention(CacheMethod):
         every: decoded tokens between two evictions.
     """
 
-    released = {"keep": "50%", "n_future_positions": 512, "n_sink": 4, "epsilon": 0.0}
+    released = {
+        "keep": "50%",
+        "n_future_positions": 512,
+        "n_sink": 4,
+        "use_covariance": True,
+        "use_vnorm": True,
+        "epsilon": 0.0,
+    }
     recent = 128
 
     keep: KVBudget = KVBudget("20%")
