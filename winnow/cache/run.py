@@ -115,7 +115,8 @@ class Runner:
     def _view(self, group: Group, number: int, moment: Moment, asked: Asked, recent: Tensor | None) -> KVView:
         layer, context, store = self.layer, self.layer.context, self.layer.store
         keys, values, slots, bias = parts_of(store, group, layer.seen)
-        queries, allowed, fresh = asked.of(group, store, keys.shape[2], recent)
+        cut = layer.changed and layer.uncut == 0
+        queries, allowed, fresh = asked.of(group, store, keys.shape[2], recent, cut)
         kinds = None
         if layer.kinds is not None:
             own = layer.kinds.to(slots.device)[torch.tensor(group.rows, device=slots.device)]

@@ -231,10 +231,17 @@ class KVView:
         return torch.rand(*shape, generator=generator).to(self.keys.device).expand(self.b, *shape)
 
     def turned(self, keys: Tensor, shift: Tensor) -> Tensor:
-        """Keys `[b, G, n, d]` as they would be `shift` positions later, `[b, G, n]`."""
+        """Keys or queries `[b, H, n, d]` as they would be `shift` positions later, `[b, H, n]`."""
+        return self._rotary().turn(keys, shift)
+
+    def turned_on_average(self, x: Float[Tensor, "*lanes d"], shifts: Int[Tensor, " s"]) -> Float[Tensor, "*lanes d"]:
+        """The mean of the same keys or queries at all these shifts."""
+        return self._rotary().turn_on_average(x, shifts)
+
+    def _rotary(self) -> Any:
         if self.rotary is None:
             raise UnsupportedError(
                 "the positions of this model are not rotary ones that are understood, so keys cannot be moved; "
                 "use a method that leaves them where they are."
             )
-        return self.rotary.turn(keys, shift)
+        return self.rotary
