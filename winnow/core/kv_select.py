@@ -25,7 +25,8 @@ def best_slots(
     Equal scores: the earlier slot. NaN counts as the lowest score.
 
     Args:
-        first, last: slots at either end that stay whatever they score (sinks, and a window). They count in the budget.
+        first, last: slots at either end that stay whatever they score (sinks, and a window). They count in the budget;
+            where it is smaller, the newest of the window stay.
     """
     if keep.is_all:
         return None
@@ -40,7 +41,7 @@ def best_slots(
     if count >= n:
         return None
     if count < first + last:  # the window goes before the sinks
-        ends[: max(0, first - max(0, count - last))] = True
+        ends[max(0, count - last) : max(0, n - min(last, count))] = False
     return keep_slots(Reduction.select(top_slots(scores.masked_fill(ends, torch.inf), count), n))
 
 
