@@ -1,4 +1,4 @@
-"""Compressed caches step by step: what each layer had evicted before each token, and the same masked in a full cache."""
+"""Compressed caches step by step: what a layer had evicted before each token, and the same masked in a full cache."""
 
 from __future__ import annotations
 

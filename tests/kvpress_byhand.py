@@ -46,7 +46,7 @@ def tova_scores(queries: Tensor, keys: Tensor) -> list[list[float]]:
     """The same for every KV head: the newest query, a mean over all query heads; the newest slot comes first."""
     rows = [attended(queries, keys, head, 1) for head in range(queries.shape[0])]
     mean = [sum(row[i] for row in rows) / len(rows) for i in range(keys.shape[1] - 1)]
-    return [mean + [max(mean) + 1]] * keys.shape[0]
+    return [[*mean, max(mean) + 1]] * keys.shape[0]
 
 
 def kept_count(n: int, ratio: float) -> int:

@@ -1,4 +1,4 @@
-"""SnapKV (arXiv:2404.14469): keeps the cache slots that the last tokens of the prompt attend to.
+"""SnapKV (arXiv 2404.14469): keeps the cache slots that the last tokens of the prompt attend to.
 
 Looks at: attention of the last `window` queries. Cost: `window` rows of attention in each layer, once, and one more
 time for each eviction while decoding.
