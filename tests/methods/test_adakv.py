@@ -19,7 +19,8 @@ from winnow.methods.adakv import AdaKV
 from winnow.methods.snapkv import SnapKV
 
 ROOT = Path(__file__).resolve().parents[2]
-TOKENS = torch.randint(2, 120, (3, 6), generator=torch.Generator().manual_seed(4))
+LONGER = torch.randint(2, 120, (3, 9), generator=torch.Generator().manual_seed(4))
+TOKENS = LONGER[:, :4]
 
 
 @register("small-keys-first", stages=("cache",))
@@ -32,12 +33,16 @@ class SmallKeys(CacheMethod):
         return -view.keys.float().norm(dim=-1)
 
 
-@register("wants-a-limit", stages=("cache",))
-class Limited(SmallKeys):
-    """The same, while decoding as well."""
+@register("remembers", stages=("cache",))
+class Remembers(SmallKeys):
+    """The same, with a state of its own while decoding."""
 
     keep: KVBudget = KVBudget("20%")
-    limit: int | None = 8
+    limit: int | None = None
+    every: int = 1
+
+    def evict(self, view, state):
+        return super().evict(view, state)
 
 
 def view_of(queries, keys, **known) -> KVView:
@@ -189,16 +194,46 @@ def test_heads_that_look_at_few_slots_lend_theirs_to_those_that_look_at_many():
 def test_decoding_equals_the_full_cache_with_evicted_keys_masked(build):
     model, inputs, alone = kvdecode.model_and_inputs(build)
     plan = "adakv:base=snapkv:window=3,keep=40%"
-    got, _ = kvdecode.check_against_masked(model, inputs, plan, TOKENS[:, :4])
+    got, _ = kvdecode.check_against_masked(model, inputs, plan, TOKENS)
     assert any(len(set(layer.store.lengths)) > 3 for layer in got.past_key_values.layers)
-    kvdecode.check_batch(model, inputs, alone, plan, TOKENS[:, :4])
+    kvdecode.check_batch(model, inputs, alone, plan, TOKENS)
 
 
-@pytest.mark.parametrize("build", ["llama", "qwen2_5_vl"])
-def test_any_base_that_ranks(build):
+def test_a_limit_bounds_each_head_by_itself():
+    model, inputs, alone = kvdecode.model_and_inputs("llama")
+    plan = "adakv:base=snapkv:window=2,keep=40%,limit=6,every=2"
+    got, gone = kvdecode.check_against_masked(model, inputs, plan, LONGER)
+    read = max(n for _, n in gone)
+    for layer in got.past_key_values.layers:
+        assert max(layer.store.lengths) <= 6 + 2
+        for lane in range(6):
+            assert layer.store.lane(lane)[2][-2:].tolist() == [read - 2, read - 1]
+    kvdecode.check_batch(model, inputs, alone, plan, LONGER)
+
+
+@torch.no_grad()
+def test_a_later_turn_keeps_heads_of_unequal_length():
+    model, inputs = kvhand.text_model("llama"), kvhand.prompt((40,))
+    ids = inputs["input_ids"]
+    with winnow.compress(model, "adakv:base=snapkv:window=3,keep=40%"):
+        cache = model(input_ids=ids[:, :25]).past_key_values
+        first = kvhand.evicted_of(cache)
+        got = [model(input_ids=ids[:, 25:39], past_key_values=cache).logits]
+        second = kvhand.evicted_of(cache)
+        lengths = [sum(layer.store.lengths) for layer in cache.layers]
+        got.append(model(input_ids=ids[:, 39:], past_key_values=cache).logits)
+    assert lengths == [2 * (10 + 5)] * 3
+    with kvhand.evicting(model, lambda layer, n: {39: first, 40: second}.get(n, {}).get(layer)):
+        cache = model(input_ids=ids[:, :25]).past_key_values
+        wanted = [model(input_ids=ids[:, a:b], past_key_values=cache).logits for a, b in ((25, 39), (39, 40))]
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("build", "base"), [("llama", "pyramidkv:window=2"), ("qwen2_5_vl", "small-keys-first")])
+def test_any_base_that_ranks(build, base):
     model, inputs, _ = kvdecode.model_and_inputs(build)
-    for base in ("tova", "pyramidkv:window=2", "small-keys-first"):
-        kvdecode.check_against_masked(model, inputs, f"adakv:base={base},keep=40%", TOKENS[:, :3])
+    kvdecode.check_against_masked(model, inputs, f"adakv:base={base},keep=40%", TOKENS[:, :3])
 
 
 def test_a_fifth_of_the_slots_is_a_fifth_of_the_bytes():
@@ -256,8 +291,9 @@ def test_a_fifth_of_the_slots_is_a_fifth_of_the_memory_of_the_process():
     [
         ({"base": "divprune"}, "does not score slots"),
         ({"base": "adakv"}, "by their scores alone"),
-        ({"base": "snapkv:window=4,limit=20"}, "limit"),
-        ({"base": "wants-a-limit"}, "limit"),
+        ({"base": "small-keys-first", "limit": 20}, "leave limit unset"),
+        ({"base": "remembers", "limit": 20}, "leave limit unset"),
+        ({"base": "snapkv:window=4", "limit": 4}, "above 4"),
         ({"base": "snapk"}, "snapkv"),
         ({"base": "snapkv:width=3"}, "no setting"),
         ({"floor": 1.5}, "floor"),
