@@ -241,3 +241,14 @@ def test_only_layers_that_attend_to_everything_are_compressed() -> None:
         model(**inputs)
         slots = handle.last.kv_slots
     assert slots == (12, None, 12)
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(3, 8), (8, 8), (11, 11), (24, 24), (500, 24)])
+def test_b5_a_window_wins_over_a_smaller_budget_and_a_larger_one_drops_nothing(keep: int, kept: int) -> None:
+    model = kvhand.text_model("llama")
+    with winnow.compress(model, f"snapkv:keep={keep},window=8") as handle:
+        cache = model(**kvhand.prompt((24,))).past_key_values
+        assert handle.last.kv_slots == (2 * kept,) * 3
+    slots = cache.layers[0].store.slots
+    if slots is not None:
+        assert slots[0, 0, -8:].tolist() == list(range(16, 24))

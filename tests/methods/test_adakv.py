@@ -289,8 +289,8 @@ def test_a_fifth_of_the_slots_is_a_fifth_of_the_memory_of_the_process():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"base": "divprune"}, "does not score slots"),
-        ({"base": "adakv"}, "by their scores alone"),
+        ({"base": "divprune"}, "does not keep slots by a score"),
+        ({"base": "adakv"}, "does not keep slots by a score"),
         ({"base": "small-keys-first", "limit": 20}, "leave limit unset"),
         ({"base": "remembers", "limit": 20}, "leave limit unset"),
         ({"base": "snapkv:window=4", "limit": 4}, "above 4"),

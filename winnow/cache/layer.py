@@ -73,6 +73,7 @@ class HeldLayer(CacheLayerMixin):
         self.codec: Any = None
         self.kinds: Tensor | None = None
         self.token_bytes = 0
+        self.called: dict[str, Any] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         lanes = key_states.shape[0] * key_states.shape[1]
@@ -130,7 +131,7 @@ class HeldLayer(CacheLayerMixin):
             self.store.append(*new, real, self.seen)  # type: ignore[union-attr]
             self._count(n)
         moment: Moment = "decode" if n == 1 and self.seen > 1 else "prefill"
-        asked = Asked(module, query, mask, kwargs)
+        asked = Asked(module, query, mask, kwargs, self.called)
         rest = (args, kwargs)
         sparse = self.runner.before(asked) if moment == "prefill" and not self.changed else []
         if sparse:
@@ -138,6 +139,7 @@ class HeldLayer(CacheLayerMixin):
         else:
             output = self._attend(plain, asked, rest)
         self.runner.run(moment, asked)
+        self.called = None
         return output
 
     def _attend(self, plain: Callable[..., Any], asked: Asked, rest: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:

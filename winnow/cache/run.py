@@ -34,7 +34,13 @@ class Runner:
         self.layer, self.steps, self.memory = layer, steps, Memory()
         self.queries: Tensor | None = None
         self._recent = max((step.recent for _, step in steps), default=0)
+        self._calls = any(step.calls for _, step in steps)
         self._moments = {moment for _, step in steps for moment in step.when}
+
+    @property
+    def wants_calls(self) -> bool:
+        """Whether a step wants what the attention module is called with."""
+        return self._calls
 
     def acts(self, moment: Moment) -> bool:
         """Whether any step looks at this moment, or wants to have seen its queries later."""
@@ -93,7 +99,7 @@ class Runner:
             view = self._view(group, number, moment, asked, recent)
             state = self.memory.of(number, group, view.n)
             with torch.no_grad():
-                action, after = step.act(view, state)  # type: ignore[arg-type]
+                action, after = step.act(view, state)
             self.memory.put(number, group, after)
             layer.context.note(view.notes)
             found.append((group, view, action))
@@ -127,6 +133,7 @@ class Runner:
             context.seed,
             {},
             context.modules.get(number),
+            asked.call_of(group, fresh) if self._calls and moment == "prefill" else None,
         )
 
     def _below(self, group: Group) -> tuple[Tensor, Tensor] | None:

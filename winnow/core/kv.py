@@ -3,7 +3,7 @@
 A view holds real slots only, in the order in which they were read; the engine groups samples so that nothing is padded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,10 +28,12 @@ class KVStep(Step):
     Attributes:
         when: the moments at which it runs.
         recent: queries of earlier forwards that it wants while decoding, beside the one of this token.
+        calls: whether it wants what the attention module was called with; it is then given every sample by itself.
     """
 
     when: tuple[Moment, ...] = ("prefill",)
     recent: int = 0
+    calls: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class KVView:
         seed: seeds this view's own random numbers.
         notes: counts for the ledger.
         module: what the method's `build` made.
-        reader: the number of the group of samples, for methods that keep something beside their state.
+        call: the attention module and what it was called with, where the step asks; hidden states and rotary embeddings
+            of the real tokens alone.
     """
 
     keys: Float[Tensor, "b g n d"]
@@ -95,6 +98,7 @@ class KVView:
     seed: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
     module: Any = None
+    call: tuple[Any, Mapping[str, Any]] | None = None
 
     @staticmethod
     def of(keys: Tensor, values: Tensor, queries: Tensor | None = None, **known: Any) -> "KVView":

@@ -15,6 +15,8 @@ from winnow.core.kv_budget import KINDS, KVBudget
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.cache import check_cache
+from winnow.engine.request import Request
+from winnow.engine.versions import cache_of
 
 
 def held_layers(bound: BoundModel) -> tuple[int, ...]:
@@ -40,7 +42,7 @@ def check_model(bound: BoundModel, plan: str) -> None:
         )
 
 
-def hold(bound: BoundModel, plan: BoundPlan, attachment: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def hold(request: Request, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the language model, with a cache whose layers follow the plan.
 
     A cache that was compressed before goes on under the plan that it began with.
@@ -48,6 +50,9 @@ def hold(bound: BoundModel, plan: BoundPlan, attachment: Any, arguments: dict[st
     Raises:
         UnsupportedError: there is no cache, or one of another kind.
     """
+    bound, plan = request.bound, request.plan
+    if not plan.kv:
+        return arguments
     cache = arguments.get(bound.cache_name)
     if cache is None:
         wanted = arguments.get("use_cache")
@@ -64,7 +69,7 @@ def hold(bound: BoundModel, plan: BoundPlan, attachment: Any, arguments: dict[st
     if getattr(cache, "offloading", False):
         raise UnsupportedError("an offloaded cache is not compressed; leave cache_implementation unset.")
     context = Context(
-        attachment,
+        request.attachment,
         tuple(method.slug for method in plan.plan.methods),
         len(bound.layers),
         plan.plan.seed,
@@ -86,6 +91,31 @@ def hold(bound: BoundModel, plan: BoundPlan, attachment: Any, arguments: dict[st
         cache.layers[index] = made
     context.layers = cache.layers
     return arguments
+
+
+def enter_text(request: Request, called: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model without pictures: its base is its language model, and there is nothing but the cache."""
+    request.reached_lm = True
+    given = hold(request, called)
+    new = given.get("input_ids")
+    tell_kinds(request, {**given, "inputs_embeds": given.get("inputs_embeds") if new is None else new})
+    return given
+
+
+def tell_kinds(request: Request, arguments: dict[str, Any]) -> None:
+    """Tell a compressed cache what the tokens of this forward are, where its plan asks."""
+    context = context_of(cache_of(arguments))
+    if context is not None and asks_kinds(request.plan):
+        context.kinds = kinds_of(request.lm, arguments["inputs_embeds"])
+
+
+def show_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before an attention module: its compressed cache takes down what it is called with, where a step asks."""
+    cache = cache_of(kwargs)
+    layers = getattr(cache, "layers", ())
+    layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
+    if isinstance(layer, HeldLayer) and layer.runner.wants_calls:
+        layer.called = {"hidden_states": args[0], **kwargs} if args else dict(kwargs)
 
 
 def context_of(cache: Any) -> Context | None:

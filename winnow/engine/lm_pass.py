@@ -275,10 +275,8 @@ class LMPass:
         wanted = self.plan.listeners.get(Site("lm", layer), ())
         if self.items and wanted:
             if isinstance(k, AttendsItself):
-                raise UnsupportedError(
-                    f"{self.plan.plan} looks at the attention of layer {layer}, whose cache was compressed before "
-                    "these pictures came; start with a new cache."
-                )
+                late = "whose cache was compressed before these pictures came; start with a new cache"
+                raise UnsupportedError(f"{self.plan.plan} looks at the attention of layer {layer}, {late}.")
             with self.request.clock.phase("select"):
                 self._read(wanted, self._inputs(layer, module, q, k, mask))
 

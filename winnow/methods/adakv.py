@@ -55,12 +55,8 @@ class AdaKV(wn.CacheMethod):
         """The method that scores, with the budgets of this one."""
         found: Any = wn.method_of(self.base if isinstance(self.base, str) else ",".join(self.base))
         own, plain = type(found), wn.CacheMethod
-        if not isinstance(found, plain) or own.score is plain.score or "keep" not in own.settings():
-            raise wn.WinnowError(
-                f"adakv: base={found.slug} does not score slots of the cache; name one such as snapkv."
-            )
-        if own.shorten is not plain.shorten:
-            raise wn.WinnowError(f"adakv: base={found.slug} does not keep slots by their scores alone; name another.")
+        if not isinstance(found, plain) or own.score is plain.score or own.shorten is not plain.shorten:
+            raise wn.WinnowError(f"adakv: base={found.slug} does not keep slots by a score; name one such as snapkv.")
         budgets: dict[str, Any] = {"keep": self.keep}
         if "limit" in own.settings():
             budgets |= {"limit": self.limit, "every": self.every}
@@ -75,6 +71,9 @@ class AdaKV(wn.CacheMethod):
     def check(self) -> None:
         _ = self.scorer  # which refuses what cannot be a base
 
+    def ends(self, view: wn.KVView) -> tuple[int, int]:
+        return self.scorer.ends(view)
+
     def budget_now(self, view: wn.KVView) -> wn.KVBudget | None:
         return self.scorer.budget_now(view)
 
@@ -88,7 +87,7 @@ class AdaKV(wn.CacheMethod):
     def shorten(self, view: wn.KVView, keep: wn.KVBudget) -> wn.KVReduce | None:
         if view.moment == "decode":
             return self.scorer.shorten(view, keep)
-        scores, (first, last) = self.score(view), self.scorer.ends(view)
+        scores, (first, last) = self.score(view), self.ends(view)
         alone = wn.best_slots(scores, keep, view, first=first, last=last)
         if alone is None:
             return None

@@ -6,7 +6,7 @@ time for each eviction while decoding.
 Departs from the paper: query heads of one KV head are averaged (the paper stores a cache for each query head). The
 window is 32 and pooling the mean of 5, as the authors' code sets them; their LongBench runs pool by the largest of 7.
 What is decoded stays, as there, unless `limit` is set, and then the last `window` tokens vote again. A budget below the
-window keeps its newest tokens; the authors' code stops.
+window keeps the window; the authors' code stops.
 Departs from the released code: `released` is kvpress's SnapKVPress, which the authors' code equals but for the mean
 over query heads. kvpress computes 1 − ratio in floats and rounds down, so that a ratio of 0.8 keeps 39 of 200 slots:
 `keep=1 - 0.8` does so here, and "20%" keeps 40. It refuses prompts that are no longer than the window.
