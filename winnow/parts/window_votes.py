@@ -3,12 +3,12 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from winnow.core.errors import WinnowError
 from winnow.core.kv import KVView
+from winnow.parts.pooling import pooled_along
 
 Pool = Literal["mean", "max"]
 
@@ -22,14 +22,6 @@ def window_votes(view: KVView, window: int, kernel: int, pool: Pool) -> Float[Te
     votes = view.attention(w).mean(2)
     before = pooled_along(votes[..., : view.n - w], kernel, pool)
     return view.per_kv_head(torch.cat([before, votes[..., view.n - w :]], -1))
-
-
-def pooled_along(x: Float[Tensor, "b h n"], kernel: int, pool: Pool) -> Float[Tensor, "b h n"]:
-    """Pooled over neighbours along the sequence; beyond its ends lie zeros, for the mean, or nothing."""
-    if kernel < 2 or not x.shape[2]:
-        return x
-    pooling = F.avg_pool1d if pool == "mean" else F.max_pool1d
-    return pooling(x, kernel, stride=1, padding=kernel // 2)
 
 
 def check_window(method: str, window: int, kernel: int, limit: int | None) -> None:
