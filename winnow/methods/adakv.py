@@ -13,6 +13,7 @@ drops and hides it behind false keys; here it is gone. The authors' code adds it
 kvpress, and this, see to it that each head has it.
 """
 
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -50,7 +51,7 @@ class AdaKV(wn.CacheMethod):
     def recent(self) -> int:  # type: ignore[override]
         return self.scorer.recent
 
-    @property
+    @cached_property
     def scorer(self) -> wn.CacheMethod:
         """The method that scores, with the budgets of this one."""
         found: Any = wn.method_of(self.base if isinstance(self.base, str) else ",".join(self.base))
