@@ -122,7 +122,7 @@ def check_memory(subject: Subject) -> None:
     settings = {"keep": 32} if subject.has_keep else {}
     for step, _ in _cases(subject, 48, **settings):
         layer = step.at.index or 0
-        small, large = (_largest(step, view_of(layer, n, b=1)) for n in (400, 800))
+        small, large = (_largest(step, view_of(layer, n, b=1, depth=layer + 1)) for n in (400, 800))
         expect(
             large < 3 * max(small, 1) or small < 400 * 400,
             f"{subject.kind.slug}: {small} elements for 400 slots, {large} for twice as many",
@@ -154,10 +154,12 @@ def answer(step: KVStep, view: KVView) -> Any:
 
 def _cases(subject: Subject, n: int, *, b: int = B, **settings: Any) -> Iterator[Case]:
     """The steps that run in a prefill, each with a view of its layer."""
-    for act in subject.acts(**settings):
+    acts = [act for act in subject.acts(**settings) if isinstance(act.step, KVStep)]
+    depth = 1 + max((act.step.at.index or 0 for act in acts), default=0)
+    for act in acts:
         step = act.step
         if isinstance(step, KVStep) and "prefill" in step.when:
-            yield step, replace(view_of(step.at.index or 0, n, b=b), module=act.module)
+            yield step, replace(view_of(step.at.index or 0, n, b=b, depth=depth), module=act.module)
 
 
 def _row(view: KVView, row: int) -> KVView:
