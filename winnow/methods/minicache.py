@@ -1,4 +1,4 @@
-"""MiniCache (arXiv:2405.14366): two neighbouring layers of the upper half store one direction for each token.
+"""MiniCache (arXiv 2405.14366): two neighbouring layers of the upper half store one direction for each token.
 
 Looks at: keys and values of two layers. Cost: a few operations on them for each block, and one product whenever it is
 read. Layers, not tokens, share: of the whole cache at most a quarter is saved, or more with `bits`.

@@ -90,7 +90,7 @@ class Both:
         keys, values = self.keys.read(), self.values.read()
         if self.count == 1:
             return keys, values
-        return tuple(x.unflatten(0, (-1, self.count)).transpose(1, 2).flatten(2, 3) for x in (keys, values))  # type: ignore[return-value]
+        return tuple(x.unflatten(0, (-1, self.count)).transpose(1, 2).flatten(2, 3) for x in (keys, values))
 
     def joined(self, later: Any) -> "Both | None":
         """This block and a later one as one; None where they do not fit."""
