@@ -26,16 +26,37 @@ class Part:
     bias: Tensor | None = None
     counts: tuple[int, ...] | None = None
 
+    @property
+    def unequal_heads(self) -> bool:
+        """Whether the heads of a sample hold unequal numbers, and not samples alone."""
+        if self.counts is None:
+            return False
+        each = len(self.counts) // len(self.group.rows)
+        return any(len(set(self.counts[i : i + each])) > 1 for i in range(0, len(self.counts), each))
+
+    def samples(self) -> "list[Part]":
+        """The part of each sample, where they hold unequal numbers."""
+        if self.counts is None:
+            return [self]
+        each = len(self.counts) // len(self.group.rows)
+        found = []
+        for i, row in enumerate(self.group.rows):
+            own = (self.keys, self.values, self.slots, self.bias)
+            k, v, slots, bias = (None if x is None else x[i : i + 1, :, : self.counts[i * each]] for x in own)
+            found.append(Part(Group((row,)), k, v, slots, bias))  # type: ignore[arg-type]
+        return found
+
 
 def joined(parts: list[Part], heads: int, ragged: bool) -> Dense | Ragged:
     """The store of a layer.
 
     Args:
         heads: KV heads of the layer.
-        ragged: whether it was ragged before.
+        ragged: whether the heads of a sample hold unequal numbers.
     """
-    if ragged or any(part.counts is not None for part in parts):
+    if ragged:
         return _ragged(parts, heads)
+    parts = [own for part in parts for own in part.samples()]
     if len(parts) == 1:
         only = parts[0]
         return Dense(only.keys, only.values, None, only.bias, only.slots.to(torch.int32), grows=True)

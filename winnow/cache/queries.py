@@ -21,19 +21,14 @@ class Asked:
         query: `[B, H, q, d]`.
         mask: the model's own.
         kwargs: that attention functions are told.
+        called: with which the module itself was called, where a step asks.
     """
 
     module: nn.Module
     query: Tensor
     mask: Any
     kwargs: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        if self.kwargs.get("s_aux") is not None:
-            raise UnsupportedError(
-                f"{type(self.module).__name__} attends with sinks (s_aux), which methods of the cache do not know; "
-                "use a plan without them."
-            )
+    called: dict[str, Any] | None = None
 
     @property
     def scaling(self) -> float:
@@ -71,6 +66,36 @@ class Asked:
         if bool((own == torch.ones_like(own[0]).tril()).all()):
             return query, None, fresh
         return query, torch.cat([own.new_ones(*own.shape[:2], n - fresh), own], 2), fresh
+
+    def call_of(self, group: Group, fresh: int) -> tuple[Any, dict[str, Any]]:
+        """The module, and what it was called with for a group's real new tokens."""
+        if self.called is None:
+            raise UnsupportedError(
+                f"what {type(self.module).__name__} is called with was not seen; call detach() on the handle and "
+                "compress again."
+            )
+        new = self.query.shape[2]
+
+        def own(x: Tensor) -> Tensor:
+            """`[b, fresh, …]` of `[B or 1, q, …]`."""
+            x = x.expand(self.query.shape[0], *x.shape[1:])[torch.tensor(group.rows, device=x.device)]
+            if group.index is None:
+                return x[:, -fresh:]
+            columns = (group.index[:, -fresh:] - (int(group.index.max()) + 1 - new)).to(x.device)
+            return x.gather(1, columns[..., None].expand(-1, -1, x.shape[2]))
+
+        call = {**self.called, "hidden_states": own(self.called["hidden_states"])}
+        embeddings = call.get("position_embeddings")
+        if isinstance(embeddings, tuple) and all(e.ndim == 3 for e in embeddings):
+            call["position_embeddings"] = tuple(own(e) for e in embeddings)
+        return self.module, call
+
+    def sinks_of(self, group: Group, store: Any) -> Tensor | None:
+        """`[H]` the logits of the module's sinks, for the heads of a group."""
+        sinks = self.kwargs.get("s_aux")
+        if sinks is None or group.heads is None:
+            return sinks
+        return sinks.unflatten(0, (store.heads, -1))[list(group.heads)].flatten()
 
     @staticmethod
     def _rows(query: Tensor, group: Group, store: Any) -> Tensor:

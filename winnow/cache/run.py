@@ -16,8 +16,9 @@ from winnow.cache.queries import Asked
 from winnow.cache.ragged import Ragged
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.kv import Codec, KVStep, KVView, Moment
+from winnow.core.packing import Packing
 from winnow.core.reduction import Reduction
-from winnow.core.step import Action, Attend, KVReduce, Observe, Repose
+from winnow.core.step import Action, Attend, Follow, KVReduce, Observe, Repose
 
 Answers = list[tuple[Group, KVView, Action]]
 
@@ -34,42 +35,54 @@ class Runner:
         self.layer, self.steps, self.memory = layer, steps, Memory()
         self.queries: Tensor | None = None
         self._recent = max((step.recent for _, step in steps), default=0)
+        self._calls = any(step.calls for _, step in steps)
         self._moments = {moment for _, step in steps for moment in step.when}
+
+    @property
+    def wants_calls(self) -> bool:
+        """Whether a step wants what the attention module is called with."""
+        return self._calls
 
     def acts(self, moment: Moment) -> bool:
         """Whether any step looks at this moment, or wants to have seen its queries later."""
         return moment in self._moments or (moment == "prefill" and "before" in self._moments) or self._recent > 0
 
-    def before(self, asked: Asked) -> list[tuple[Group, Reduction]]:
-        """The rows that are computed in this prefill, where a step says so; empty: all."""
-        found: list[tuple[Group, Reduction]] = []
+    def before(self, asked: Asked) -> list[tuple[Group, Reduction | None]]:
+        """The rows that are computed in this prefill, where a step says so (None: all of a group); empty: all."""
+        found: list[tuple[Group, Reduction | None]] = []
         for number, step in self.steps:
             if "before" not in step.when:
                 continue
             for group, _, action in self._answers(number, step, "before", asked):
-                if isinstance(action, Attend):
-                    found.append((group, action.rows))
-                elif not isinstance(action, Observe):
+                if not isinstance(action, Attend | Observe):
                     raise WinnowError(
                         f"{self._slug(number)}: before a layer attends, a step returns Attend or Observe."
                     )
-        return found
+                found.append((group, action.rows if isinstance(action, Attend) else None))
+        return found if any(rows is not None for _, rows in found) else []
 
-    def sparse(self, rows: list[tuple[Group, Reduction]], plain: Any, asked: Asked, rest: Any) -> Any:
+    def sparse(self, rows: list[tuple[Group, Reduction | None]], plain: Any, asked: Asked, rest: Any) -> Any:
         """Attention among some rows alone; the others get zeros, and go on with what they are."""
         args, kwargs = rest
-        module, query = asked.module, asked.query
+        kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}  # those of all rows
+        module, query, mask = asked.module, asked.query, asked.mask
         keys, values = self.layer.store.read()
+        start = keys.shape[2] - query.shape[2]
+        columns = torch.arange(keys.shape[2], device=keys.device)
         out = None
         for group, chosen in rows:
             for lane, row in enumerate(group.rows):
-                index = chosen.lane(lane).index
-                own = index if group.index is None else group.index[lane][index]
-                q, k, v = (x[row : row + 1, :, own] for x in (query, keys, values))
-                part = plain(module, q, k, v, None, *args, **kwargs)[0]
+                own = columns if group.index is None else group.index[lane]
+                own = own if chosen is None else own[chosen.lane(lane).index]
+                new = own[own >= start] - start
+                q, k, v = query[row : row + 1, :, new], keys[row : row + 1, :, own], values[row : row + 1, :, own]
+                part_mask = None  # of two axes, it tells of padding alone, and none is left
+                if mask is not None and mask.ndim == 4:
+                    part_mask = mask[row if mask.shape[0] > 1 else 0][None, :, new][..., own]
+                part = plain(module, q, k, v, part_mask, *args, **kwargs)[0]
                 if out is None:
                     out = part.new_zeros(query.shape[0], query.shape[2], *part.shape[2:])
-                out[row, own] = part[0]
+                out[row, new] = part[0]
         return out, None
 
     def run(self, moment: Moment, asked: Asked) -> None:
@@ -93,7 +106,7 @@ class Runner:
             view = self._view(group, number, moment, asked, recent)
             state = self.memory.of(number, group, view.n)
             with torch.no_grad():
-                action, after = step.act(view, state)  # type: ignore[arg-type]
+                action, after = step.act(view, state)
             self.memory.put(number, group, after)
             layer.context.note(view.notes)
             found.append((group, view, action))
@@ -122,11 +135,13 @@ class Runner:
             allowed,
             layer.token_bytes,
             asked.kwargs.get("softcap"),
+            asked.sinks_of(group, store),
             self._below(group),
             context.rotary,
             context.seed,
             {},
             context.modules.get(number),
+            asked.call_of(group, fresh) if self._calls and moment == "prefill" else None,
         )
 
     def _below(self, group: Group) -> tuple[Tensor, Tensor] | None:
@@ -142,7 +157,11 @@ class Runner:
         return self.layer.context.methods[number]
 
     def _apply(self, number: int, answers: Answers) -> None:
-        if all(isinstance(action, Observe) for *_, action in answers):
+        for index in {i for *_, action in answers if isinstance(action, Follow) for i in action.layers}:
+            other: Any = self.layer.context.layers[index]
+            if hasattr(other, "runner") and self.layer.read_now is not None:
+                other.runner.follow(number, self.layer.read_now[0])
+        if all(isinstance(action, Observe | Follow) for *_, action in answers):
             return
         layer, store = self.layer, self.layer.store
         if any(isinstance(action, Codec) for *_, action in answers):
@@ -155,16 +174,34 @@ class Runner:
             )
         heads = store.heads
         parts = [self._part(number, group, view, action) for group, view, action in answers]
+        ragged = isinstance(store, Ragged) or any(part.unequal_heads for part in parts)
         for part in parts:
             if part.counts is not None:
-                self.memory.split(part.group, part.counts, heads)
-        layer.cut(joined(parts, heads, isinstance(store, Ragged)))
+                self.memory.split(part.group, part.counts, heads, ragged)
+        layer.cut(joined(parts, heads, ragged))
+
+    def follow(self, number: int, left: Packing) -> None:
+        """Of what this layer read in this forward, the tokens of another layer alone stay."""
+        layer, own = self.layer, self.layer.read_now[0]
+        if own.sizes == left.sizes:
+            return
+        layer.mark_padding()
+        stays = torch.zeros_like(left.real).scatter(1, left.source, left.mask).gather(1, own.source)
+        first, answers = layer.seen - own.width, []
+        for group in groups_of(layer.store, None, layer.seen):
+            keys, values, slots, _ = parts_of(layer.store, group, layer.seen)
+            new = slots.long() - first
+            rows = stays.to(new.device)[torch.tensor(group.rows, device=new.device)]
+            kept = (new < 0) | rows[:, None].expand(-1, new.shape[1], -1).gather(2, new.clamp_min(0))
+            chosen = Reduction.select(kept)
+            answers.append((group, KVView(keys, values, keys[:, :, :0], 1.0), KVReduce(chosen, chosen)))
+        self._apply(number, answers)  # type: ignore[arg-type]
 
     def _part(self, number: int, group: Group, view: KVView, action: Action) -> Part:
         """What an action leaves of a group."""
         _, _, slots, bias = parts_of(self.layer.store, group, self.layer.seen)
         match action:
-            case Observe():
+            case Observe() | Follow():
                 return Part(group, view.keys, view.values, slots, bias)
             case Repose(positions=shift):
                 shift = shift[:, None].expand(-1, view.heads, -1) if shift.ndim == 2 else shift
@@ -180,7 +217,7 @@ class Runner:
                 return Part(group, k.apply(view.keys), v.apply(view.values), slots.gather(2, at), bias, k.counts)
             case _:
                 raise WinnowError(
-                    f"{self._slug(number)}: a step at kv returns KVReduce, Codec, Repose or Observe, "
+                    f"{self._slug(number)}: a step at kv returns KVReduce, Codec, Repose, Follow or Observe, "
                     f"got {type(action).__name__}."
                 )
 

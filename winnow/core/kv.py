@@ -3,7 +3,7 @@
 A view holds real slots only, in the order in which they were read; the engine groups samples so that nothing is padded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,10 +28,12 @@ class KVStep(Step):
     Attributes:
         when: the moments at which it runs.
         recent: queries of earlier forwards that it wants while decoding, beside the one of this token.
+        calls: whether it wants what the attention module was called with; it is then given every sample by itself.
     """
 
     when: tuple[Moment, ...] = ("prefill",)
     recent: int = 0
+    calls: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,14 @@ class KVView:
         allowed: `[b, q, N]` which slots each query reads, where that is not simply what came before.
         slot_bytes: bytes of one slot of all heads and of all samples of the batch.
         softcap: the bound of logits, where the model has one.
+        sinks: `[H]` logits of a key that is nowhere, which takes its share of the attention; None where there is none.
         below: keys and values of the layer before, where both hold the same slots.
         rotary: turns keys by positions; None where the model's positions are not understood.
         seed: seeds this view's own random numbers.
         notes: counts for the ledger.
         module: what the method's `build` made.
-        reader: the number of the group of samples, for methods that keep something beside their state.
+        call: the attention module and what it was called with, where the step asks; hidden states and rotary embeddings
+            of the real tokens alone.
     """
 
     keys: Float[Tensor, "b g n d"]
@@ -93,11 +97,13 @@ class KVView:
     allowed: Bool[Tensor, "b q n"] | None = None
     slot_bytes: int = 0
     softcap: float | None = None
+    sinks: Float[Tensor, " h"] | None = None
     below: tuple[Tensor, Tensor] | None = None
     rotary: Any = None
     seed: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
     module: Any = None
+    call: tuple[Any, Mapping[str, Any]] | None = None
 
     @staticmethod
     def of(keys: Tensor, values: Tensor, queries: Tensor | None = None, **known: Any) -> "KVView":
@@ -141,22 +147,25 @@ class KVView:
         q = self.queries.shape[2]
         return q if window is None else min(window, q)
 
-    def visible(self, window: int | None = None) -> Bool[Tensor, "#b w n"]:
-        """Which slots each of the last `window` queries reads."""
-        w = self.rows(window)
+    def visible(self, window: int | None = None, at: Int[Tensor, " w"] | None = None) -> Bool[Tensor, "#b w n"]:
+        """Which slots each of the last `window` queries reads, or each of those that stand at `at`."""
+        q = self.queries.shape[2]
+        rows = torch.arange(q - self.rows(window), q, device=self.keys.device) if at is None else at
         if self.allowed is not None:
-            return self.allowed[:, -w:]
-        last = torch.arange(self.n - w, self.n, device=self.keys.device)
-        return (torch.arange(self.n, device=self.keys.device) <= last[:, None])[None]
+            return self.allowed[:, rows]
+        return (torch.arange(self.n, device=self.keys.device) <= (self.n - q + rows)[:, None])[None]
 
-    def attention(self, window: int | None = None, heads: Sequence[int] | None = None) -> Float[Tensor, "b h w n"]:
+    def attention(
+        self, window: int | None = None, heads: Sequence[int] | None = None, at: Int[Tensor, " w"] | None = None
+    ) -> Float[Tensor, "b h w n"]:
         """Attention of the last `window` queries over all slots, softmaxed in fp32.
 
         Args:
             heads: query heads; all by default.
+            at: places of other queries, in the place of the last ones.
         """
-        w = self.rows(window)
-        return self._attention(self.queries[:, :, -w:], self.visible(w), heads)
+        queries = self.queries[:, :, -self.rows(window) :] if at is None else self.queries[:, :, at]
+        return self._attention(queries, self.visible(window, at), heads)
 
     def _attention(self, queries: Tensor, visible: Tensor, heads: Sequence[int] | None = None) -> Tensor:
         keys = self.keys
@@ -170,7 +179,12 @@ class KVView:
         logits = logits.float() * self.scaling
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits.masked_fill_(~visible[:, None], -torch.inf).softmax(-1)
+        logits = logits.masked_fill_(~visible[:, None], -torch.inf)
+        if self.sinks is None:
+            return logits.softmax(-1)
+        sinks = self.sinks if heads is None else self.sinks[torch.as_tensor(heads, device=logits.device)]
+        taken = sinks.float()[None, :, None, None].expand(*logits.shape[:3], 1)
+        return torch.cat([logits, taken], -1).softmax(-1)[..., :-1]
 
     def mass(self, window: int | None = None) -> Float[Tensor, "b h n"]:
         """Attention that each slot got from the last `window` queries in all, summed over them in chunks of rows.

@@ -45,7 +45,7 @@ class KVBudget:
                 raise WinnowError(f"keep={value!r} keeps nothing; {_ALLOWED}.")
         elif self.is_mass:
             if not 0 < self.mass <= 1:
-                raise WinnowError(f"keep={value!r}: the mass is a number above 0 and up to 1.")
+                raise WinnowError(f"keep={value!r}: the mass is above 0 and at most 1; {_ALLOWED}.")
         else:
             try:
                 plain = Budget(value).value
@@ -106,10 +106,10 @@ class KVBudget:
             for kind in names:
                 if kind not in KINDS or kind in found:
                     what = "is named twice" if kind in found else f"is not one of {', '.join(KINDS)}, visual"
-                    raise WinnowError(f"keep={list(self.value)!r}: {kind!r} {what}.")  # type: ignore[arg-type]
+                    raise WinnowError(f"keep={self}: {kind!r} {what}; {_ALLOWED}.")
                 found[kind] = KVBudget(_none_or(amount.strip()))
                 if found[kind].is_bytes or found[kind].is_mass:
-                    raise WinnowError(f"keep={list(self.value)!r}: a kind has a count or a share, not {amount!r}.")  # type: ignore[arg-type]
+                    raise WinnowError(f"keep={self}: a kind has a count or a share, not {amount!r}; {_ALLOWED}.")
         return found
 
     def of(self, n: int, fresh: int, *, layer: int, depth: int, slot_bytes: int = 0) -> int:
@@ -151,5 +151,5 @@ def _number(text: str) -> Fraction:
 def _none_or(amount: str) -> str | int:
     """`0` and `0%` keep none of a kind; every other amount is as a budget takes it."""
     if re.fullmatch(r"0+(\.0*)?%?", amount):
-        raise WinnowError("a kind keeps at least one token; name a small count or share, such as 1%.")
+        raise WinnowError("a kind keeps at least one token; name a small count or share, such as 1%; " + _ALLOWED + ".")
     return int(amount) if amount.isdigit() else amount

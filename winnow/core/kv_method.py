@@ -68,7 +68,7 @@ class CacheMethod(Method):
         decodes = self.decodes or getattr(self, "limit", None) is not None
         when: tuple[Moment, ...] = ("prefill", "decode") if decodes else ("prefill",)
         recent = self.recent if decodes else 0
-        return tuple(KVStep(Point("kv", k), self.evict, when=when, recent=recent) for k in range(info.depth))  # type: ignore[arg-type]
+        return tuple(KVStep(Point("kv", k), self.evict, when=when, recent=recent) for k in range(info.depth))
 
     @classmethod
     def takes_budgets(cls) -> bool:

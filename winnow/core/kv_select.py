@@ -25,7 +25,8 @@ def best_slots(
     Equal scores: the earlier slot. NaN counts as the lowest score.
 
     Args:
-        first, last: slots at either end that stay whatever they score (sinks, and a window). They count in the budget.
+        first, last: slots at either end that stay whatever they score (sinks, and a window). They count in the budget,
+            and where it is smaller than they are, they win.
     """
     if keep.is_all:
         return None
@@ -37,10 +38,9 @@ def best_slots(
     if keep.is_kinds:
         return _by_kind(scores, keep, view, ends)
     count = _of_mass(scores, keep.mass, view, ends) if keep.is_mass else view.budget(keep)
+    count = max(count, int(ends.sum()))
     if count >= n:
         return None
-    if count < first + last:  # the window goes before the sinks
-        ends[: max(0, first - max(0, count - last))] = True
     return keep_slots(Reduction.select(top_slots(scores.masked_fill(ends, torch.inf), count), n))
 
 
@@ -74,6 +74,7 @@ def _by_kind(scores: Tensor, keep: KVBudget, view: KVView, ends: Tensor) -> KVRe
         n = int(mine[0, 0].sum())
         fresh = min(n, int(mine[0, 0, view.n - view.fresh :].sum()))
         count = own.of(n, fresh, layer=view.layer, depth=view.depth) if n else 0
+        count = max(count, int((ends & mine[0, 0]).sum()))
         if count >= n:
             continue
         order = _ranked(scores.masked_fill(ends, torch.inf).masked_fill(~mine, -torch.inf))[..., :count]

@@ -26,7 +26,7 @@ from winnow.engine.cross_pass import CrossPass
 from winnow.engine.encoding import record_of
 from winnow.engine.forward import encodings_of, positions_of_later_turn, start_lm
 from winnow.engine.hooks import ForwardMethod, Hook
-from winnow.engine.kv import asks_kinds, check_model, context_of, held_layers, hold, kinds_of
+from winnow.engine.kv import check_model, enter_text, held_layers, hold, show_call, tell_cache
 from winnow.engine.ledgers import text_ledger, write_ledger
 from winnow.engine.question import QuestionReader
 from winnow.engine.request import Attachment, Ledgers, Override, Request, request_now
@@ -223,10 +223,13 @@ class Engine:
             for site in (site for site in behind if site not in self._tapped):
                 self._tapped.add(site)
                 self._removers.append(self._listener(site))
-        for site in (Site("lm", layer) for layer in (held_layers(self.bound) if plan.kv else ())):
-            if site not in self._tapped:  # a compressed cache attends by itself, and is asked there
+        for layer in held_layers(self.bound) if plan.kv else ():
+            if (site := Site("lm", layer)) not in self._tapped:  # a compressed cache attends where it is tapped
                 self._tapped.add(site)
                 self._removers.append(self._listener(site))
+            if any(step.calls for _, step in plan.kv.get(layer, ())):  # type: ignore[attr-defined]
+                attention = self.bound.attention_of(layer)
+                self._hook(attention.register_forward_pre_hook(Hook(show_call), with_kwargs=True))
         for layer, wanted in plan.probed.items():
             attends = any(signal.site(self.bound.info).shows == "attention" for signal in wanted)
             if attends and Site("lm", layer) not in self._tapped:
@@ -346,7 +349,7 @@ class Engine:
         read = Rereading(request, state, cache) if again else None
         request.called = called if read is None else read.whole(called)
         if self.bound.lm is self.bound.base:
-            request.called = self._enter_text(request, request.called)
+            request.called = enter_text(request, without_cache(self.bound, request.called))
         with self._opened(request):
             try:
                 with request.clock.phase("decode" if held else "prefill"):
@@ -410,9 +413,9 @@ class Engine:
         if kwargs.get("inputs_embeds") is None:
             return None
         given = without_cache(self.bound, kwargs) if request.plan.plan.methods else kwargs
-        given = self._hold(request, given)
+        given = hold(request, given)
         request.lm = start_lm(request, given)
-        self._mark(request, given)
+        tell_cache(request, given)
         if request.lm is None:
             return None if given is kwargs else (args, given)
         changed = request.lm.enter(given)
@@ -421,30 +424,6 @@ class Engine:
         if first is not None:
             self._use_layers(request, first)
         return None if changed is kwargs else (args, changed)
-
-    def _enter_text(self, request: Request, called: dict[str, Any]) -> dict[str, Any]:
-        """A model without pictures: its base is its language model, and there is nothing but the cache."""
-        request.reached_lm = True
-        given = without_cache(self.bound, called) if request.plan.plan.methods else called
-        given = self._hold(request, given)
-        context = context_of(cache_of(given))
-        if context is not None and asks_kinds(request.plan):
-            new = given.get("input_ids")
-            new = given["inputs_embeds"] if new is None else new
-            context.kinds = kinds_of(None, new)
-        return given
-
-    def _hold(self, request: Request, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Put the layers of the cache in place, where the plan compresses it."""
-        if not request.plan.kv:
-            return arguments
-        return hold(self.bound, request.plan, self.attachment, arguments)
-
-    def _mark(self, request: Request, arguments: dict[str, Any]) -> None:
-        """Tell a compressed cache what the tokens of this forward are, where it asks."""
-        context = context_of(arguments.get(self.bound.cache_name))
-        if context is not None and asks_kinds(request.plan):
-            context.kinds = kinds_of(request.lm, arguments["inputs_embeds"])
 
     def _leave_lm(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Give outputs their logical length back, and write the ledger."""

@@ -12,9 +12,12 @@ from winnow.cache.layer import HeldLayer
 from winnow.cache.rotary import Rotary
 from winnow.core.errors import UnsupportedError
 from winnow.core.kv_budget import KINDS, KVBudget
+from winnow.core.packing import Packing
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.cache import check_cache
+from winnow.engine.request import Request
+from winnow.engine.versions import cache_of
 
 
 def held_layers(bound: BoundModel) -> tuple[int, ...]:
@@ -34,13 +37,16 @@ def check_model(bound: BoundModel, plan: str) -> None:
             f"{plan} compresses the cache, and some layers of {bound.info.model} read the keys of others; use a method "
             "that acts before the language model or in its layers."
         )
+    own = getattr(bound.model, "_supports_default_dynamic_cache", None)
+    if own is not None and not own():
+        raise UnsupportedError(f"{plan} compresses the cache, and {bound.info.model} has a cache of another kind.")
     if not held_layers(bound):
         raise UnsupportedError(
             f"{plan} compresses the cache of layers that attend to everything before; {bound.info.model} has none."
         )
 
 
-def hold(bound: BoundModel, plan: BoundPlan, attachment: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def hold(request: Request, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the language model, with a cache whose layers follow the plan.
 
     A cache that was compressed before goes on under the plan that it began with.
@@ -48,10 +54,15 @@ def hold(bound: BoundModel, plan: BoundPlan, attachment: Any, arguments: dict[st
     Raises:
         UnsupportedError: there is no cache, or one of another kind.
     """
+    bound, plan = request.bound, request.plan
+    if not plan.kv:
+        return arguments
     cache = arguments.get(bound.cache_name)
     if cache is None:
         wanted = arguments.get("use_cache")
         if not (bound.lm.config.use_cache if wanted is None else wanted):
+            if not plan.needs_cache:
+                return arguments
             raise UnsupportedError(
                 f"{plan.plan} compresses the KV cache, and this call has none (use_cache=False); leave use_cache on, "
                 "or use handle.using('full') for it."
@@ -64,7 +75,7 @@ def hold(bound: BoundModel, plan: BoundPlan, attachment: Any, arguments: dict[st
     if getattr(cache, "offloading", False):
         raise UnsupportedError("an offloaded cache is not compressed; leave cache_implementation unset.")
     context = Context(
-        attachment,
+        request.attachment,
         tuple(method.slug for method in plan.plan.methods),
         len(bound.layers),
         plan.plan.seed,
@@ -88,6 +99,33 @@ def hold(bound: BoundModel, plan: BoundPlan, attachment: Any, arguments: dict[st
     return arguments
 
 
+def enter_text(request: Request, called: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model without pictures: its base is its language model, and there is nothing but the cache."""
+    request.reached_lm = True
+    given = hold(request, called)
+    new = given.get("input_ids")
+    tell_cache(request, {**given, "inputs_embeds": given.get("inputs_embeds") if new is None else new})
+    return given
+
+
+def tell_cache(request: Request, arguments: dict[str, Any]) -> None:
+    """Tell a compressed cache which tokens its layers read in this forward and, where its plan asks, what they are."""
+    context = context_of(cache_of(arguments))
+    if context is not None:
+        context.reads = reads_of(request.lm)
+    if context is not None and asks_kinds(request.plan):
+        context.kinds = kinds_of(request.lm, arguments["inputs_embeds"])
+
+
+def show_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before an attention module: its compressed cache takes down what it is called with, where a step asks."""
+    cache = cache_of(kwargs)
+    layers = getattr(cache, "layers", ())
+    layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
+    if isinstance(layer, HeldLayer) and layer.runner.wants_calls:
+        layer.called = {"hidden_states": args[0], **kwargs} if args else dict(kwargs)
+
+
 def context_of(cache: Any) -> Context | None:
     """What the layers of a compressed cache share; None where it is a plain one."""
     layer = next((layer for layer in getattr(cache, "layers", ()) if isinstance(layer, HeldLayer)), None)
@@ -103,6 +141,15 @@ def asks_kinds(plan: BoundPlan) -> bool:
     """Whether a budget of the plan depends on what each token is."""
     found = (getattr(method, name) for method in plan.plan.methods for name in method.settings())
     return any(isinstance(value, KVBudget) and value.is_kinds for value in found)
+
+
+def reads_of(lm: Any) -> Callable[[int], tuple[Packing, Tensor | None]] | None:
+    """What tells a layer that runs now which tokens it reads, and which of its older slots are real.
+
+    Args:
+        lm: the pass; None where every layer reads all.
+    """
+    return None if lm is None else lambda index: (lm.tokens.packing, lm.past_mask(lm.past(index)))
 
 
 def kinds_of(lm: Any, embeds: Tensor) -> Callable[[], Tensor]:

@@ -1,8 +1,10 @@
-"""SnapKV (arXiv:2404.14469): keeps the cache slots that the last tokens of the prompt attend to.
+"""SnapKV (arXiv 2404.14469): keeps the cache slots that the last tokens of the prompt attend to.
 
 Looks at: attention of the last `window` queries. Cost: `window` rows of attention in each layer, once.
 
 Departs from the paper: query heads of one KV head are averaged (the paper stores a cache for each query head).
+
+Departs from the released code: the window stays in the order of the prompt, like all that is kept.
 """
 
 from typing import Literal
