@@ -51,7 +51,7 @@ class MiniCache(wn.CacheMethod):
                 f"minicache: start={start}: pairs begin in layers {-(-info.depth // 4)} … {info.depth - 2} of the "
                 f"{info.depth} of {info.model}; lower ones differ too much to be merged."
             )
-        return tuple(wn.KVStep(wn.Point("kv", k), self.evict) for k in range(start + 1, info.depth, 2))  # type: ignore[arg-type]
+        return tuple(wn.KVStep(wn.Point("kv", k), self.evict) for k in range(start + 1, info.depth, 2))
 
     def evict(self, view: wn.KVView, state: wn.State) -> tuple[wn.Action, wn.State]:
         if self.gamma == 1:
