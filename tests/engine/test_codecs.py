@@ -176,7 +176,7 @@ def test_what_two_layers_share_is_held_once_also_after_samples_moved() -> None:
                 shared = [getattr(block.keys, "shared", None) for lot in (a, b) for block in lot.blocks]
                 assert isinstance(shared[0], Shared)
                 assert shared[0] is shared[1]
-                assert not shared[0].moved
+                assert not shared[0].made
         lots = [lot for k in (2, 3) for lot in cache.layers[k].store.lots]
         slots = 2 * (12 + 20 + 20)
         found = {x.data_ptr(): x.nbytes for lot in lots for block in lot.blocks for x in block.tensors()}
@@ -203,3 +203,23 @@ def test_a_codec_has_no_budget() -> None:
     assert not CoarseCache.takes_budgets()
     with pytest.raises(WinnowError, match="no setting `keep`"):
         CoarseCache().at_budget(16, 64)
+
+
+@torch.no_grad()
+def test_later_blocks_are_one_and_two_layers_go_on_sharing_them() -> None:
+    model, inputs = kvhand.text_model("llama", layers=4), kvhand.prompt((20, 12))
+    with winnow.compress(model, "minicache:gamma=0,start=2"):
+        cache = kvhand.written(model, inputs, STEPS[:2]).past_key_values
+    for a, b in zip(*(cache.layers[k].store.lots for k in (2, 3)), strict=True):
+        assert [block.length for block in a.blocks] == [a.length - 10, 10]
+        for one, other in zip(a.blocks, b.blocks, strict=True):
+            assert one.keys.shared is other.keys.shared
+            assert not one.keys.shared.made
+
+
+@torch.no_grad()
+def test_blocks_hold_no_graph() -> None:
+    model = kvhand.text_model("llama", layers=4)
+    with winnow.compress(model, "a-coarse-cache"), torch.enable_grad():
+        cache = model(**kvhand.prompt((20,))).past_key_values
+    assert not any(x.requires_grad for lot in cache.layers[0].store.lots for b in lot.blocks for x in b.tensors())
