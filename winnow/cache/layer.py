@@ -42,7 +42,12 @@ class Held(AttendsItself):
         return self.layer.attend(self.new, plain, module, query, mask, args, kwargs)
 
     def shown(self) -> tuple[Any, Any]:
-        return (self, self) if self.layer.changed else self.new
+        store = self.layer.store
+        if not self.layer.changed:
+            return store.read()  # type: ignore[union-attr]
+        if not isinstance(store, Dense) or store.bias is not None:
+            return self, self
+        return tuple(torch.cat(pair, 2) for pair in zip(store.read(), self.new, strict=True))  # type: ignore[return-value]
 
     def __getattr__(self, name: str) -> Any:
         raise UnsupportedError(
