@@ -29,6 +29,9 @@ class SmallKeys(CacheMethod):
 
     keep: KVBudget = KVBudget("20%")
 
+    def steps(self, info):
+        return super().steps(info)[1:]  # the first layer is left alone
+
     def score(self, view: KVView) -> torch.Tensor:
         return -view.keys.float().norm(dim=-1)
 
@@ -230,10 +233,13 @@ def test_a_later_turn_keeps_heads_of_unequal_length():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("build", "base"), [("llama", "pyramidkv:window=2"), ("qwen2_5_vl", "small-keys-first")])
+@pytest.mark.parametrize(
+    ("build", "base"), [("llama", "pyramidkv:window=2"), ("llama", "kvpress"), ("qwen2_5_vl", "small-keys-first")]
+)
 def test_any_base_that_ranks(build, base):
     model, inputs, _ = kvdecode.model_and_inputs(build)
-    kvdecode.check_against_masked(model, inputs, f"adakv:base={base},keep=40%", TOKENS[:, :3])
+    _, gone = kvdecode.check_against_masked(model, inputs, f"adakv:base={base},keep=40%", TOKENS[:, :3])
+    assert min(layer for layer, _ in gone) == (1 if base == "small-keys-first" else 0)
 
 
 def test_a_fifth_of_the_slots_is_a_fifth_of_the_bytes():
