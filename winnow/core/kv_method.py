@@ -72,6 +72,12 @@ class CacheMethod(Method):
         recent = self.recent if decodes else 0
         return tuple(KVStep(Point("kv", k), self.evict, when=when, recent=recent) for k in range(info.depth))
 
+    @classmethod
+    def takes_budgets(cls) -> bool:
+        return "keep" in cls.settings()
+
     def at_budget(self, budget, content):
         """The same method at another budget of the cache."""
+        if not self.takes_budgets():  # a codec, whose slots all stay
+            return super().at_budget(budget, content)
         return self.replace(keep=KVBudget.parse(budget))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from winnow.cache.rotary import Rotary
 from winnow.core.kv import Codec, KVStep, KVView
 from winnow.core.kv_budget import KVBudget
 from winnow.core.step import KVReduce, Observe, State
@@ -16,6 +17,7 @@ from winnow.testing.largest import Largest
 from winnow.testing.subject import Subject, expect
 
 B, G, GROUP, D = 2, 2, 2, 16
+ROTARY = Rotary(10000.0 ** (-torch.arange(0, D, 2) / D))
 Case = tuple[KVStep, KVView]
 
 
@@ -25,7 +27,7 @@ def view_of(layer: int, n: int, *, b: int = B, seed: int = 0, depth: int = 3) ->
     keys, values = (torch.randn(b, G, n, D, generator=generator) for _ in range(2))
     queries = torch.randn(b, G * GROUP, n, D, generator=generator)
     below = tuple(torch.randn(b, G, n, D, generator=generator) for _ in range(2))
-    return KVView.of(keys, values, queries, layer=layer, depth=depth, below=below if layer else None)
+    return KVView.of(keys, values, queries, layer=layer, depth=depth, below=below if layer else None, rotary=ROTARY)
 
 
 def check_counts(subject: Subject) -> None:
