@@ -84,7 +84,7 @@ def test_kvpress_fails_for_a_stub():
 
 
 @pytest.mark.system("adakv", "exact")
-@pytest.mark.parametrize("base", ["snapkv:window=6", "snapkv:window=6,kernel=1", "tova", "small-keys-first"])
+@pytest.mark.parametrize("base", ["snapkv:window=6", "snapkv:window=6,kernel=1", "tova", "small-keys-first", "h2o"])
 def test_in_all_as_much_as_equal_heads_with_a_floor_and_never_less_of_the_score(base):
     for seed, floor in enumerate((0, 0.2, 0.5, 1)):
         queries, keys = kvpress.random_layer(seed, 100, heads=8, groups=4)
@@ -143,6 +143,12 @@ def test_kinds_and_mass_are_budgets_too():
     mass = KVBudget("mass=0.8")
     alone = SnapKV(window=4).shorten(view, mass)
     assert sum(map(len, kept(AdaKV(base="snapkv:window=4", keep=mass).evict(view, State())[0]))) == 2 * alone.k.m
+
+
+def test_what_merges_or_weighs_is_no_base():
+    view = view_of(*kvpress.random_layer(5, 60))
+    with pytest.raises(WinnowError, match="does more than keep"):
+        AdaKV(base="ems", keep=20).evict(view, State())
 
 
 def test_broken_scores_come_last_and_a_full_budget_changes_nothing():

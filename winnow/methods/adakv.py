@@ -52,16 +52,11 @@ class AdaKV(wn.CacheMethod):
         """The method that scores, with the budgets of this one."""
         found: Any = wn.method_of(self.base if isinstance(self.base, str) else ",".join(self.base))
         own, plain = type(found), wn.CacheMethod
-        if not isinstance(found, plain) or own.score is plain.score or own.shorten is not plain.shorten:
+        if not isinstance(found, plain) or own.score is plain.score or own is AdaKV:
             raise wn.WinnowError(f"adakv: base={found.slug} does not keep slots by a score; name one such as snapkv.")
-        budgets: dict[str, Any] = {"keep": self.keep}
-        if "limit" in own.settings():
-            budgets |= {"limit": self.limit, "every": self.every}
+        budgets = {name: getattr(self, name) for name in ("keep", "limit", "every") if name in own.settings()}
         if self.limit is not None and ("limit" not in own.settings() or own.evict is not plain.evict):
-            raise wn.WinnowError(
-                f"adakv: limit={self.limit}, but base={found.slug} does not score decoded tokens by what it sees then; "
-                "leave limit unset, or name a base such as snapkv."
-            )
+            raise wn.WinnowError(f"adakv: limit={self.limit}, which base={found.slug} cannot keep; leave limit unset.")
         scorer: wn.CacheMethod = found.replace(**budgets)
         return scorer
 
@@ -89,9 +84,14 @@ class AdaKV(wn.CacheMethod):
         if view.moment == "decode":
             return self.scorer.shorten(view, keep)
         scores, (first, last) = self.score(view), self.ends(view)
-        alone = wn.best_slots(scores, keep, view, first=first, last=last)
+        if type(self.scorer).shorten is wn.CacheMethod.shorten:
+            alone = wn.best_slots(scores, keep, view, first=first, last=last)
+        else:
+            alone = self.scorer.shorten(view, keep)
         if alone is None:
             return None
+        if alone.k is not alone.v or not alone.k.is_selection or alone.k.counts or alone.log_bias is not None:
+            raise wn.WinnowError(f"adakv: base={self.scorer.slug} does more than keep as many slots in each head.")
         kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, alone.k.representatives, True)
         place = torch.arange(view.n, device=kept.device)
         ends = kept & ((place < first) | (place >= view.n - last))
