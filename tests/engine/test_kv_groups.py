@@ -12,7 +12,7 @@ import winnow
 from tests import kvhand
 from winnow.cache.groups import Group
 from winnow.cache.memory import Memory
-from winnow.contract import CacheMethod, KVBudget, KVReduce, KVView, Observe, Reduction, State, best_slots, register
+from winnow.contract import CacheMethod, KVBudget, KVReduce, KVView, Observe, Reduction, State, register
 
 STEPS = torch.randint(2, 120, (3, 8), generator=torch.Generator().manual_seed(5))
 SINKS, LAST = 1, 3
@@ -150,12 +150,3 @@ def test_sums_go_over_all_that_feeds_an_output() -> None:
     mixed = Reduction.mix(one.to_matrix(), representative=one.representatives)
     memory.reduce({0}, whole, mixed.representatives, mixed)
     assert memory.of(0, whole, 2).summed["s"].tolist() == wanted
-
-
-def test_a_budget_below_the_window_keeps_its_newest_slots() -> None:
-    x = torch.randn(1, 2, 20, 8, generator=torch.Generator().manual_seed(0))
-    view = KVView.of(x, x)
-    for first, wanted in ((0, [15, 16, 17, 18, 19]), (3, [0, 1, 17, 18, 19])):
-        kept = best_slots(torch.rand(1, 2, 20), KVBudget(5), view, first=first, last=8 if not first else 3)
-        assert kept is not None
-        assert kept.k.index[0].tolist() == [wanted] * 2

@@ -112,11 +112,12 @@ def test_the_buffer_is_the_larger_of_the_least_and_a_part_of_the_prompt() -> Non
     assert RazorAttention().shorten(view, KVBudget("50%")).k.m == 30
 
 
-def test_small_buffers_keep_the_newest() -> None:
+def test_small_buffers_keep_sinks_and_the_newest() -> None:
     view = view_of(n=10)
-    for keep, wanted in ((1, [9]), (2, [8, 9]), (3, [0, 8, 9]), (5, [0, 1, 2, 8, 9])):
-        assert RazorAttention(keep=keep).evict(view, State())[0].k.representatives[0, 0].tolist() == wanted
-    dropped = RazorAttention(keep=3, compensate=False).evict(view, State())[0]
+    for keep, wanted in ((1, [0, 1, 8, 9]), (4, [0, 1, 8, 9]), (5, [0, 1, 7, 8, 9])):
+        method = RazorAttention(keep=keep, sinks=2)
+        assert method.evict(view, State())[0].k.representatives[0, 0].tolist() == wanted
+    dropped = RazorAttention(keep=1, sinks=2, compensate=False).evict(view, State())[0]
     assert dropped.log_bias is None
     assert dropped.k.index[0, 0].tolist() == [0, 1, 9]
 
