@@ -112,5 +112,4 @@ class RazorAttention(CacheMethod):
             return None
         one = ((gone > 0) & self.compensate).long()
         sinks = torch.full_like(gone, self.sinks)
-        first, count, one = (x.to(view.keys.device) for x in (sinks, gone + one, one))
-        return fold(view, first, count, one, (view.n - gone).flatten().tolist())
+        return fold(view, sinks, gone + one, one, (view.n - gone).flatten().tolist())
