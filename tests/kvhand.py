@@ -26,6 +26,8 @@ TEXTS: dict[str, Any] = {
     "phi3": Phi3Config,
     "gemma3": Gemma3TextConfig,
 }
+# Classes that differ in how they attend: caps on logits, sinks, other rotations, experts, linear layers between.
+OTHERS = ("cohere", "gemma2", "glm4", "gpt_oss", "gpt_neox", "mixtral", "olmo2", "phi", "qwen3_next", "starcoder2")
 
 
 def text_model(name: str, layers: int = 3, seed: int = 0, **overrides: Any) -> nn.Module:
@@ -57,6 +59,41 @@ def text_model(name: str, layers: int = 3, seed: int = 0, **overrides: Any) -> n
             if parameter.ndim == 2:
                 parameter.mul_(5.0)
     return model
+
+
+def other_model(name: str) -> nn.Module:
+    """A tiny language model of a class from `OTHERS`."""
+    known = transformers.AutoConfig.for_model(name).to_dict()
+    wanted = {**_SMALL, "layer_types": ["linear_attention", *["full_attention"] * 2] if "next" in name else None}
+    if name in ("gemma2", "gpt_oss"):
+        wanted["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
+    settings = {key: value for key, value in wanted.items() if key in known and value is not None}
+    settings |= {"sliding_window": None} if name in ("mixtral", "starcoder2") else {}
+    settings |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(name, **settings)).eval()
+
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "sliding_window": 8,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 
 
 def prompt(lengths: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
@@ -100,8 +137,8 @@ def written(model: Any, inputs: dict[str, Tensor], tokens: Tensor, forced: Force
 
 
 def _attention(
-    hidden: Callable[[int, int], Tensor | None], module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any,
-    scaling: float | None = None, softcap: float | None = None, **kwargs: Any,
+    hidden: Callable[[int, int], Tensor | None], sparse: bool, module: Any, query: Tensor, key: Tensor, value: Tensor,
+    mask: Any, scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -112,25 +149,31 @@ def _attention(
         logits = logits + mask[..., : key.shape[2]]
     layer = getattr(module, "layer_idx", None)
     evicted = None if layer is None else hidden(layer, key.shape[2])
-    if evicted is not None and query.shape[2] < key.shape[2]:
-        evicted = nn.functional.pad(evicted, (0, key.shape[2] - evicted.shape[2]))
-        logits = logits.masked_fill(evicted.repeat_interleave(group, 1)[:, :, None], -torch.inf)
-    weights = logits.float().softmax(-1).to(query.dtype)
+    if evicted is not None and (sparse or query.shape[2] < key.shape[2]):
+        evicted = nn.functional.pad(evicted[..., : key.shape[2]], (0, max(0, key.shape[2] - evicted.shape[2])))
+        evicted = evicted.repeat_interleave(group, 1)
+        logits = logits.masked_fill(evicted[:, :, None], -torch.inf)
+    if s_aux is not None:
+        logits = torch.cat([logits, s_aux[None, :, None, None].expand(*logits.shape[:3], 1)], -1)
+    weights = logits.float().softmax(-1).to(query.dtype)[..., : key.shape[2]]
+    if evicted is not None and sparse:
+        weights = weights.masked_fill(evicted[:, :, -query.shape[2] :, None], 0)
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 @contextlib.contextmanager
-def evicting(model: Any, hidden: Callable[[int, int], Tensor | None]) -> Iterator[Any]:
+def evicting(model: Any, hidden: Callable[[int, int], Tensor | None], sparse: bool = False) -> Iterator[Any]:
     """The model with a full cache, some slots of which are masked once they lie in the past.
 
     Args:
         hidden: (layer, slots now) → `[B, G, n]` True for evicted ones of the first n; None: none.
+        sparse: they are masked in their own prefill as well, and attend to nothing there.
     """
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> Any:
-        return _attention(hidden, module, query, key, value, attention_mask, **kwargs)
+        return _attention(hidden, sparse, module, query, key, value, attention_mask, **kwargs)
 
     with _attending(model, attention):
         yield model
@@ -164,7 +207,7 @@ def holding(model: Any, held: Held) -> Iterator[Any]:
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> Any:
         if query.shape[2] == key.shape[2]:
-            return _attention(lambda layer, n: None, module, query, key, value, attention_mask, **kwargs)
+            return _attention(lambda layer, n: None, False, module, query, key, value, attention_mask, **kwargs)
         group = query.shape[1] // key.shape[1]
         keys, values, added = (x.repeat_interleave(group, 1) for x in held(module.layer_idx, key, value))
         logits = query @ keys.transpose(2, 3) * kwargs["scaling"] + added[:, :, None]
@@ -220,3 +263,55 @@ def evicted_of(cache: Any) -> dict[int, Tensor]:
             gone[:, :, -later:] = False
         found[index] = gone
     return found
+
+
+@torch.no_grad()
+def stepped(model: Any, inputs: dict[str, Tensor], tokens: Tensor, change: Callable[[Any], None]) -> list[Tensor]:
+    """Logits before each token of one sample that writes `tokens`, whose plain cache is changed after every forward.
+
+    Positions go on from the prompt, whatever the cache holds.
+    """
+    out = model(**inputs, use_cache=True)
+    cache, start = out.past_key_values, inputs["input_ids"].shape[1]
+    change(cache)
+    found = [out.logits[:, -1]]
+    for step, token in enumerate(tokens[:-1].tolist()):
+        at = torch.tensor([[start + step]])
+        out = model(input_ids=torch.tensor([[token]]), past_key_values=cache, position_ids=at, use_cache=True)
+        change(cache)
+        found.append(out.logits[:, -1])
+    return found
+
+
+def coding(codec: Any, kept: dict[int, Tensor] | None = None) -> Callable[[Any], None]:
+    """What changes a plain cache of one sample as a codec would, layer by layer: the slots are what a block gives back.
+
+    Args:
+        codec: gives the codec of a layer, and None for the lower layer of a pair and for layers that stay.
+        kept: `[G, m]` by layer the slots that an eviction leaves before that, of the prompt.
+    """
+    done: dict[int, int] = {}
+
+    def change(cache: Any) -> None:
+        for index, layer in enumerate(cache.layers):
+            own = codec(index)
+            if own is None:
+                continue
+            first = index not in done
+            layers = [cache.layers[index - 1], layer] if own.pair else [layer]
+            if first and kept is not None:
+                at = kept[index][None, :, :, None].expand(-1, -1, -1, layer.keys.shape[3])
+                layer.keys, layer.values = layer.keys.gather(2, at), layer.values.gather(2, at)
+            n = layer.keys.shape[2]
+            done.setdefault(index, 0)
+            count = n - n % max(1, own.multiple) if first else own.every
+            encode = own.encode if first else own.later or own.encode
+            while count and count <= n - done[index] and (first or own.every):
+                part = slice(done[index], done[index] + count)
+                given = [x[:, :, part].clone() for one in layers for x in (one.keys, one.values)]
+                made = encode(*given)
+                for one, block in zip(layers, made if own.pair else (made,), strict=True):
+                    one.keys[:, :, part], one.values[:, :, part] = block.read()
+                done[index], first, count, encode = done[index] + count, False, own.every, own.later or own.encode
+
+    return change

@@ -14,7 +14,7 @@ from winnow.cache.groups import Group
 from winnow.cache.memory import Memory
 from winnow.cache.ragged import Ragged
 from winnow.cache.run import reduced
-from winnow.contract import CacheMethod, KVBudget, KVReduce, KVView, Observe, Reduction, State, register
+from winnow.contract import CacheMethod, KVBudget, KVReduce, KVView, Observe, Reduction, State, best_slots, register
 
 STEPS = torch.randint(2, 120, (3, 8), generator=torch.Generator().manual_seed(5))
 SINKS, LAST = 1, 3
@@ -135,7 +135,7 @@ def test_state_follows_heads_that_part_and_meet_again() -> None:
     index = torch.tensor([[[0, 2, 4, 5], [1, 2, 0, 0], [3, 5, 0, 0]]])
     cut = Reduction.select(index, 6, counts=(4, 2, 2))
     memory.reduce({0}, whole, cut.representatives, cut)
-    memory.split(whole, (4, 2, 2), 3)
+    memory.split(whole, (4, 2, 2), 3, ragged=True)
     first, rest = Group((0,), (0,)), Group((0,), (1, 2))
     assert memory.of(0, first, 4).token["a"].tolist() == [[[0, 2, 4, 5]]]
     assert memory.of(0, rest, 3).token["a"].tolist() == [[[101, 102, 0], [203, 205, 0]]]
@@ -164,3 +164,12 @@ def test_sums_go_over_all_that_feeds_an_output() -> None:
     mixed = Reduction.mix(one.to_matrix(), representative=one.representatives)
     memory.reduce({0}, whole, mixed.representatives, mixed)
     assert memory.of(0, whole, 2).summed["s"].tolist() == wanted
+
+
+def test_b5_sinks_and_window_win_over_a_smaller_budget() -> None:
+    x = torch.randn(1, 2, 20, 8, generator=torch.Generator().manual_seed(0))
+    view = KVView.of(x, x)
+    for first, wanted in ((0, [12, 13, 14, 15, 16, 17, 18, 19]), (3, [0, 1, 2, 17, 18, 19])):
+        kept = best_slots(torch.rand(1, 2, 20), KVBudget(5), view, first=first, last=8 if not first else 3)
+        assert kept is not None
+        assert kept.k.index[0].tolist() == [wanted] * 2

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.packing import Packing
 
 
 @dataclass(eq=False)
@@ -21,6 +22,8 @@ class Context:
         modules: what the methods built, by their number.
         rotary: turns keys; None where positions are not understood.
         kinds: gives `[B, n]` what each token is that is read now; None where nobody asks.
+        reads: gives, for a layer that runs now, where the tokens that it reads stood when the model was called, and
+            `[B, L]` which of the slots that it held before are real (None: all); None where all layers read all.
         notes: what methods recorded.
         layers: of the cache.
     """
@@ -32,6 +35,7 @@ class Context:
     modules: Any = field(default_factory=dict)
     rotary: Any = None
     kinds: Callable[[], Tensor] | None = None
+    reads: Callable[[int], tuple[Packing, Tensor | None]] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     layers: list[Any] = field(default_factory=list)
     _memo: tuple[Any, dict[Any, Any]] = (None, field(default_factory=dict))
@@ -63,8 +67,9 @@ class Context:
             self.notes[name] = self.notes[name] + value if name in self.notes else value
 
     def forget(self) -> None:
-        """Let the mask of the last forward go."""
+        """Let go what belongs to the last forward."""
         self._memo = (None, {})
+        self.reads = None
 
     def check_plain(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
         """Refuse attention with caps or sinks where it is computed here."""

@@ -40,6 +40,11 @@ class Dense:
         return self._keys.shape[0]
 
     @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self._keys.shape[1]
+
+    @property
     def keys(self) -> Tensor:
         return self._keys[:, :, : self.length]
 

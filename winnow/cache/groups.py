@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from winnow.cache.blocks import Coded
 from winnow.cache.ragged import Ragged
 from winnow.core.kv_budget import KINDS
 
@@ -74,6 +75,8 @@ def _real_columns(real: Tensor | None, rows: list[int], n: int) -> Tensor | None
 
 def slots_of(store: Any, seen: int) -> Tensor:
     """`[B, G, L]` int32 how many tokens were read before each slot of a store that is not ragged."""
+    if isinstance(store, Coded):
+        return store.slots_at(seen)
     keys = store.read()[0]
     b, g, n = keys.shape[:3]
     known = 0 if store.slots is None else store.slots.shape[2]

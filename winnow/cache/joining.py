@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from winnow.cache.blocks import Coded, Grouped
 from winnow.cache.dense import Dense
 from winnow.cache.groups import Group
 from winnow.cache.ragged import Ragged
@@ -27,16 +26,37 @@ class Part:
     bias: Tensor | None = None
     counts: tuple[int, ...] | None = None
 
+    @property
+    def unequal_heads(self) -> bool:
+        """Whether the heads of a sample hold unequal numbers, and not samples alone."""
+        if self.counts is None:
+            return False
+        each = len(self.counts) // len(self.group.rows)
+        return any(len(set(self.counts[i : i + each])) > 1 for i in range(0, len(self.counts), each))
+
+    def samples(self) -> "list[Part]":
+        """The part of each sample, where they hold unequal numbers."""
+        if self.counts is None:
+            return [self]
+        each = len(self.counts) // len(self.group.rows)
+        found = []
+        for i, row in enumerate(self.group.rows):
+            own = (self.keys, self.values, self.slots, self.bias)
+            k, v, slots, bias = (None if x is None else x[i : i + 1, :, : self.counts[i * each]] for x in own)
+            found.append(Part(Group((row,)), k, v, slots, bias))  # type: ignore[arg-type]
+        return found
+
 
 def joined(parts: list[Part], heads: int, ragged: bool) -> Dense | Ragged:
     """The store of a layer.
 
     Args:
         heads: KV heads of the layer.
-        ragged: whether it was ragged before.
+        ragged: whether the heads of a sample hold unequal numbers.
     """
-    if ragged or any(part.counts is not None for part in parts):
+    if ragged:
         return _ragged(parts, heads)
+    parts = [own for part in parts for own in part.samples()]
     if len(parts) == 1:
         only = parts[0]
         return Dense(only.keys, only.values, None, only.bias, only.slots.to(torch.int32), grows=True)
@@ -70,30 +90,3 @@ def _ragged(parts: list[Part], heads: int) -> Ragged:
                 own = (part.keys, part.values, part.slots.to(torch.int32))
                 lanes[row, head] = (*(x[i, j, :n] for x in own), bias)
     return Ragged.of([lanes[key] for key in sorted(lanes)], heads, weighted)
-
-
-def coded(store: Dense, parts: list[tuple[Part, Any, int]]) -> Coded:
-    """The store of a layer whose slots are encoded, each group by itself.
-
-    Args:
-        store: what was there.
-        parts: of each group what it holds, what encodes it, and how many of its first slots are encoded.
-    """
-    if len(parts) == 1:
-        part, encode, count = parts[0]
-        made = Coded([], Dense(part.keys, part.values, grows=True), store.real, store.slots)
-        if count:
-            made.encode(encode, count)
-        return made
-    # Tails of unequal length do not lie side by side: of several groups, all slots are encoded.
-    blocks = [encode(part.keys.contiguous(), part.values.contiguous()) for part, encode, _ in parts]
-    longest = max(part.keys.shape[2] for part, *_ in parts)
-    keys, values = store.read()
-    real = torch.zeros(keys.shape[0], longest, dtype=torch.bool, device=keys.device)
-    slots = torch.zeros(*keys.shape[:2], longest, dtype=torch.int32, device=keys.device)
-    for part, *_ in parts:
-        at, start = torch.tensor(part.group.rows, device=keys.device), longest - part.keys.shape[2]
-        real[at, start:], slots[at, :, start:] = True, part.slots.to(torch.int32)
-    block = Grouped(blocks, tuple(part.group.rows for part, *_ in parts), longest)
-    tail = Dense(keys[:, :, :0].clone(), values[:, :, :0].clone(), grows=True)
-    return Coded([block], tail, None if bool(real.all()) else real, slots)

@@ -20,7 +20,8 @@ from winnow.cache.queries import Asked
 from winnow.cache.ragged import Ragged
 from winnow.cache.run import Runner
 from winnow.core.errors import UnsupportedError, WinnowError
-from winnow.core.kv import KVStep, Moment
+from winnow.core.kv import Codec, KVStep, Moment
+from winnow.core.packing import Packing
 from winnow.signals.tap import AttendsItself
 
 Steps = tuple[tuple[int, KVStep], ...]
@@ -70,9 +71,10 @@ class HeldLayer(CacheLayerMixin):
         self.seen = 0
         self.changed = False
         self.uncut = 0
-        self.codec: Any = None
+        self.codec: tuple[int, Codec] | None = None
         self.kinds: Tensor | None = None
         self.token_bytes = 0
+        self.read_now: tuple[Packing, Tensor | None] | None = None
         self.called: dict[str, Any] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -110,6 +112,7 @@ class HeldLayer(CacheLayerMixin):
     def _count(self, new: int) -> None:
         self.seen += new
         self.uncut += new
+        self.read_now = None if self.context.reads is None else self.context.reads(self.index)
         if self.context.kinds is not None:
             now = self.context.kinds()
             self.kinds = now if self.kinds is None else torch.cat([self.kinds, now], 1)
@@ -159,17 +162,30 @@ class HeldLayer(CacheLayerMixin):
     @property
     def slots_held(self) -> int:
         """Real slots of all samples and heads."""
+        self.mark_padding()
         store = self.store
         if store is None:
             return 0
         if isinstance(store, Ragged):
             return sum(store.lengths)
         real = store.rows_held * store.length if store.real is None else int(store.real.sum())
-        return real * store.read()[0].shape[1]
+        return real * store.heads
+
+    def mark_padding(self) -> None:
+        """Which slots of a cache that is still whole are real, also where no step has looked at them."""
+        if self.changed or self.read_now is None or not isinstance(self.store, Dense):
+            return
+        packing, past = self.read_now
+        self.store.real = None
+        if past is not None or packing.padded:
+            mask = packing.mask
+            before = mask.new_ones(mask.shape[0], self.seen - packing.width) if past is None else past.bool()
+            self.store.real = torch.cat([before.to(mask.device), mask], 1)
 
     def cut(self, store: Dense | Coded | Ragged) -> None:
         """Put another store in the place of this one."""
-        self.store, self.changed, self.uncut = store, True, 0
+        self.store, self.changed = store, True
+        self.uncut = min(self.uncut, store.uncut) if isinstance(store, Coded) else 0
 
     def get_seq_length(self) -> int:
         """Tokens that were read."""
@@ -214,7 +230,7 @@ class HeldLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.store, self.seen, self.uncut, self.changed, self.is_initialized = None, 0, 0, False, False
-        self.codec = self.kinds = None
+        self.codec = self.kinds = self.read_now = None
         self.runner.reset()
 
     def offload(self) -> None:

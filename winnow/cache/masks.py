@@ -23,7 +23,7 @@ def real_of(mask: Any, new: int) -> Bool[Tensor, "b n"] | None:
     if mask is None:
         return None
     seen = mask[:, -new:].bool() if mask.ndim == 2 else allowed(mask)[:, -1, -new:]  # type: ignore[index]
-    return None if bool(seen.all()) else seen
+    return None if bool(seen.all()) else seen.clone()  # not the whole mask with it
 
 
 def mask_for(

@@ -25,6 +25,8 @@ class Memory:
     def put(self, number: int, group: Group, state: State) -> None:
         if state.token or state.item or state.request or state.summed:
             self._states[number, group.key] = state
+        else:
+            self._states.pop((number, group.key), None)
 
     def reduce(self, numbers: Iterable[int], group: Group, at: Tensor, values: Reduction) -> None:
         """Slots of a group were dropped or merged: what methods remember goes with them.
@@ -40,8 +42,12 @@ class Memory:
                 token = {name: at_slots(_grown(x, values.n), at) for name, x in state.token.items()}
                 self._states[number, group.key] = State(token, state.item, state.request, summed)
 
-    def split(self, group: Group, counts: tuple[int, ...], heads: int) -> None:
-        """A group whose heads hold their own numbers from now on: one state for the heads of each length."""
+    def split(self, group: Group, counts: tuple[int, ...], heads: int, ragged: bool) -> None:
+        """A group whose lanes hold their own numbers from now on: one state for the heads of each length.
+
+        Args:
+            ragged: whether heads of one sample do; else the heads of a sample stay together.
+        """
         for number in {number for number, _ in self._states}:
             state = self._find(number, group)
             if state is None:
@@ -55,7 +61,8 @@ class Memory:
                     part = _each_token(state, lambda x, lane=lane, at=at, n=n: x[lane : lane + 1, at, :n])  # type: ignore[misc]
                     item = {name: x[lane : lane + 1] for name, x in state.item.items()}
                     made = State(part.token, item, state.request, part.summed)
-                    self._states[number, ((row,), tuple(names[i] for i in at))] = made
+                    own_heads = tuple(names[i] for i in at) if ragged else None
+                    self._states[number, ((row,), own_heads)] = made
 
     def crop(self, n: int) -> None:
         """The last slots were taken back; n are left."""

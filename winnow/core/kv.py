@@ -42,15 +42,18 @@ class Codec(Action):
 
     Attributes:
         encode: keys and values `[b, G, n, d]` → a `Block`, which can give them back.
+        pair: whether the layer before is encoded with this one: `encode` takes its keys and values first, and gives
+            its block first. What the two blocks share is held once.
         every: later slots stay as they are until this many are there, and are then encoded together; 0: they stay.
         multiple: only the first slots, a multiple of this many, are encoded now.
         later: how later slots are encoded; None: as these.
     """
 
-    encode: Callable[[Tensor, Tensor], Any]
+    encode: Callable[..., Any]
     every: int = 0
     multiple: int = 1
-    later: Callable[[Tensor, Tensor], Any] | None = None
+    later: Callable[..., Any] | None = None
+    pair: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +73,7 @@ class KVView:
         allowed: `[b, q, N]` which slots each query reads, where that is not simply what came before.
         slot_bytes: bytes of one slot of all heads and of all samples of the batch.
         softcap: the bound of logits, where the model has one.
+        sinks: `[H]` logits of a key that is nowhere, which takes its share of the attention; None where there is none.
         below: keys and values of the layer before, where both hold the same slots.
         rotary: turns keys by positions; None where the model's positions are not understood.
         seed: seeds this view's own random numbers.
@@ -95,6 +99,7 @@ class KVView:
     allowed: Bool[Tensor, "b q n"] | None = None
     slot_bytes: int = 0
     softcap: float | None = None
+    sinks: Float[Tensor, " h"] | None = None
     below: tuple[Tensor, Tensor] | None = None
     rotary: Any = None
     seed: int = 0
@@ -146,22 +151,25 @@ class KVView:
         q = self.queries.shape[2]
         return q if window is None else min(window, q)
 
-    def visible(self, window: int | None = None) -> Bool[Tensor, "#b w n"]:
-        """Which slots each of the last `window` queries reads."""
-        w = self.rows(window)
+    def visible(self, window: int | None = None, at: Int[Tensor, " w"] | None = None) -> Bool[Tensor, "#b w n"]:
+        """Which slots each of the last `window` queries reads, or each of those that stand at `at`."""
+        q = self.queries.shape[2]
+        rows = torch.arange(q - self.rows(window), q, device=self.keys.device) if at is None else at
         if self.allowed is not None:
-            return self.allowed[:, -w:]
-        last = torch.arange(self.n - w, self.n, device=self.keys.device)
-        return (torch.arange(self.n, device=self.keys.device) <= last[:, None])[None]
+            return self.allowed[:, rows]
+        return (torch.arange(self.n, device=self.keys.device) <= (self.n - q + rows)[:, None])[None]
 
-    def attention(self, window: int | None = None, heads: Sequence[int] | None = None) -> Float[Tensor, "b h w n"]:
+    def attention(
+        self, window: int | None = None, heads: Sequence[int] | None = None, at: Int[Tensor, " w"] | None = None
+    ) -> Float[Tensor, "b h w n"]:
         """Attention of the last `window` queries over all slots, softmaxed in fp32.
 
         Args:
             heads: query heads; all by default.
+            at: places of other queries, in the place of the last ones.
         """
-        w = self.rows(window)
-        return self._attention(self.queries[:, :, -w:], self.visible(w), heads)
+        queries = self.queries[:, :, -self.rows(window) :] if at is None else self.queries[:, :, at]
+        return self._attention(queries, self.visible(window, at), heads)
 
     def _attention(self, queries: Tensor, visible: Tensor, heads: Sequence[int] | None = None) -> Tensor:
         keys = self.keys
@@ -178,7 +186,12 @@ class KVView:
         if self.bias is not None:
             each = self.bias.repeat_interleave(self.group, 1)
             logits = logits + (each if heads is None else each[:, at])[:, :, None]
-        return logits.masked_fill_(~visible[:, None], -torch.inf).softmax(-1)
+        logits = logits.masked_fill(~visible[:, None], -torch.inf)
+        if self.sinks is None:
+            return logits.softmax(-1)
+        sinks = self.sinks if heads is None else self.sinks[at]
+        taken = sinks.float()[None, :, None, None].expand(*logits.shape[:3], 1)
+        return torch.cat([logits, taken], -1).softmax(-1)[..., :-1]
 
     def mass(self, window: int | None = None) -> Float[Tensor, "b h n"]:
         """Attention that each slot got from the last `window` queries in all, summed over them in chunks of rows.
@@ -218,10 +231,17 @@ class KVView:
         return torch.rand(*shape, generator=generator).to(self.keys.device).expand(self.b, *shape)
 
     def turned(self, keys: Tensor, shift: Tensor) -> Tensor:
-        """Keys `[b, G, n, d]` as they would be `shift` positions later, `[b, G, n]`."""
+        """Keys or queries `[b, H, n, d]` as they would be `shift` positions later, `[b, H, n]`."""
+        return self._rotary().turn(keys, shift)
+
+    def turned_on_average(self, x: Float[Tensor, "*lanes d"], shifts: Int[Tensor, " s"]) -> Float[Tensor, "*lanes d"]:
+        """The mean of the same keys or queries at all these shifts."""
+        return self._rotary().turn_on_average(x, shifts)
+
+    def _rotary(self) -> Any:
         if self.rotary is None:
             raise UnsupportedError(
                 "the positions of this model are not rotary ones that are understood, so keys cannot be moved; "
                 "use a method that leaves them where they are."
             )
-        return self.rotary.turn(keys, shift)
+        return self.rotary

@@ -26,12 +26,14 @@ class CacheMethod(Method):
     Class attributes:
         recent: queries of earlier forwards that it wants while decoding.
         decodes: whether it runs for decoded tokens though it has no limit.
+        one_scale: whether scores of different heads can be compared, as shares of attention can.
     """
 
     at: ClassVar[str] = "kv"
     rounding: ClassVar[Rounding] = "floor"
     recent: ClassVar[int] = 0
     decodes: ClassVar[bool] = False
+    one_scale: ClassVar[bool] = False
 
     def score(self, view: Any) -> Float[Tensor, "b g n"]:
         """`[b, G, N]` how much each slot matters to each head."""
@@ -70,6 +72,12 @@ class CacheMethod(Method):
         recent = self.recent if decodes else 0
         return tuple(KVStep(Point("kv", k), self.evict, when=when, recent=recent) for k in range(info.depth))
 
+    @classmethod
+    def takes_budgets(cls) -> bool:
+        return "keep" in cls.settings()
+
     def at_budget(self, budget, content):
         """The same method at another budget of the cache."""
+        if not self.takes_budgets():  # a codec, whose slots all stay
+            return super().at_budget(budget, content)
         return self.replace(keep=KVBudget.parse(budget))

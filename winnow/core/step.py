@@ -95,6 +95,13 @@ class KVReduce(Action):
 
 
 @dataclass(frozen=True)
+class Follow(Action):
+    """Of what was read in this forward, the caches of these layers keep the tokens that this layer has read."""
+
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Emit(Action):
     """New tokens that are not linear in the old: `[b, M, D]`, their layout, and provenance where there is one."""
 

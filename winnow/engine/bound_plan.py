@@ -121,6 +121,13 @@ class BoundPlan:
         return any(signal.needs_text_encoder for signal in (*heard, *self.text_signals))
 
     @property
+    def needs_cache(self) -> bool:
+        """Whether a method acts at the cache alone."""
+        others = (self.features, self.projected, *self.blocks.values(), *self.halves.values(), *self.layers.values())
+        elsewhere = {number for steps in others for number, _ in steps}
+        return any(number not in elsewhere for steps in self.kv.values() for number, _ in steps)
+
+    @property
     def first_layer(self) -> int | None:
         """The first LM layer before which something happens or at which a hidden state is read; None if nowhere."""
         hidden = [site.index for site in self.listeners if site.stack == "lm" and site.shows == "hidden"]

@@ -26,7 +26,7 @@ from winnow.engine.cross_pass import CrossPass
 from winnow.engine.encoding import record_of
 from winnow.engine.forward import encodings_of, positions_of_later_turn, start_lm
 from winnow.engine.hooks import ForwardMethod, Hook
-from winnow.engine.kv import check_model, enter_text, held_layers, hold, show_call, tell_kinds
+from winnow.engine.kv import check_model, enter_text, held_layers, hold, show_call, tell_cache
 from winnow.engine.ledgers import text_ledger, write_ledger
 from winnow.engine.question import QuestionReader
 from winnow.engine.request import Attachment, Ledgers, Override, Request, request_now
@@ -415,7 +415,7 @@ class Engine:
         given = without_cache(self.bound, kwargs) if request.plan.plan.methods else kwargs
         given = hold(request, given)
         request.lm = start_lm(request, given)
-        tell_kinds(request, given)
+        tell_cache(request, given)
         if request.lm is None:
             return None if given is kwargs else (args, given)
         changed = request.lm.enter(given)

@@ -12,6 +12,7 @@ from winnow.cache.layer import HeldLayer
 from winnow.cache.rotary import Rotary
 from winnow.core.errors import UnsupportedError
 from winnow.core.kv_budget import KINDS, KVBudget
+from winnow.core.packing import Packing
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.cache import check_cache
@@ -36,6 +37,9 @@ def check_model(bound: BoundModel, plan: str) -> None:
             f"{plan} compresses the cache, and some layers of {bound.info.model} read the keys of others; use a method "
             "that acts before the language model or in its layers."
         )
+    own = getattr(bound.model, "_supports_default_dynamic_cache", None)
+    if own is not None and not own():
+        raise UnsupportedError(f"{plan} compresses the cache, and {bound.info.model} has a cache of another kind.")
     if not held_layers(bound):
         raise UnsupportedError(
             f"{plan} compresses the cache of layers that attend to everything before; {bound.info.model} has none."
@@ -57,6 +61,8 @@ def hold(request: Request, arguments: dict[str, Any]) -> dict[str, Any]:
     if cache is None:
         wanted = arguments.get("use_cache")
         if not (bound.lm.config.use_cache if wanted is None else wanted):
+            if not plan.needs_cache:
+                return arguments
             raise UnsupportedError(
                 f"{plan.plan} compresses the KV cache, and this call has none (use_cache=False); leave use_cache on, "
                 "or use handle.using('full') for it."
@@ -98,13 +104,15 @@ def enter_text(request: Request, called: dict[str, Any]) -> dict[str, Any]:
     request.reached_lm = True
     given = hold(request, called)
     new = given.get("input_ids")
-    tell_kinds(request, {**given, "inputs_embeds": given.get("inputs_embeds") if new is None else new})
+    tell_cache(request, {**given, "inputs_embeds": given.get("inputs_embeds") if new is None else new})
     return given
 
 
-def tell_kinds(request: Request, arguments: dict[str, Any]) -> None:
-    """Tell a compressed cache what the tokens of this forward are, where its plan asks."""
+def tell_cache(request: Request, arguments: dict[str, Any]) -> None:
+    """Tell a compressed cache which tokens its layers read in this forward and, where its plan asks, what they are."""
     context = context_of(cache_of(arguments))
+    if context is not None:
+        context.reads = reads_of(request.lm)
     if context is not None and asks_kinds(request.plan):
         context.kinds = kinds_of(request.lm, arguments["inputs_embeds"])
 
@@ -133,6 +141,15 @@ def asks_kinds(plan: BoundPlan) -> bool:
     """Whether a budget of the plan depends on what each token is."""
     found = (getattr(method, name) for method in plan.plan.methods for name in method.settings())
     return any(isinstance(value, KVBudget) and value.is_kinds for value in found)
+
+
+def reads_of(lm: Any) -> Callable[[int], tuple[Packing, Tensor | None]] | None:
+    """What tells a layer that runs now which tokens it reads, and which of its older slots are real.
+
+    Args:
+        lm: the pass; None where every layer reads all.
+    """
+    return None if lm is None else lambda index: (lm.tokens.packing, lm.past_mask(lm.past(index)))
 
 
 def kinds_of(lm: Any, embeds: Tensor) -> Callable[[], Tensor]:

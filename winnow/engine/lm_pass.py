@@ -236,7 +236,7 @@ class LMPass:
                     self._probe(index, step, (hidden, *args[1:]), arguments)
                     hidden = self._run(number, step, hidden)
             self.packings.append((index, tokens.packing))
-        past = self._past(index)
+        past = self.past(index)
         if self.whole is not None:
             forgets = self.state is not None and self.held_before[index] < self.before
             if not tokens.touched and past is None and not forgets:
@@ -261,7 +261,7 @@ class LMPass:
     def _whole_arguments(
         self, index: int, args: tuple[Any, ...], arguments: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        past = self._past(index)
+        past = self.past(index)
         held, linear = self.held_before[index], self.bound.is_linear(index)
         return self.whole.layer(self.bound.layers[index], args, arguments, past, held, linear)  # type: ignore[union-attr]
 
@@ -275,8 +275,7 @@ class LMPass:
         wanted = self.plan.listeners.get(Site("lm", layer), ())
         if self.items and wanted:
             if isinstance(k, AttendsItself):
-                late = "whose cache was compressed before these pictures came; start with a new cache"
-                raise UnsupportedError(f"{self.plan.plan} looks at the attention of layer {layer}, {late}.")
+                k.refuse_reading(self.plan.plan)
             with self.request.clock.phase("select"):
                 self._read(wanted, self._inputs(layer, module, q, k, mask))
 
@@ -302,7 +301,7 @@ class LMPass:
         return TextSpans(self.questions, self.ends, content_slots(self.items, rows, device))
 
     def _inputs(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, mask: Any = None) -> LMAttentionInputs:
-        past = self.past_mask(self._past(layer))
+        past = self.past_mask(self.past(layer))
         spans = self.spans(q.device)
         packing, past = self.tokens.packing.to(q.device), None if past is None else past.to(q.device)
         seen = None if self.whole is None else as_visible(mask)
@@ -321,7 +320,7 @@ class LMPass:
         wanted = [s for s in wanted if s not in entering]
         if not wanted:
             return
-        past = self._past(index)
+        past = self.past(index)
         layer, hidden, mask = self.bound.layers[index], args[0], None
         with torch.no_grad():
             last = self.tokens.packing.last_slots() if all(s.last_row_only for s in wanted) else None
@@ -338,7 +337,7 @@ class LMPass:
             q, k = probe_layer(layer, attention, (hidden, *rest), inputs, self.cache, last)
             self._read(wanted, self._inputs(index, attention, q, k, mask))
 
-    def _past(self, index: int) -> Past | None:
+    def past(self, index: int) -> Past | None:
         """What the cache holds for a layer, if it is not what the caller gave."""
         return None if self.state is None else self.state.layers.get(self.bound.kv_of[index])
 
