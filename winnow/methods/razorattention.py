@@ -43,12 +43,13 @@ class RazorAttention(CacheMethod):
         heads: those that retrieve, as L3H0 (layer 3, KV head 0); `winnow.calibrate` finds them for a model. Without
             any, no head retrieves.
         sinks: first slots that stay.
-        least, part: of the prompt, where `keep` says nothing.
+        least: slots that such a head holds at least, where `keep` is none.
+        part: share of the prompt that it holds, where `keep` is none.
         compensate: whether the mean of what was dropped stays as one slot that weighs as many as they were.
         every: decoded tokens between two times that the oldest are dropped.
         tokens: distinct ones that the search repeats.
-        induction, echo: share of heads that retrieve by their attention to what followed a token, and to a token,
-            when it came before.
+        induction: heads that the search takes by their attention to what followed a token when it came before.
+        echo: heads that it takes by their attention to that token.
     """
 
     identity = {"keep": "100%"}
