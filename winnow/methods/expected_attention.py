@@ -42,6 +42,7 @@ class ExpectedAttention(CacheMethod):
         "epsilon": 0.0,
     }
     recent = 128
+    one_scale = True
 
     keep: KVBudget = KVBudget("20%")
     n_future_positions: Annotated[int, Between(1)] = 512
