@@ -26,6 +26,8 @@ TEXTS: dict[str, Any] = {
     "phi3": Phi3Config,
     "gemma3": Gemma3TextConfig,
 }
+# Classes that differ in how they attend: caps on logits, sinks, other rotations, experts, linear layers between.
+OTHERS = ("cohere", "gemma2", "glm4", "gpt_oss", "gpt_neox", "mixtral", "olmo2", "phi", "qwen3_next", "starcoder2")
 
 
 def text_model(name: str, layers: int = 3, seed: int = 0, **overrides: Any) -> nn.Module:
@@ -59,6 +61,41 @@ def text_model(name: str, layers: int = 3, seed: int = 0, **overrides: Any) -> n
     return model
 
 
+def other_model(name: str) -> nn.Module:
+    """A tiny language model of a class from `OTHERS`."""
+    known = transformers.AutoConfig.for_model(name).to_dict()
+    wanted = {**_SMALL, "layer_types": ["linear_attention", *["full_attention"] * 2] if "next" in name else None}
+    if name in ("gemma2", "gpt_oss"):
+        wanted["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
+    settings = {key: value for key, value in wanted.items() if key in known and value is not None}
+    settings |= {"sliding_window": None} if name in ("mixtral", "starcoder2") else {}
+    settings |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(name, **settings)).eval()
+
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "sliding_window": 8,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
+
 def prompt(lengths: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
     """A left-padded batch of random tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -84,7 +121,7 @@ class Forced(transformers.LogitsProcessor):
         return forced
 
 
-def written(model: Any, inputs: dict[str, Tensor], tokens: Tensor, **options: Any) -> Any:
+def written(model: Any, inputs: dict[str, Tensor], tokens: Tensor, forced: Forced | None = None, **options: Any) -> Any:
     """`generate` that writes the tokens; its `logits` are those of each step, before they were forced."""
     steps = tokens.shape[1]
     return model.generate(
@@ -92,7 +129,7 @@ def written(model: Any, inputs: dict[str, Tensor], tokens: Tensor, **options: An
         max_new_tokens=steps,
         min_new_tokens=steps,
         do_sample=False,
-        logits_processor=[Forced(tokens)],
+        logits_processor=[forced or Forced(tokens)],
         output_logits=True,
         return_dict_in_generate=True,
         **options,
@@ -101,7 +138,7 @@ def written(model: Any, inputs: dict[str, Tensor], tokens: Tensor, **options: An
 
 def _attention(
     hidden: Callable[[int, int], Tensor | None], sparse: bool, module: Any, query: Tensor, key: Tensor, value: Tensor,
-    mask: Any, scaling: float | None = None, softcap: float | None = None, **kwargs: Any,
+    mask: Any, scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -116,7 +153,9 @@ def _attention(
         evicted = nn.functional.pad(evicted[..., : key.shape[2]], (0, max(0, key.shape[2] - evicted.shape[2])))
         evicted = evicted.repeat_interleave(group, 1)
         logits = logits.masked_fill(evicted[:, :, None], -torch.inf)
-    weights = logits.float().softmax(-1).to(query.dtype)
+    if s_aux is not None:
+        logits = torch.cat([logits, s_aux[None, :, None, None].expand(*logits.shape[:3], 1)], -1)
+    weights = logits.float().softmax(-1).to(query.dtype)[..., : key.shape[2]]
     if evicted is not None and sparse:
         weights = weights.masked_fill(evicted[:, :, -query.shape[2] :, None], 0)
     return (weights @ value).transpose(1, 2).contiguous(), None
@@ -136,14 +175,65 @@ def evicting(model: Any, hidden: Callable[[int, int], Tensor | None], sparse: bo
     ) -> Any:
         return _attention(hidden, sparse, module, query, key, value, attention_mask, **kwargs)
 
+    with _attending(model, attention):
+        yield model
+
+
+@contextlib.contextmanager
+def _attending(model: Any, attention: Callable[..., Any]) -> Iterator[None]:
     ALL_ATTENTION_FUNCTIONS.register(_NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, eager_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
     try:
-        yield model
+        yield
     finally:
         model.set_attn_implementation(before)
+
+
+Held = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@contextlib.contextmanager
+def holding(model: Any, held: Held) -> Iterator[Any]:
+    """The model with a full cache, in the place of which decoded tokens read something else.
+
+    Args:
+        held: (layer, keys, values `[B, G, n, d]` of all tokens, the newest too) → keys and values `[B, G, m, d]`, and
+            what is added to the logits of each, `[B, G, m]`: −inf hides one.
+    """
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        if query.shape[2] == key.shape[2]:
+            return _attention(lambda layer, n: None, False, module, query, key, value, attention_mask, **kwargs)
+        group = query.shape[1] // key.shape[1]
+        keys, values, added = (x.repeat_interleave(group, 1) for x in held(module.layer_idx, key, value))
+        logits = query @ keys.transpose(2, 3) * kwargs["scaling"] + added[:, :, None]
+        return (logits.softmax(-1) @ values).transpose(1, 2).contiguous(), None
+
+    with _attending(model, attention):
+        yield model
+
+
+class Watching(Forced):
+    """Writes given tokens, and notes what a compressed cache has evicted before each."""
+
+    def __init__(self, tokens: Tensor, cache: Any) -> None:
+        super().__init__(tokens)
+        self.cache, self.gone = cache, dict[int, dict[int, Tensor]]()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.gone[input_ids.shape[1]] = evicted_of(self.cache)
+        return super().__call__(input_ids, scores)
+
+
+def watched(model: Any, inputs: dict[str, Tensor], tokens: Tensor) -> tuple[Any, dict[int, dict[int, Tensor]]]:
+    """`written` under a plan, and what was evicted before each token, as `evicted_of`: by tokens read until then."""
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    watching = Watching(tokens, cache)
+    return written(model, inputs, tokens, past_key_values=cache, forced=watching), watching.gone
 
 
 def evicted_of(cache: Any) -> dict[int, Tensor]:

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 import winnow
-from tests import kvhand, zoo
+from tests import kvhand
+from tests.coded import STEPS, batch_and_singles, check_against_changed, check_with_eviction, codecs_of, model_of
 from winnow.cache.blocks import Coded
 from winnow.cache.layer import held_bytes
 from winnow.contract import Action, CacheMethod, Codec, KVStep, KVView, ModelInfo, Point, State, register
 from winnow.core.errors import WinnowError
 from winnow.parts.forms import Both, Form, Plain
 from winnow.parts.shared import Shared
-
-LENGTHS = (19, 26, 12, 19)
-STEPS = torch.randint(2, 120, (4, 11), generator=torch.Generator().manual_seed(5))
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,43 +66,13 @@ class SharedCache(CacheMethod):
         return block, block
 
 
-def codec_of(plan: str, index: int) -> Codec | None:
-    if plan == "a-coarse-cache":
-        return CoarseCache().evict(None, State())[0]  # type: ignore[arg-type,return-value]
-    return SharedCache().evict(None, State())[0] if index % 2 else None  # type: ignore[arg-type,return-value]
-
-
-def model_of(build: str) -> Any:
-    layers = 3 if build == "gemma3" else 4
-    return kvhand.text_model(build, layers) if build in kvhand.TEXTS else zoo.model(build)
-
-
-def batch_and_singles(build: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    if build in kvhand.TEXTS:
-        batch = kvhand.prompt(LENGTHS)
-        return batch, [{k: v[row : row + 1, -n:] for k, v in batch.items()} for row, n in enumerate(LENGTHS)]
-    rows = (*zoo.RAGGED, zoo.RAGGED[0])
-    return zoo.inputs(build, rows), zoo.samples(build, rows)
-
-
-def check_against_changed(build: str, plan: str) -> None:
-    """A left-padded batch under a plan equals each sample with a plain cache that was changed by hand."""
-    model = model_of(build)
-    batch, alone = batch_and_singles(build)
-    with winnow.compress(model, plan):
-        got = kvhand.written(model, batch, STEPS).logits
-    for row, one in enumerate(alone):
-        wanted = kvhand.stepped(model, one, STEPS[row], kvhand.coding(lambda index: codec_of(plan, index)))
-        plain = kvhand.stepped(model, one, STEPS[row], lambda cache: None)
-        for step, (a, b) in enumerate(zip(got, wanted, strict=True)):
-            torch.testing.assert_close(a[row], b[0], atol=2e-5, rtol=1e-5, msg=lambda m, s=step: f"step {s}: {m}")
-        assert (plain[-1] - wanted[-1]).abs().max() > 1e-3
+METHODS = {"a-coarse-cache": CoarseCache(), "a-shared-cache": SharedCache()}
 
 
 @pytest.mark.parametrize("build", ["llama", "llava_clip", "llava_next"])
 @pytest.mark.parametrize("plan", ["a-coarse-cache", "a-shared-cache"])
 def test_a_padded_batch_equals_each_sample_with_a_cache_that_was_changed_by_hand(build: str, plan: str) -> None:
-    check_against_changed(build, plan)
+    check_against_changed(build, plan, codecs_of(METHODS[plan]))
 
 
 EVICTED = "snapkv:keep=50%,window=4 + a-coarse-cache"
@@ -127,19 +95,10 @@ def test_a_batch_equals_its_samples(build: str, plan: str) -> None:
 
 
 def test_eviction_and_a_codec_equal_the_kept_slots_read_back() -> None:
-    model, inputs = kvhand.text_model("llama", layers=4), kvhand.prompt((26,))
-    with winnow.compress(model, "snapkv:keep=50%,window=4"):
-        gone = kvhand.evicted_of(kvhand.written(model, inputs, STEPS[:1, :1]).past_key_values)
-    kept = {layer: torch.stack([(~head).nonzero()[:, 0] for head in own[0]]) for layer, own in gone.items()}
-    with winnow.compress(model, EVICTED):
-        got = kvhand.written(model, inputs, STEPS[:1])
+    got = check_with_eviction("snapkv:keep=50%,window=4", "a-coarse-cache", codecs_of(CoarseCache()))
     store = got.past_key_values.layers[0].store
     assert isinstance(store, Coded)
     assert store.lots[0].coded == 20  # 13 slots are left of 26: 12 and, of the one and ten more, 8
-    change = kvhand.coding(lambda index: codec_of("a-coarse-cache", index), kept)
-    wanted = kvhand.stepped(model, inputs, STEPS[0], change)
-    for a, b in zip(got.logits, wanted, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -217,7 +176,7 @@ def test_what_two_layers_share_is_held_once_also_after_samples_moved() -> None:
                 shared = [getattr(block.keys, "shared", None) for lot in (a, b) for block in lot.blocks]
                 assert isinstance(shared[0], Shared)
                 assert shared[0] is shared[1]
-                assert not shared[0].moved
+                assert not shared[0].made
         lots = [lot for k in (2, 3) for lot in cache.layers[k].store.lots]
         slots = 2 * (12 + 20 + 20)
         found = {x.data_ptr(): x.nbytes for lot in lots for block in lot.blocks for x in block.tensors()}
@@ -244,3 +203,23 @@ def test_a_codec_has_no_budget() -> None:
     assert not CoarseCache.takes_budgets()
     with pytest.raises(WinnowError, match="no setting `keep`"):
         CoarseCache().at_budget(16, 64)
+
+
+@torch.no_grad()
+def test_later_blocks_are_one_and_two_layers_go_on_sharing_them() -> None:
+    model, inputs = kvhand.text_model("llama", layers=4), kvhand.prompt((20, 12))
+    with winnow.compress(model, "minicache:gamma=0,start=2"):
+        cache = kvhand.written(model, inputs, STEPS[:2]).past_key_values
+    for a, b in zip(*(cache.layers[k].store.lots for k in (2, 3)), strict=True):
+        assert [block.length for block in a.blocks] == [a.length - 10, 10]
+        for one, other in zip(a.blocks, b.blocks, strict=True):
+            assert one.keys.shared is other.keys.shared
+            assert not one.keys.shared.made
+
+
+@torch.no_grad()
+def test_blocks_hold_no_graph() -> None:
+    model = kvhand.text_model("llama", layers=4)
+    with winnow.compress(model, "a-coarse-cache"), torch.enable_grad():
+        cache = model(**kvhand.prompt((20,))).past_key_values
+    assert not any(x.requires_grad for lot in cache.layers[0].store.lots for b in lot.blocks for x in b.tensors())

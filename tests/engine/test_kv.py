@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import QuantizedLayer, QuantoQuantizedLayer
 
 import winnow
 from tests import kvhand, zoo
 from winnow.cache.layer import HeldLayer, held_bytes
 from winnow.contract import CacheMethod, KVBudget, KVView, register
-from winnow.core.errors import WinnowError
+from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.reduction import Reduction
 from winnow.core.step import KVReduce
 
@@ -68,6 +70,34 @@ def check_against_masked(model: Any, inputs: dict[str, Tensor], plan: str, token
 def test_eviction_equals_the_full_cache_with_evicted_keys_masked(build: str, ragged: bool) -> None:
     model, inputs = model_and_inputs(build, ragged)
     check_against_masked(model, inputs, "snapkv:keep=30%,window=4")
+
+
+@pytest.mark.parametrize("name", kvhand.OTHERS)
+def test_s4_classes_that_attend_in_other_ways(name: str) -> None:
+    check_against_masked(kvhand.other_model(name), kvhand.prompt((19, 26, 11)), "snapkv:keep=30%,window=4")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("gpt2", "no `layers`"), ("mistral", "has none"), ("minimax", "a cache of another kind")],
+)
+def test_s4_classes_that_cannot_are_refused_when_attached(name: str, said: str) -> None:
+    model = kvhand.other_model(name)
+    with pytest.raises(UnsupportedError, match=said):
+        winnow.compress(model, "snapkv:keep=30%,window=4")
+
+
+def test_s4_caches_that_cannot_hold_it_are_refused() -> None:
+    model, inputs = kvhand.text_model("llama"), kvhand.prompt((12,))
+    quantized = DynamicCache()
+    quantized.layers = [QuantizedLayer.__new__(QuantoQuantizedLayer) for _ in range(3)]
+    for layer in quantized.layers:
+        layer.is_initialized, layer.cumulative_length = False, 0
+    with winnow.compress(model, "snapkv:keep=6,window=2"):
+        with pytest.raises(UnsupportedError, match="QuantoQuantizedLayer"):
+            model(**inputs, past_key_values=quantized)
+        with pytest.raises(UnsupportedError, match="static cache"):
+            model(**inputs, past_key_values=StaticCache(config=model.config, max_cache_len=64))
 
 
 @pytest.mark.parametrize("build", ["llama", "qwen3", "llava_clip", "qwen2_5_vl"])

@@ -214,13 +214,9 @@ def test_a_budget_keeps_key_tokens_first_in_equal_steps():
 def test_default_layers_are_shares_of_the_depth(depth, layers):
     method, steps = MustDrop().bind(ModelInfo(depth=depth, vision_depth=24, points=WITH_CLS.points))
     assert method.layers == layers
-    behind = [f"kv[{layers[-1] + 1}]"] if layers else []
-    assert [str(s.at) for s in steps] == [
-        "projected",
-        "blocks[1]",
-        *(f"layers[{k + 1}]" for k in layers or ()),
-        *behind,
-    ]
+    cuts = [f"layers[{k + 1}]" for k in layers or ()]
+    cache = [f"kv[{layers[-1] + 1}]"] if layers else []
+    assert [str(s.at) for s in steps] == ["projected", "blocks[1]", *cuts, *cache]
 
 
 def test_layers_must_ascend():

@@ -22,6 +22,9 @@ class Block(Protocol):
     def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, G, n, d]`, as near to what was stored as the form allows."""
 
+    def joined(self, later: Any) -> "Block | None":
+        """This block and a later one as one, which is read faster; None where they are not alike."""
+
     def rows(self, move: Move) -> "Block":
         """Moved samples: `move` takes a tensor whose first axis is the batch."""
 
@@ -121,9 +124,11 @@ def encode(lots: tuple[Lot, ...], form: Any, count: int, seen: int) -> None:
     Args:
         lots: of this layer; of the layer before and of this one, where a codec takes both.
     """
-    made = form(*(x for lot in lots for x in lot.take(count, seen)))
-    for lot, block in zip(lots, made if len(lots) > 1 else (made,), strict=True):
-        lot.blocks.append(block)
+    with torch.no_grad():
+        made = form(*(x for lot in lots for x in lot.take(count, seen)))
+        for lot, block in zip(lots, made if len(lots) > 1 else (made,), strict=True):
+            whole = lot.blocks[-1].joined(block) if lot.blocks else None
+            lot.blocks[-1:] = [*lot.blocks[-1:], block] if whole is None else [whole]
 
 
 class Coded:

@@ -30,28 +30,27 @@ class Asked:
     kwargs: dict[str, Any]
     called: dict[str, Any] | None = None
 
-    def __post_init__(self) -> None:
-        if self.kwargs.get("s_aux") is not None:
-            raise UnsupportedError(
-                f"{type(self.module).__name__} attends with sinks (s_aux), which methods of the cache do not know; "
-                "use a plan without them."
-            )
-
     @property
     def scaling(self) -> float:
         """What the logits are multiplied with."""
         given = self.kwargs.get("scaling")
         return scaling_of(self.module, self.query) if given is None else given
 
-    def of(self, group: Group, store: Any, n: int, recent: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
+    def of(
+        self, group: Group, store: Any, n: int, recent: Tensor | None, cut: bool = False
+    ) -> tuple[Tensor, Tensor | None, int]:
         """Queries of a group's real tokens, what each reads where that is not all before it, and how many are new.
 
         Args:
             n: slots of the group.
             recent: queries of this and of earlier forwards, in the place of this one's.
+            cut: whether slots of this forward were dropped already. What earlier queries read of the others is not
+                known any more, so that only the newest query is shown, which reads them all.
         """
         query = self._rows(self.query if recent is None else recent, group, store)
         new = self.query.shape[2]
+        if cut and recent is None:
+            return query[:, :, -1:], None, min(new, n)
         if recent is not None or new == 1:
             return query[:, :, -n:], None, min(new, n)
         seen = allowed(self.mask)
@@ -96,6 +95,13 @@ class Asked:
         if isinstance(embeddings, tuple) and all(e.ndim == 3 for e in embeddings):
             call["position_embeddings"] = tuple(own(e) for e in embeddings)
         return self.module, call
+
+    def sinks_of(self, group: Group, store: Any) -> Tensor | None:
+        """`[H]` the logits of the module's sinks, for the heads of a group."""
+        sinks = self.kwargs.get("s_aux")
+        if sinks is None or group.heads is None:
+            return sinks
+        return sinks.unflatten(0, (store.heads, -1))[list(group.heads)].flatten()
 
     @staticmethod
     def _rows(query: Tensor, group: Group, store: Any) -> Tensor:

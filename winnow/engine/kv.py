@@ -37,6 +37,9 @@ def check_model(bound: BoundModel, plan: str) -> None:
             f"{plan} compresses the cache, and some layers of {bound.info.model} read the keys of others; use a method "
             "that acts before the language model or in its layers."
         )
+    own = getattr(bound.model, "_supports_default_dynamic_cache", None)
+    if own is not None and not own():
+        raise UnsupportedError(f"{plan} compresses the cache, and {bound.info.model} has a cache of another kind.")
     if not held_layers(bound):
         raise UnsupportedError(
             f"{plan} compresses the cache of layers that attend to everything before; {bound.info.model} has none."
@@ -110,6 +113,7 @@ def tell_cache(request: Request, arguments: dict[str, Any]) -> None:
     context = context_of(cache_of(arguments))
     if context is not None:
         context.reads = reads_of(request.lm)
+        context.whole = getattr(request.lm, "whole", None) is not None
     if context is not None and asks_kinds(request.plan):
         context.kinds = kinds_of(request.lm, arguments["inputs_embeds"])
 

@@ -1,4 +1,4 @@
-"""GEAR (arXiv:2403.05527): stores the cache as small integers, and repairs them with few outliers and a low-rank part.
+"""GEAR (arXiv 2403.05527): stores the cache as small integers, and repairs them with few outliers and a low-rank part.
 
 Looks at: keys and values. Cost: a sort, and `loops` products with a thin matrix, for each block; r · N · D for each
 head whenever the block is read.

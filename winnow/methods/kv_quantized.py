@@ -1,4 +1,4 @@
-"""KV-Quantized (arXiv:2402.02750): stores the cache as small integers, keys by channel and values by token, as KIVI.
+"""KV-Quantized (arXiv 2402.02750): stores the cache as small integers, keys by channel and values by token, as KIVI.
 
 Looks at: keys and values. Cost: one pass over a block when it is stored, and one whenever it is read.
 

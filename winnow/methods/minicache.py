@@ -1,11 +1,11 @@
-"""MiniCache (arXiv:2405.14366): two neighbouring layers of the upper half store one direction for each token.
+"""MiniCache (arXiv 2405.14366): two neighbouring layers of the upper half store one direction for each token.
 
 Looks at: keys and values of two layers. Cost: a few operations on them for each block, and one product whenever it is
 read. Layers, not tokens, share: of the whole cache at most a quarter is saved, or more with `bits`.
 
-Departs from the paper: angles are taken from |u − v| and |u + v|, which is exact for small ones as well; later tokens
-are merged `every` at a time (1: each at once, as in the paper, in a block of its own). Whether one direction is of a
-whole hidden vector or of each head is not certain there (`unit`).
+Departs from the paper: angles are taken from |u − v| and |u + v|, which is exact for small ones as well. Tokens that
+come one by one are all merged, because none of one is further apart than the others; a larger `every` keeps some.
+Whether one direction is of a whole hidden vector or of each head is not certain there (`unit`).
 
 Departs from the released code: none is known.
 """
@@ -32,7 +32,7 @@ class MiniCache(wn.CacheMethod):
         gamma: tokens stay unmerged whose angle lies within this share of the range from the largest; 1: all do.
         unit: what has one direction: each head of a token, or the token.
         bits: of the direction; 16: as it is.
-        every: later tokens that wait, stored as they are, before they are merged; 0: they stay.
+        every: later tokens that wait, stored as they are, before they are merged together; 0: they stay.
     """
 
     identity = {"gamma": 1.0}
@@ -42,7 +42,7 @@ class MiniCache(wn.CacheMethod):
     gamma: wn.Share = 0.05
     unit: Literal["head", "token"] = "head"
     bits: Literal[16, 8, 4, 3, 2] = 16
-    every: wn.Count = 64
+    every: wn.Count = 1
 
     def steps(self, info: wn.ModelInfo) -> tuple[wn.KVStep, ...]:
         start = info.depth // 2 if self.start is None else self.start
@@ -51,7 +51,7 @@ class MiniCache(wn.CacheMethod):
                 f"minicache: start={start}: pairs begin in layers {-(-info.depth // 4)} … {info.depth - 2} of the "
                 f"{info.depth} of {info.model}; lower ones differ too much to be merged."
             )
-        return tuple(wn.KVStep(wn.Point("kv", k), self.evict) for k in range(start + 1, info.depth, 2))  # type: ignore[arg-type]
+        return tuple(wn.KVStep(wn.Point("kv", k), self.evict) for k in range(start + 1, info.depth, 2))
 
     def evict(self, view: wn.KVView, state: wn.State) -> tuple[wn.Action, wn.State]:
         if self.gamma == 1:

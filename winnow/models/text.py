@@ -14,11 +14,15 @@ class Text(Family):
     tower = blocks = projector = None
     encoders = ()
     points: ClassVar[tuple[str, ...]] = ()
-    short = True
+
+    @staticmethod
+    def why_not(model: Any) -> str:
+        """What keeps a model that says words, and encodes nothing, from being compressed; empty if nothing is seen."""
+        return "" if decoder_of(model) is getattr(model, "base_model", None) else "its decoder has no `layers`"
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Whether a model is a decoder that says words, and encodes nothing."""
+        """Whether a model is a decoder that says words, and encodes nothing. Whether it can run says `why_not`."""
         config = getattr(model, "config", None)
         if getattr(config, "is_encoder_decoder", True) or not hasattr(model, "get_decoder"):
             return False
@@ -27,7 +31,7 @@ class Text(Family):
             hasattr(base, name) for name in ("get_image_features", "get_video_features", "get_audio_features")
         )
         has_head = getattr(model, "get_output_embeddings", lambda: None)() is not None
-        return not encodes and has_head and base is not model and decoder_of(model) is base
+        return not encodes and has_head and base is not model
 
     def info(self, model: Any) -> ModelInfo:
         return ModelInfo(

@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 Along = Literal["tokens", "channels"]
+Move = Callable[[Tensor], Tensor]
 
 
 class Form:
@@ -18,40 +20,93 @@ class Form:
         """What was stored, as near as the form allows."""
         raise NotImplementedError
 
-    def rows(self, move: Callable[[Tensor], Tensor]) -> Self:
+    def _parts(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
+
+    def rows(self, move: Move) -> Self:
         """Moved samples."""
-        changes = {}
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
+        changes: dict[str, Any] = {}
+        for name, value in self._parts().items():
             if isinstance(value, Form):
-                changes[field.name] = value.rows(move)
+                changes[name] = value.rows(move)
             elif isinstance(value, Tensor):
-                changes[field.name] = move(value)  # type: ignore[assignment]
+                changes[name] = move(value)
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is held."""
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
+        for value in self._parts().values():
             if isinstance(value, Form):
                 yield from value.tensors()
             elif isinstance(value, Tensor):
                 yield value
 
+    def fits(self, other: "Form") -> bool:
+        """Whether another form differs in its numbers, and in the size of its batch, alone."""
+        if type(self) is not type(other):
+            return False
+        for own, its in zip(self._parts().values(), other._parts().values(), strict=True):
+            if isinstance(own, Form):
+                same = own.fits(its)
+            elif isinstance(own, Tensor):
+                same = isinstance(its, Tensor) and (own.shape[1:], own.dtype) == (its.shape[1:], its.dtype)
+            else:
+                same = own == its
+            if not same:
+                return False
+        return True
+
+    def beside(self, other: Self, count: int) -> Self:
+        """One more form that fits, for each sample behind the `count` ones that are in the batch already."""
+        changes: dict[str, Any] = {}
+        for name, value in self._parts().items():
+            its = getattr(other, name)
+            if isinstance(value, Form):
+                changes[name] = value.beside(its, count)
+            elif isinstance(value, Tensor):
+                changes[name] = torch.cat([value.unflatten(0, (-1, count)), its[:, None]], 1).flatten(0, 1)
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
 
 @dataclass(frozen=True, eq=False)
 class Both:
-    """A block of the cache: keys in one form, values in another."""
+    """A block of the cache: keys in one form, values in another.
+
+    Attributes:
+        each: slots of one part.
+        count: parts, which lie side by side in the batch: many small blocks are read at once.
+    """
 
     keys: Form
     values: Form
-    length: int
+    each: int
+    count: int = 1
+
+    @property
+    def length(self) -> int:
+        return self.each * self.count
 
     def read(self) -> tuple[Tensor, Tensor]:
-        return self.keys.read(), self.values.read()
+        keys, values = self.keys.read(), self.values.read()
+        if self.count == 1:
+            return keys, values
+        return tuple(x.unflatten(0, (-1, self.count)).transpose(1, 2).flatten(2, 3) for x in (keys, values))
 
-    def rows(self, move: Callable[[Tensor], Tensor]) -> "Both":
-        return Both(self.keys.rows(move), self.values.rows(move), self.length)
+    def joined(self, later: Any) -> "Both | None":
+        """This block and a later one as one; None where they do not fit."""
+        if (later.each, later.count) != (self.each, 1) or not self.keys.fits(later.keys):
+            return None
+        if not self.values.fits(later.values):
+            return None
+        keys, values = (a.beside(b, self.count) for a, b in ((self.keys, later.keys), (self.values, later.values)))
+        return Both(keys, values, self.each, self.count + 1)
+
+    def rows(self, move: Move) -> "Both":
+        def parts(x: Tensor) -> Tensor:
+            return move(x.unflatten(0, (-1, self.count))).flatten(0, 1)
+
+        own = move if self.count == 1 else parts
+        return Both(self.keys.rows(own), self.values.rows(own), self.each, self.count)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.keys.tensors()

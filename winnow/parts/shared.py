@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from winnow.parts.forms import Form
+from winnow.parts.forms import Form, Move
 
 
 def slerp(
@@ -26,16 +27,23 @@ class Shared(Form):
 
     direction: Form
     at: Int[Tensor, "b u m"] | None
-    moved: dict[tuple[int, ...], "Shared"] = field(default_factory=dict)
+    made: dict[Any, "Shared"] = field(default_factory=dict, init=False)
 
-    def rows(self, move: Callable[[Tensor], Tensor]) -> "Shared":
+    def rows(self, move: Move) -> "Shared":
         """The second layer that moves its samples takes what the first one made."""
         order = tuple(move(torch.arange(next(self.tensors()).shape[0])[:, None])[:, 0].tolist())
-        if order in self.moved:
-            return self.moved.pop(order)
-        at = None if self.at is None else move(self.at)
-        self.moved[order] = Shared(self.direction.rows(move), at)
-        return self.moved[order]
+        return self._once(order, lambda: super(Shared, self).rows(move))
+
+    def beside(self, other: "Shared", count: int) -> "Shared":
+        """As with `rows`, the two layers go on with one."""
+        return self._once(id(other), lambda: super(Shared, self).beside(other, count))
+
+    def _once(self, key: Any, make: Callable[[], "Shared"]) -> "Shared":
+        """Made for the first layer that asks, and handed to the second."""
+        if key in self.made:
+            return self.made.pop(key)
+        self.made[key] = make()
+        return self.made[key]
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,6 +39,13 @@ class AttendsItself:
         """Keys and values for those who listen: tensors where nothing was dropped from them yet, else itself."""
         raise NotImplementedError
 
+    def refuse_reading(self, plan: Any) -> None:
+        """Raise, for a plan that looks at this attention."""
+        raise UnsupportedError(
+            f"{plan} looks at the attention of a layer whose logits are capped, or whose cache was compressed before "
+            "these pictures came; use another method, or start with a new cache."
+        )
+
 
 class Stop(Exception):
     """Ends a probed attention call."""
@@ -120,7 +127,7 @@ def _tapped_attention(
     box, listener = probed.get(), config._winnow_listener
     if box is not None or listener is not None:
         special = [name for name in UNREAD if kwargs.get(name) is not None]
-        if special:
+        if special and (box is not None or not isinstance(key, AttendsItself)):
             raise UnsupportedError(
                 f"{type(module).__name__} attends with {', '.join(special)}, which is not read yet; "
                 "use a method that does not look at attention there."
@@ -129,7 +136,7 @@ def _tapped_attention(
         box.append((query, key))
         raise Stop
     if listener is not None:
-        keys, values = key.shown() if isinstance(key, AttendsItself) else (key, value)
+        keys, values = key.shown() if isinstance(key, AttendsItself) and not special else (key, value)
         parts = sequences(module, query, keys, values, attention_mask, kwargs.get("cu_seq_lens_q"))
         heard = [listener(module, *part, attention_mask) for part in parts]
         added = heard[0] if len(heard) == 1 else next((x for x in heard if x is not None), None)
