@@ -160,7 +160,7 @@ def check_method(method: CacheMethod, **known: Any) -> None:
     for n in (1, 2, 5, 9):
         assert chosen(method, views(n=n, **known)) is None
         few = chosen(method.replace(keep=1), views(n=n + 1, **known))
-        first, last = method.ends(view)
+        first, last = method.replace(keep=1).ends(view)
         assert few is None if first + last > n else few.shape == (2, 2, max(1, first + last))
     assert chosen(method.configured(keep="100%"), view) is None
 

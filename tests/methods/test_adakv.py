@@ -29,6 +29,9 @@ class SmallKeys(CacheMethod):
 
     keep: KVBudget = KVBudget("20%")
 
+    def steps(self, info):
+        return super().steps(info)[1:]  # the first layer is left alone
+
     def score(self, view: KVView) -> torch.Tensor:
         return -view.keys.float().norm(dim=-1)
 
@@ -81,7 +84,7 @@ def test_kvpress_fails_for_a_stub():
 
 
 @pytest.mark.system("adakv", "exact")
-@pytest.mark.parametrize("base", ["snapkv:window=6", "snapkv:window=6,kernel=1", "tova", "small-keys-first"])
+@pytest.mark.parametrize("base", ["snapkv:window=6", "snapkv:window=6,kernel=1", "tova", "small-keys-first", "h2o"])
 def test_in_all_as_much_as_equal_heads_with_a_floor_and_never_less_of_the_score(base):
     for seed, floor in enumerate((0, 0.2, 0.5, 1)):
         queries, keys = kvpress.random_layer(seed, 100, heads=8, groups=4)
@@ -140,6 +143,12 @@ def test_kinds_and_mass_are_budgets_too():
     mass = KVBudget("mass=0.8")
     alone = SnapKV(window=4).shorten(view, mass)
     assert sum(map(len, kept(AdaKV(base="snapkv:window=4", keep=mass).evict(view, State())[0]))) == 2 * alone.k.m
+
+
+def test_what_merges_or_weighs_is_no_base():
+    view = view_of(*kvpress.random_layer(5, 60))
+    with pytest.raises(WinnowError, match="does more than keep"):
+        AdaKV(base="ems", keep=20).evict(view, State())
 
 
 def test_broken_scores_come_last_and_a_full_budget_changes_nothing():
@@ -230,10 +239,13 @@ def test_a_later_turn_keeps_heads_of_unequal_length():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("build", "base"), [("llama", "pyramidkv:window=2"), ("qwen2_5_vl", "small-keys-first")])
+@pytest.mark.parametrize(
+    ("build", "base"), [("llama", "pyramidkv:window=2"), ("llama", "kvpress"), ("qwen2_5_vl", "small-keys-first")]
+)
 def test_any_base_that_ranks(build, base):
     model, inputs, _ = kvdecode.model_and_inputs(build)
-    kvdecode.check_against_masked(model, inputs, f"adakv:base={base},keep=40%", TOKENS[:, :3])
+    _, gone = kvdecode.check_against_masked(model, inputs, f"adakv:base={base},keep=40%", TOKENS[:, :3])
+    assert min(layer for layer, _ in gone) == (1 if base == "small-keys-first" else 0)
 
 
 def test_a_fifth_of_the_slots_is_a_fifth_of_the_bytes():

@@ -112,11 +112,12 @@ def test_the_buffer_is_the_larger_of_the_least_and_a_part_of_the_prompt() -> Non
     assert RazorAttention().shorten(view, KVBudget("50%")).k.m == 30
 
 
-def test_small_buffers_keep_the_newest() -> None:
+def test_small_buffers_keep_sinks_and_the_newest() -> None:
     view = view_of(n=10)
-    for keep, wanted in ((1, [9]), (2, [8, 9]), (3, [0, 8, 9]), (5, [0, 1, 2, 8, 9])):
-        assert RazorAttention(keep=keep).evict(view, State())[0].k.representatives[0, 0].tolist() == wanted
-    dropped = RazorAttention(keep=3, compensate=False).evict(view, State())[0]
+    for keep, wanted in ((1, [0, 1, 8, 9]), (4, [0, 1, 8, 9]), (5, [0, 1, 7, 8, 9])):
+        method = RazorAttention(keep=keep, sinks=2)
+        assert method.evict(view, State())[0].k.representatives[0, 0].tolist() == wanted
+    dropped = RazorAttention(keep=1, sinks=2, compensate=False).evict(view, State())[0]
     assert dropped.log_bias is None
     assert dropped.k.index[0, 0].tolist() == [0, 1, 9]
 
@@ -383,3 +384,31 @@ def test_without_compensation_it_is_the_full_cache_with_evicted_keys_masked(buil
 @pytest.mark.parametrize("plan", ["keep=14,sinks=2,heads=[L0H1]", "keep=40%,every=3,sinks=2,heads=[L1H0]"])
 def test_a_padded_batch_equals_its_samples(plan: str) -> None:
     check_batch("llama", f"razorattention:{plan}", steps=9)  # with 14, the shortest is cut while it is decoded
+
+
+def test_beams_of_ragged_heads_go_on_with_what_they_remember() -> None:
+    model, inputs = model_of("llama"), batch_of("llama")
+    options = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    with winnow.compress(model, "razorattention:keep=60%,sinks=2,heads=[L0H1,L1H0,L1H1]"):
+        got = model.generate(**inputs, **options)
+    lengths = tuple(n for n in LENGTHS for _ in range(3))
+    with kvhand.holding(model, _held(lengths, {(0, 1), (1, 0), (1, 1)}, max(LENGTHS), 2, 0.6)):
+        wanted = model.generate(**inputs, **options)
+    assert torch.equal(got, wanted)
+
+
+@torch.no_grad()
+def test_a_later_turn_cuts_the_same_heads() -> None:
+    model, first, second = kvhand.text_model("llama", layers=2), kvhand.prompt((30,)), kvhand.prompt((10,), seed=3)
+    with winnow.compress(model, "razorattention:keep=50%,sinks=2,heads=[L1H0],compensate=false"):
+        cache = model(**first).past_key_values
+        evicted = kvhand.evicted_of(cache)
+        got = model(input_ids=second["input_ids"], past_key_values=cache).logits
+        assert cache.layers[1].store.lengths == [40, 15 + 5]
+        assert cache.layers[0].store.length == 20
+        kept = (~kvhand.evicted_of(cache)[1][0, 1]).nonzero()[:, 0].tolist()
+        assert kept == [0, 1, *range(22, 40)]
+    with kvhand.evicting(model, lambda layer, n: evicted.get(layer)):
+        full = model(**first).past_key_values
+        wanted = model(input_ids=second["input_ids"], past_key_values=full).logits
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)

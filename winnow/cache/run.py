@@ -218,7 +218,7 @@ class Runner:
                     bias = action.log_bias
                 elif bias is not None:
                     bias = bias.gather(2, at)
-                keys, values = _reduced(k, view.keys), _reduced(v, view.values)
+                keys, values = reduced(k, view.keys), reduced(v, view.values)
                 return Part(group, keys, values, slots.gather(2, at), bias, k.counts)
             case _:
                 raise WinnowError(
@@ -324,7 +324,7 @@ class Runner:
             yield self.queries
 
 
-def _reduced(chosen: Reduction, x: Tensor) -> Tensor:
+def reduced(chosen: Reduction, x: Tensor) -> Tensor:
     """What is left of keys or values; sums run in fp32, because thousands of slots may become one."""
     if chosen.is_selection:
         return chosen.apply(x)

@@ -1,18 +1,18 @@
 """Ada-KV (arXiv 2407.11550): shares the slots of a layer out over its heads by the scores of another method.
 
-Looks at: what that method looks at. Cost: that of the method, one sort of all scores of a layer, and one host read for
-the lengths of the heads. Each head is stored in its own length; nothing is held for what only others keep.
+Looks at: what that method looks at. Cost: that of the method, a sort of all scores of a layer, and a host read for the
+lengths of the heads. Each head is stored in its own length; nothing is held for what only others keep.
 
 Departs from the paper: scores of KV heads, not of query heads, are ranked. Where they are not shares of attention, as
 with norms of keys, those of one head say nothing beside another's; they are then made shares of each head first. Kinds
 of tokens that have their own budgets are shared out apart. What is decoded stays, as there, unless `limit` is set.
 Heads that hold different numbers are not seen together, so what a later turn adds is shared out among heads of one
 length, and a limit is that of each head by itself.
-Departs from the released code: `released` ranks as kvpress's AdaKVPress over its SnapKVPress. That one stores what it
-drops and hides it behind false keys; here it is gone. The authors' code adds its floor to a part of what a head wins;
-kvpress, and this, see to it that each head has it.
+Departs from the released code: `released` ranks as kvpress's AdaKVPress over its SnapKVPress, which hides what it drops
+behind false keys and stores it. The authors' code adds its floor to a part of what a head wins; here each head has it.
 """
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -47,30 +47,25 @@ class AdaKV(wn.CacheMethod):
     limit: wn.Count | None = None
     every: wn.Count = 64
 
-    @property
-    def recent(self) -> int:  # type: ignore[override]
-        return self.scorer.recent
-
     @cached_property
     def scorer(self) -> wn.CacheMethod:
         """The method that scores, with the budgets of this one."""
         found: Any = wn.method_of(self.base if isinstance(self.base, str) else ",".join(self.base))
         own, plain = type(found), wn.CacheMethod
-        if not isinstance(found, plain) or own.score is plain.score or own.shorten is not plain.shorten:
+        if not isinstance(found, plain) or own.score is plain.score or own is AdaKV:
             raise wn.WinnowError(f"adakv: base={found.slug} does not keep slots by a score; name one such as snapkv.")
-        budgets: dict[str, Any] = {"keep": self.keep}
-        if "limit" in own.settings():
-            budgets |= {"limit": self.limit, "every": self.every}
+        budgets = {name: getattr(self, name) for name in ("keep", "limit", "every") if name in own.settings()}
         if self.limit is not None and ("limit" not in own.settings() or own.evict is not plain.evict):
-            raise wn.WinnowError(
-                f"adakv: limit={self.limit}, but base={found.slug} does not score decoded tokens by what it sees then; "
-                "leave limit unset, or name a base such as snapkv."
-            )
+            raise wn.WinnowError(f"adakv: limit={self.limit}, which base={found.slug} cannot keep; leave limit unset.")
         scorer: wn.CacheMethod = found.replace(**budgets)
         return scorer
 
     def check(self) -> None:
         _ = self.scorer  # which refuses what cannot be a base
+
+    def steps(self, info: wn.ModelInfo) -> tuple[wn.KVStep, ...]:
+        own = self.scorer.steps(info)
+        return tuple(replace(step, run=self.evict) for step in own if step.run == self.scorer.evict)
 
     def ends(self, view: wn.KVView) -> tuple[int, int]:
         return self.scorer.ends(view)
@@ -89,9 +84,14 @@ class AdaKV(wn.CacheMethod):
         if view.moment == "decode":
             return self.scorer.shorten(view, keep)
         scores, (first, last) = self.score(view), self.ends(view)
-        alone = wn.best_slots(scores, keep, view, first=first, last=last)
+        if type(self.scorer).shorten is wn.CacheMethod.shorten:
+            alone = wn.best_slots(scores, keep, view, first=first, last=last)
+        else:
+            alone = self.scorer.shorten(view, keep)
         if alone is None:
             return None
+        if alone.k is not alone.v or not alone.k.is_selection or alone.k.counts or alone.log_bias is not None:
+            raise wn.WinnowError(f"adakv: base={self.scorer.slug} does more than keep as many slots in each head.")
         kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, alone.k.representatives, True)
         place = torch.arange(view.n, device=kept.device)
         ends = kept & ((place < first) | (place >= view.n - last))

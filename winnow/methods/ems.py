@@ -1,4 +1,4 @@
-"""EMS (arXiv:2412.08521): evicts what neither the question nor the whole context attends to, and merges what repeats.
+"""EMS (arXiv 2412.08521): evicts what neither the question nor the whole context attends to, and merges what repeats.
 
 Looks at: attention of the last `window` queries, and of all of them. Cost: all rows of attention in each layer, once,
 in blocks of rows (N² · d, N memory); similarity of up to `reach` times as many keys as are kept with those; while
@@ -7,6 +7,7 @@ decoding under a limit one row of attention for each token.
 Departs from the paper: query heads of one KV head are averaged. The share of the score that is merged rather than
 evicted, its bound, the threshold of the zero class and the window are not known from the paper. Keys are not merged by
 default, because members of a class have other rotary phases.
+
 Departs from the released code: no code has been released.
 """
 
@@ -30,6 +31,7 @@ from winnow.contract import (
     best_slots,
     register,
 )
+from winnow.parts.accumulated import observed
 from winnow.parts.classes import candidates, nearest_class, weighted_classes
 from winnow.parts.pooling import pooled_along
 
@@ -67,6 +69,9 @@ class EMS(CacheMethod):
     limit: Count | None = None
     every: Count = 32
 
+    def ends(self, view: KVView) -> tuple[int, int]:
+        return 0, view.rows(self.window)
+
     def evict(self, view: KVView, state: State) -> tuple[Action, State]:
         """What is too much goes by the scores of all queries so far; a class goes on with the sum of its own."""
         keep = self.budget_now(view)
@@ -94,7 +99,7 @@ class EMS(CacheMethod):
         return view.per_kv_head(pooled_along(found, self.kernel, self.pool))
 
     def _shortened(self, view: KVView, keep: KVBudget, scores: Tensor) -> KVReduce | None:
-        last = view.rows(self.window)
+        last = self.ends(view)[1]
         chosen = best_slots(scores, keep, view, last=last)
         if chosen is None:
             return None
@@ -106,12 +111,3 @@ class EMS(CacheMethod):
         view.notes.update(merged=(target >= 0).sum(), unlike=(live & (target < 0)).sum())
         v = weighted_classes(scores, kept, merged, target)
         return KVReduce(v if self.merge_keys else Reduction.select(kept, view.n), v)
-
-
-def observed(view: KVView, state: State) -> State:
-    """The state with the attention that each slot got from each query head of the new tokens, and from how many."""
-    mass = view.mass(view.fresh).unflatten(1, (view.heads, view.group)).transpose(2, 3)
-    rows = view.readers(view.fresh)[:, None].expand(*mass.shape[:3]).float()
-    if "mass" in state.summed:
-        mass, rows = mass + state.summed["mass"], rows + state.token["rows"]
-    return State({**state.token, "rows": rows}, state.item, state.request, {**state.summed, "mass": mass})

@@ -42,6 +42,8 @@ class H2O(CacheMethod):
 
     released = {"keep": "50%", "recent_share": 0.0, "average": "mean"}
 
+    one_scale = True
+
     keep: KVBudget = KVBudget("20%")
     recent_share: Share = 0.5
     average: Literal["sum", "mean"] = "sum"
@@ -74,6 +76,11 @@ class H2O(CacheMethod):
             return observed["attention"]
         return observed["attention"] / observed["readers"].clamp_min(1)
 
+    def ends(self, view: KVView) -> tuple[int, int]:
+        return 0, self.window(view, self.keep)
+
+    def window(self, view: KVView, keep: KVBudget) -> int:
+        return 0 if keep.is_mass or keep.is_kinds else int(view.budget(keep) * self.recent_share)
+
     def cut(self, view: KVView, keep: KVBudget, scores: Tensor) -> KVReduce | None:
-        window = 0 if keep.is_mass or keep.is_kinds else int(view.budget(keep) * self.recent_share)
-        return best_slots(scores, keep, view, last=window)
+        return best_slots(scores, keep, view, last=self.window(view, keep))

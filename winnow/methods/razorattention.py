@@ -1,10 +1,11 @@
-"""RazorAttention (arXiv:2407.15891): full caches for the heads that retrieve, sinks and a buffer for the others.
+"""RazorAttention (arXiv 2407.15891): full caches for the heads that retrieve, sinks and a buffer for the others.
 
 Looks at: positions; once per model, attention of each head on repeated random tokens. Cost: none for the cache, but
 heads hold unequal numbers of slots, which are attended to one by one; the search is a forward of `tokens` · 4 tokens.
 
 Departs from the paper: the sinks and the compensation token of a head count in its budget. The least buffer and its
 share of the prompt are as remembered, not as read. Models with ALiBi are not known here.
+
 Departs from the released code: no code of the authors has been released.
 """
 
@@ -35,19 +36,20 @@ _MANY = 2**40
 
 @register("razorattention")
 class RazorAttention(CacheMethod):
-    """Keeps all slots of the heads that retrieve; the others keep sinks, the newest, and one that stands for the rest.
+    """Keeps all slots of heads that retrieve; of the others sinks, the newest, and one for the rest.
 
     Args:
         keep: slots of a head that does not retrieve; none: the larger of `least` and `part` of the prompt.
         heads: those that retrieve, as L3H0 (layer 3, KV head 0); `winnow.calibrate` finds them for a model. Without
             any, no head retrieves.
         sinks: first slots that stay.
-        least, part: of the prompt, where `keep` says nothing.
+        least: slots that such a head holds at least, where `keep` is none.
+        part: share of the prompt that it holds, where `keep` is none.
         compensate: whether the mean of what was dropped stays as one slot that weighs as many as they were.
         every: decoded tokens between two times that the oldest are dropped.
         tokens: distinct ones that the search repeats.
-        induction, echo: share of heads that retrieve by their attention to what followed a token, and to a token,
-            when it came before.
+        induction: heads that the search takes by their attention to what followed a token when it came before.
+        echo: heads that it takes by their attention to that token.
     """
 
     identity = {"keep": "100%"}
@@ -75,6 +77,9 @@ class RazorAttention(CacheMethod):
         run(search, lambda words: repeated(words, self.tokens))
         return self.replace(heads=best_heads(search.found, self.induction, self.echo))
 
+    def ends(self, view: KVView) -> tuple[int, int]:
+        return self.sinks, 1
+
     def evict(self, view: KVView, state: State) -> tuple[Action, State]:
         """A prompt is cut to what a head may hold; while decoding, the oldest slots join the one for the rest."""
         most = state.item.get("most")
@@ -90,11 +95,13 @@ class RazorAttention(CacheMethod):
 
     def _room(self, view: KVView) -> int:
         """Slots that a head holds if it does not retrieve."""
-        if self.keep is not None:
-            room = view.budget(self.keep)
-            known = {"layer": view.layer, "depth": view.depth, "slot_bytes": view.slot_bytes}
-            return room if room < view.n else self.keep.of(_MANY, _MANY, **known)
-        return max(self.least, view.n - view.fresh + int(self.part * view.fresh))
+        least = sum(self.ends(view)) + self.compensate
+        if self.keep is None:
+            return max(least, self.least, view.n - view.fresh + int(self.part * view.fresh))
+        room = view.budget(self.keep)
+        if room == view.n:  # what a count allows beyond the prompt
+            room = self.keep.of(_MANY, _MANY, layer=view.layer, depth=view.depth, slot_bytes=view.slot_bytes)
+        return max(least, room)
 
     def _razed(self, view: KVView, most: list[int], late: int) -> KVReduce | None:
         """What is left where heads that do not retrieve hold at least `late` slots more than they may."""
@@ -104,8 +111,6 @@ class RazorAttention(CacheMethod):
         gone = far * over[:, None]
         if not bool(gone.any()):
             return None
-        room = torch.tensor(most)[:, None]
-        one = ((gone > 0) & (room > 1) & self.compensate).long()
-        sinks = (room - 1 - one).clamp(0, self.sinks).expand_as(gone)
-        first, count, one = (x.to(view.keys.device) for x in (sinks, gone + one, one))
-        return fold(view, first, count, one, (view.n - gone).flatten().tolist())
+        one = ((gone > 0) & self.compensate).long()
+        sinks = torch.full_like(gone, self.sinks)
+        return fold(view, sinks, gone + one, one, (view.n - gone).flatten().tolist())

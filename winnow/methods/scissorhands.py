@@ -1,10 +1,11 @@
-"""Scissorhands (arXiv:2305.17118): drops the slots that were attended to less than average most often of late.
+"""Scissorhands (arXiv 2305.17118): drops the slots that were attended to less than average most often of late.
 
 Looks at: which slots got less than the average attention from each of the last `history` queries. Cost: `history` rows
 of attention in each layer, once; while decoding, one row for each token, and a bit of each row for each slot of a head.
 
 Departs from the paper: the query heads of a KV head are averaged; a prompt is cut to `keep` at once; a slot was not
 below average for queries before it. Of slots with equal counts the older go first, which the paper leaves open.
+
 Departs from the released code: no code has been released.
 """
 

@@ -17,15 +17,17 @@ def fold(
     The one is their mean, and its bias the log of their number; a slot with a bias counts for as many as that says.
 
     Args:
+        first, count: on the host, like `one`.
         one: 1 where one slot stays for them; 0 where none does, or where count is 0.
-        counts: slots that are left of each lane, on the host.
+        counts: slots that are left of each lane.
     """
-    first, count, one = (x[..., None] for x in (first, count, one))
+    stands = bool(one.any())
+    first, count, one = (x[..., None].to(view.keys.device) for x in (first, count, one))
     at, m = torch.arange(view.n, device=view.keys.device), max(counts)
     # The place of each slot that is left; that of a run is its newest.
     left = (at[:m] + (at[:m] >= first) * (count - one)).clamp_max(view.n - 1)
     ragged = tuple(counts) if len(set(counts)) > 1 else None
-    if not bool(one.any()):
+    if not stands:
         chosen = Reduction.select(left, view.n, counts=ragged)
         return KVReduce(chosen, chosen)
     inside = (at >= first) & (at < first + count)
