@@ -280,7 +280,7 @@ def _recall(method_of, calibration, layers=3):
     return sum(found) / len(found)
 
 
-def _traces(window, layers=3):
+def _traces(layers=3):
     for seed in range(20):
         whole = [_scene(seed, layer) for layer in range(layers)]
         start = whole[0][1][0]
@@ -296,7 +296,7 @@ def _retrievers_recall_more(best, everyone, worst):
 @pytest.mark.system("compresskv", "directional")
 def test_calibrated_heads_recall_more_than_all_and_all_more_than_the_worst(tmp_path):
     path = str(tmp_path / "calibration.json")
-    method = CompressKV(keep="10%", heads=2, kernel=1).calibrate(_traces, path=path)
+    method = CompressKV(keep="10%", heads=2, kernel=1).calibrated(_traces(), path)
     known = Calibration.load(path)
     for layer, own in enumerate(known.heads):
         assert sorted(own[:2]) == sorted(_scene(0, layer)[2])
@@ -380,15 +380,18 @@ def test_a_model_is_calibrated_and_runs_with_it(tmp_path):
     model = kvhand.text_model("llama")
     asked = list(needles.prompts(tuple(range(10, 70)), [((100, 101), (60, 61))], (40, 50), (0.2, 0.8)))
 
-    def run(window):
-        for trace in needles.traces(model, asked, window, steps=3):
-            yield Trace(**{**trace.__dict__, "written": (100, 101, 5)})  # a random model answers nothing
-
-    method = CompressKV(keep=12, window=4, floor=6).calibrate(run, path=str(tmp_path / "tiny.json"), budget=10)
+    found = [
+        Trace(**{**trace.__dict__, "written": (100, 101, 5)})  # a random model answers nothing
+        for trace in needles.traces(model, asked, window=4, steps=3)
+    ]
+    method = CompressKV(keep=12, window=4, floor=6).calibrated(found, str(tmp_path / "tiny.json"), budget=10)
     known = Calibration.load(method.calibration)
     assert [sorted(own) for own in known.heads] == [[0, 1, 2, 3]] * 3
     assert sum(known.shares) == pytest.approx(1)
     assert len(set(known.shares)) == 3
+    assert method.calibrate(print) is method
+    with pytest.raises(WinnowError, match="prompts that a model answers"):
+        CompressKV().calibrate(print)
     with winnow.compress(model, method) as handle:
         model(**kvhand.prompt((40,)))
     budgets = layer_budgets(known.shares, 12, 6)

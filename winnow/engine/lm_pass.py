@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from winnow.cache.layer import real_of_cut
+from winnow.cache.layer import HeldLayer
 from winnow.core.errors import UnsupportedError
 from winnow.core.ledger import ItemLedger
 from winnow.core.packing import Packing
@@ -288,8 +288,14 @@ class LMPass:
         rows = len(self.tokens.packing.sizes)
         return TextSpans(self.questions, self.ends, content_slots(self.items, rows, device))
 
+    def _cut(self, layer: int) -> Any:
+        """The cache of a layer, if a plan has taken slots from it."""
+        held = None if self.cache is None or layer >= len(self.cache.layers) else self.cache.layers[layer]
+        return held if isinstance(held, HeldLayer) and held.changed else None
+
     def _inputs(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, mask: Any = None) -> LMAttentionInputs:
-        past = real_of_cut(self.cache, layer, self.past_mask(self.past(layer)))
+        cut = self._cut(layer)
+        past = self.past_mask(self.past(layer)) if cut is None else cut.store.real
         spans = self.spans(q.device)
         packing, past = self.tokens.packing.to(q.device), None if past is None else past.to(q.device)
         seen = None if self.whole is None else as_visible(mask)

@@ -77,7 +77,7 @@ class Calibration:
             raise WinnowError(
                 f"calibration={str(path)!r} cannot be read as one ({type(error).__name__}: {error}); it is JSON with "
                 '"heads", {"0": [3, 1], …} of every layer, and "shares", a number ≥ 0 for each layer. Make it with '
-                "calibrate(run, path=…), or leave calibration unset."
+                "CompressKV().calibrated(traces, path), or leave calibration unset."
             ) from None
 
 
