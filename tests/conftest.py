@@ -30,6 +30,13 @@ if CHECKED and os.environ.get("WINNOW_CHECK_SHAPES", "1") != "0":
     install_import_hook(CHECKED, "shapes.checked")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _default_configurations():
+    from quick import remember_default_configurations  # here, so that only who runs tests imports transformers
+
+    remember_default_configurations()
+
+
 def pytest_addoption(parser):
     parser.addoption("--system-report", metavar="FILE", help="write which marked checks of which systems passed")
 

@@ -121,7 +121,7 @@ class Forced(transformers.LogitsProcessor):
         return forced
 
 
-def written(model: Any, inputs: dict[str, Tensor], tokens: Tensor, **options: Any) -> Any:
+def written(model: Any, inputs: dict[str, Tensor], tokens: Tensor, forced: Forced | None = None, **options: Any) -> Any:
     """`generate` that writes the tokens; its `logits` are those of each step, before they were forced."""
     steps = tokens.shape[1]
     return model.generate(
@@ -129,7 +129,7 @@ def written(model: Any, inputs: dict[str, Tensor], tokens: Tensor, **options: An
         max_new_tokens=steps,
         min_new_tokens=steps,
         do_sample=False,
-        logits_processor=[Forced(tokens)],
+        logits_processor=[forced or Forced(tokens)],
         output_logits=True,
         return_dict_in_generate=True,
         **options,
@@ -175,14 +175,65 @@ def evicting(model: Any, hidden: Callable[[int, int], Tensor | None], sparse: bo
     ) -> Any:
         return _attention(hidden, sparse, module, query, key, value, attention_mask, **kwargs)
 
+    with _attending(model, attention):
+        yield model
+
+
+@contextlib.contextmanager
+def _attending(model: Any, attention: Callable[..., Any]) -> Iterator[None]:
     ALL_ATTENTION_FUNCTIONS.register(_NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, eager_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
     try:
-        yield model
+        yield
     finally:
         model.set_attn_implementation(before)
+
+
+Held = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@contextlib.contextmanager
+def holding(model: Any, held: Held) -> Iterator[Any]:
+    """The model with a full cache, in the place of which decoded tokens read something else.
+
+    Args:
+        held: (layer, keys, values `[B, G, n, d]` of all tokens, the newest too) → keys and values `[B, G, m, d]`, and
+            what is added to the logits of each, `[B, G, m]`: −inf hides one.
+    """
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        if query.shape[2] == key.shape[2]:
+            return _attention(lambda layer, n: None, False, module, query, key, value, attention_mask, **kwargs)
+        group = query.shape[1] // key.shape[1]
+        keys, values, added = (x.repeat_interleave(group, 1) for x in held(module.layer_idx, key, value))
+        logits = query @ keys.transpose(2, 3) * kwargs["scaling"] + added[:, :, None]
+        return (logits.softmax(-1) @ values).transpose(1, 2).contiguous(), None
+
+    with _attending(model, attention):
+        yield model
+
+
+class Watching(Forced):
+    """Writes given tokens, and notes what a compressed cache has evicted before each."""
+
+    def __init__(self, tokens: Tensor, cache: Any) -> None:
+        super().__init__(tokens)
+        self.cache, self.gone = cache, dict[int, dict[int, Tensor]]()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.gone[input_ids.shape[1]] = evicted_of(self.cache)
+        return super().__call__(input_ids, scores)
+
+
+def watched(model: Any, inputs: dict[str, Tensor], tokens: Tensor) -> tuple[Any, dict[int, dict[int, Tensor]]]:
+    """`written` under a plan, and what was evicted before each token, as `evicted_of`: by tokens read until then."""
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    watching = Watching(tokens, cache)
+    return written(model, inputs, tokens, past_key_values=cache, forced=watching), watching.gone
 
 
 def evicted_of(cache: Any) -> dict[int, Tensor]:

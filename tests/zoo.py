@@ -7,7 +7,6 @@ V is a video, for Qwen2.5-VL only.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from quick import Mould
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
@@ -62,10 +62,16 @@ def model(
     build: str, *, dtype: torch.dtype = torch.float32, layers: int = DEPTH, seed: int = 0, side: int = SIDE, **text: Any
 ) -> nn.Module:
     """A new copy of a build in eval mode; `side` is that of a tile, `text` overrides the LM's configuration."""
-    return copy.deepcopy(_model(build, dtype, layers, seed, side, tuple(sorted(text.items()))))
+    return _mould(build, dtype, layers, seed, side, tuple(sorted(text.items()))).copy()
 
 
 @functools.cache
+def _mould(
+    build: str, dtype: torch.dtype, layers: int, seed: int, side: int, text: tuple[tuple[str, Any], ...]
+) -> Mould:
+    return Mould(_model(build, dtype, layers, seed, side, text))
+
+
 def _model(
     build: str, dtype: torch.dtype, layers: int, seed: int, side: int, text: tuple[tuple[str, Any], ...]
 ) -> nn.Module:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from winnow.core.registry import entries as list_methods
     from winnow.core.registry import register
     from winnow.core.view import View
+    from winnow.engine.calibrate import calibrate
     from winnow.engine.compress import compress
     from winnow.engine.handle import Handle, handle_of
     from winnow.engine.load import load
@@ -53,6 +54,7 @@ _LAZY = {
     "Reduction": "winnow.core.reduction:Reduction",
     "Tuned": "winnow.tuning.result:Tuned",
     "View": "winnow.core.view:View",
+    "calibrate": "winnow.engine.calibrate:calibrate",
     "compress": "winnow.engine.compress:compress",
     "handle_of": "winnow.engine.handle:handle_of",
     "list_methods": "winnow.core.registry:entries",
@@ -96,6 +98,7 @@ __all__ = [
     "WinnowError",
     "WinnowWarning",
     "__version__",
+    "calibrate",
     "compress",
     "handle_of",
     "list_methods",

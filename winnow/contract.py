@@ -12,6 +12,7 @@ from winnow.core.kv_method import CacheMethod
 from winnow.core.kv_select import best_slots, keep_slots
 from winnow.core.layout import CLS, CONTENT, PAD, REGISTER, SEPARATOR, Layout
 from winnow.core.method import Method
+from winnow.core.plan import method_of
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
 from winnow.core.registry import register
@@ -129,6 +130,7 @@ __all__ = [
     "count_broken",
     "in_thumbnail",
     "keep_slots",
+    "method_of",
     "n_tiles",
     "quotas",
     "rank_in_tile",

@@ -6,7 +6,6 @@ two text tokens. The letters differ in size where the class allows it, so rows a
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from quick import Mould
 from torch import Tensor, nn
 
 VOCABULARY, PAD, EOS, BOS = 256, 0, 1, 2
@@ -61,7 +61,7 @@ class Build:
 
     def model(self, *, dtype: torch.dtype = torch.float32, seed: int = 0, **text: Any) -> nn.Module:
         """A new copy in evaluation mode; `text` overrides settings of the language model."""
-        return copy.deepcopy(_filled(self, dtype, seed, tuple(sorted(text.items()))))
+        return _mould(self, dtype, seed, tuple(sorted(text.items()))).copy()
 
     def sample(self, row: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Inputs:
         """The inputs of one row alone, unpadded. Equal rows and seeds give equal inputs."""
@@ -118,6 +118,10 @@ def text(**overrides: Any) -> dict[str, Any]:
 
 
 @functools.cache
+def _mould(build: Build, dtype: torch.dtype, seed: int, overrides: tuple[tuple[str, Any], ...]) -> Mould:
+    return Mould(_filled(build, dtype, seed, overrides))
+
+
 def _filled(build: Build, dtype: torch.dtype, seed: int, overrides: tuple[tuple[str, Any], ...]) -> nn.Module:
     torch.manual_seed(seed)
     made = build.make(text(**dict(overrides)))

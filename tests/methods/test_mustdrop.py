@@ -214,7 +214,9 @@ def test_a_budget_keeps_key_tokens_first_in_equal_steps():
 def test_default_layers_are_shares_of_the_depth(depth, layers):
     method, steps = MustDrop().bind(ModelInfo(depth=depth, vision_depth=24, points=WITH_CLS.points))
     assert method.layers == layers
-    assert [str(s.at) for s in steps] == ["projected", "blocks[1]", *(f"layers[{k + 1}]" for k in layers or ())]
+    cuts = [f"layers[{k + 1}]" for k in layers or ()]
+    cache = [f"kv[{layers[-1] + 1}]"] if layers else []
+    assert [str(s.at) for s in steps] == ["projected", "blocks[1]", *cuts, *cache]
 
 
 def test_layers_must_ascend():
@@ -317,3 +319,31 @@ def test_without_a_cache_there_is_nothing_to_cut():
     with winnow.compress(model, CUTS), torch.no_grad():
         with_cache = model(**sample).logits
         assert torch.equal(model(**sample, use_cache=False).logits, with_cache)
+
+
+@torch.no_grad()
+def test_later_pictures_are_cut_behind_the_earlier_ones():
+    model = zoo.model("llava_clip")
+    turns = [zoo.samples("llava_clip", (row,), seed=seed)[0] for row, seed in (("3 A 6", 0), ("2 A 4", 7))]
+    turns.append({"input_ids": torch.tensor([[9]])})
+    masked = {}
+
+    def talk(gone_by_turn=()):
+        """Logits of both turns and of a token behind them, and what each layer no longer holds after each."""
+        logits, gone, cache = [], [], None
+        for number, turn in enumerate(turns):
+            masked.update(gone_by_turn[number - 1] if gone_by_turn and number else {})
+            given = {name: x for name, x in turn.items() if name != "attention_mask"}
+            out = model(**given, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits.append(out.logits[:, -1])
+            gone.append(kvhand.evicted_of(cache))
+        return logits, gone
+
+    with winnow.compress(model, CUTS):
+        got, gone = talk()
+    assert gone[1][1][0, 0].sum() > gone[0][1][0, 0].sum() > 0
+    with winnow.compress(model, f"{CUTS},cache=false"), kvhand.evicting(model, lambda layer, n: masked.get(layer)):
+        wanted, _ = talk(gone)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

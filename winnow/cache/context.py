@@ -22,6 +22,7 @@ class Context:
         modules: what the methods built, by their number.
         rotary: turns keys; None where positions are not understood.
         kinds: gives `[B, n]` what each token is that is read now; None where nobody asks.
+        whole: whether masks are of all that was read, and not of what layers hold.
         reads: gives, for a layer that runs now, where the tokens that it reads stood when the model was called, and
             `[B, L]` which of the slots that it held before are real (None: all); None where all layers read all.
         notes: what methods recorded.
@@ -35,6 +36,7 @@ class Context:
     modules: Any = field(default_factory=dict)
     rotary: Any = None
     kinds: Callable[[], Tensor] | None = None
+    whole: bool = False
     reads: Callable[[int], tuple[Packing, Tensor | None]] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     layers: list[Any] = field(default_factory=list)

@@ -42,7 +42,12 @@ class Held(AttendsItself):
         return self.layer.attend(self.new, plain, module, query, mask, args, kwargs)
 
     def shown(self) -> tuple[Any, Any]:
-        return (self, self) if self.layer.changed else self.new
+        store = self.layer.store
+        if not self.layer.changed:
+            return store.read()  # type: ignore[union-attr]
+        if self.layer.context.whole or not isinstance(store, Dense) or store.bias is not None:
+            return self, self
+        return tuple(torch.cat(pair, 2) for pair in zip(store.read(), self.new, strict=True))  # type: ignore[return-value]
 
     def __getattr__(self, name: str) -> Any:
         raise UnsupportedError(
@@ -242,6 +247,12 @@ class HeldLayer(CacheLayerMixin):
     def tensors(self) -> list[Tensor]:
         """All that this layer holds."""
         return [] if self.store is None else [*self.store.tensors(), *self.runner.tensors()]
+
+
+def real_of_cut(cache: Any, index: int, whole: Tensor | None) -> Tensor | None:
+    """Which slots of a layer are real: those that a plan left, or `whole`, where it left all."""
+    held = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    return held.store.real if isinstance(held, HeldLayer) and held.changed else whole  # type: ignore[union-attr]
 
 
 def held_bytes(cache: Any) -> int:

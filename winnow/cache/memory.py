@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from winnow.cache.groups import Group, at_slots
-from winnow.core.errors import UnsupportedError
 from winnow.core.reduction import Reduction
 from winnow.core.step import State
 
@@ -20,7 +19,7 @@ class Memory:
 
     def of(self, number: int, group: Group, n: int) -> State:
         """What a method remembers of a group that holds n slots now."""
-        found = self._states.get((number, group.key)) or self._regrouped(number, group)
+        found = self._find(number, group)
         return State() if found is None else _each_token(found, lambda x: _grown(x, n))
 
     def put(self, number: int, group: Group, state: State) -> None:
@@ -29,24 +28,31 @@ class Memory:
         else:
             self._states.pop((number, group.key), None)
 
-    def reduce(self, numbers: Iterable[int], group: Group, chosen: Reduction) -> None:
-        """Slots of a group were dropped or merged: what methods remember goes with them."""
-        at = chosen.representatives
+    def reduce(self, numbers: Iterable[int], group: Group, at: Tensor, values: Reduction) -> None:
+        """Slots of a group were dropped or merged: what methods remember goes with them.
+
+        Args:
+            at: `[b, G, m]` the slot whose place each output takes.
+            values: the map of the values, over whose sources summed fields add up.
+        """
         for number in numbers:
-            state = self._states.get((number, group.key))
+            state = self._find(number, group)
             if state is not None:
-                summed = {name: _sums(_grown(x, chosen.n), chosen) for name, x in state.summed.items()}
-                token = {name: at_slots(_grown(x, chosen.n), at) for name, x in state.token.items()}
+                summed = {name: _sums(_grown(x, values.n), values) for name, x in state.summed.items()}
+                token = {name: at_slots(_grown(x, values.n), at) for name, x in state.token.items()}
                 self._states[number, group.key] = State(token, state.item, state.request, summed)
 
     def split(self, group: Group, counts: tuple[int, ...], heads: int, ragged: bool) -> None:
-        """A group whose lanes hold unequal numbers from now on: one state for the heads of each length.
+        """A group whose lanes hold their own numbers from now on: one state for the heads of each length.
 
         Args:
             ragged: whether heads of one sample do; else the heads of a sample stay together.
         """
-        for number, key in [key for key in self._states if key[1] == group.key]:
-            state = self._states.pop((number, key))
+        for number in {number for number, _ in self._states}:
+            state = self._find(number, group)
+            if state is None:
+                continue
+            del self._states[number, group.key]
             names = group.heads or tuple(range(heads))
             for lane, row in enumerate(group.rows):
                 own = counts[lane * len(names) : (lane + 1) * len(names)]
@@ -67,13 +73,12 @@ class Memory:
         moved: dict[tuple[int, Any], State] = {}
         for number in {number for number, _ in self._states}:
             for new, old in enumerate(order):
-                found = self._rows(number, (old,))
-                if found is None:
-                    raise UnsupportedError(
-                        "the samples of a cache whose heads hold unequal numbers of slots, and are remembered, do not "
-                        "move (beams do so); use greedy or sampled decoding."
-                    )
-                moved[number, ((new,), None)] = found
+                by_heads = [(key, s) for key, s in self._states.items() if key[0] == number and key[1][0] == (old,)]
+                for key, state in by_heads:
+                    moved[number, ((new,), key[1][1])] = state
+                found = None if by_heads else self._rows(number, (old,))
+                if found is not None:
+                    moved[number, ((new,), None)] = found
         self._states = moved
 
     def tensors(self) -> Iterator[Tensor]:
@@ -81,15 +86,52 @@ class Memory:
             for own in (state.token, state.summed, state.item):
                 yield from own.values()
 
-    def _regrouped(self, number: int, group: Group) -> State | None:
-        """States of samples that were of other groups before."""
-        if group.heads is not None or not any(key[0] == number for key in self._states):
-            return None
+    def _find(self, number: int, group: Group) -> State | None:
+        """What a method remembers of a group; gathered from other groups, where its members were of those before."""
+        found = self._states.get((number, group.key))
+        if found is not None or not any(key[0] == number for key in self._states):
+            return found
+        if group.heads is not None:
+            found = self._heads(number, group.rows[0], group.heads)
+            if found is not None:
+                self._take_out(number, group.rows[0], group.heads)
+                self._states[number, group.key] = found
+            return found
         found = self._rows(number, group.rows)
         if found is not None:
             for key in [k for k in self._states if k[0] == number and set(k[1][0]) <= set(group.rows)]:
                 del self._states[key]
+            self._states[number, group.key] = found
         return found
+
+    def _heads(self, number: int, row: int, heads: tuple[int, ...]) -> State | None:
+        """The state of some heads of a sample, which hold as many slots now and did not before."""
+        parts, item = [], None
+        for head in heads:
+            own = [(k[1][1], s) for k, s in self._states.items() if k[0] == number and (row,) == k[1][0]]
+            held = next(((names, s) for names, s in own if names is not None and head in names), None)
+            if held is None:
+                return None
+            at, item = held[0].index(head), held[1]
+            parts.append(_each_token(held[1], lambda x, at=at: x[:, at : at + 1]))  # type: ignore[misc]
+        n = max((x.shape[2] for part in parts for x in part.token.values()), default=0)
+        n = max([n, *(x.shape[2] for part in parts for x in part.summed.values())])
+        parts = [_each_token(part, lambda x: _grown(x, n)) for part in parts]
+        whole = [{name: torch.cat([getattr(p, kind)[name] for p in parts], 1) for name in getattr(parts[0], kind)}
+                 for kind in ("token", "summed")]  # fmt: skip
+        return State(whole[0], item.item, item.request, whole[1])  # type: ignore[union-attr]
+
+    def _take_out(self, number: int, row: int, heads: tuple[int, ...]) -> None:
+        """Some heads of a sample are of another group from now on."""
+        for key in [k for k in self._states if k[0] == number and k[1][0] == (row,) and k[1][1] is not None]:
+            names = key[1][1]
+            rest = [i for i, head in enumerate(names) if head not in heads]
+            if len(rest) == len(names):
+                continue
+            state = self._states.pop(key)
+            if rest:
+                left = _each_token(state, lambda x, rest=rest: x[:, rest])  # type: ignore[misc]
+                self._states[number, ((row,), tuple(names[i] for i in rest))] = left
 
     def _rows(self, number: int, rows: tuple[int, ...]) -> State | None:
         parts = []
@@ -118,10 +160,19 @@ def _grown(x: Tensor, n: int) -> Tensor:
 
 
 def _sums(x: Tensor, chosen: Reduction) -> Tensor:
-    """The sum over what feeds each output."""
+    """The sum over what feeds each output; `[b, G, m, …]` of `[b, G, n, …]`."""
     if chosen.is_selection:
         return at_slots(x, chosen.representatives)
-    return ((chosen.to_matrix() != 0).to(x.dtype) @ x[..., None])[..., 0]
+    if chosen.matrix is not None:
+        sums = (chosen.matrix != 0).to(x.dtype) @ x.reshape(*x.shape[:3], -1)
+        return sums.reshape(*sums.shape[:3], *x.shape[3:])
+    feeds = chosen.target >= 0  # type: ignore[operator]
+    if chosen.weight is not None:
+        feeds &= chosen.weight != 0
+    to = torch.where(feeds, chosen.target, chosen.m)  # type: ignore[arg-type]
+    rows = at_slots(x, chosen.index)  # type: ignore[arg-type]
+    to = to.reshape(*to.shape, *(1,) * (x.ndim - 3)).expand_as(rows)
+    return x.new_zeros(*x.shape[:2], chosen.m + 1, *x.shape[3:]).scatter_add(2, to, rows)[:, :, : chosen.m]
 
 
 def _joined(parts: list[State]) -> State:

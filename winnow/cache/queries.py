@@ -36,15 +36,21 @@ class Asked:
         given = self.kwargs.get("scaling")
         return scaling_of(self.module, self.query) if given is None else given
 
-    def of(self, group: Group, store: Any, n: int, recent: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
+    def of(
+        self, group: Group, store: Any, n: int, recent: Tensor | None, cut: bool = False
+    ) -> tuple[Tensor, Tensor | None, int]:
         """Queries of a group's real tokens, what each reads where that is not all before it, and how many are new.
 
         Args:
             n: slots of the group.
             recent: queries of this and of earlier forwards, in the place of this one's.
+            cut: whether slots of this forward were dropped already. What earlier queries read of the others is not
+                known any more, so that only the newest query is shown, which reads them all.
         """
         query = self._rows(self.query if recent is None else recent, group, store)
         new = self.query.shape[2]
+        if cut and recent is None:
+            return query[:, :, -1:], None, min(new, n)
         if recent is not None or new == 1:
             return query[:, :, -n:], None, min(new, n)
         seen = allowed(self.mask)

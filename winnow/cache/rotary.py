@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+_WHOLE = "full_attention"  # the layers whose cache can be compressed
+
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
@@ -23,9 +25,16 @@ class Rotary:
 
     def turn(self, x: Float[Tensor, "b g n d"], shift: Int[Tensor, "#b #g n"]) -> Float[Tensor, "b g n d"]:
         """Keys or queries as they would be `shift` positions later. A shift of 0 leaves the bits as they are."""
-        r = self.frequencies.shape[0]
         angle = shift[..., None].to(self.frequencies.device, torch.float32) * self.frequencies
-        cos, sin = angle.cos(), angle.sin()
+        return self._rotated(x, angle.cos(), angle.sin())
+
+    def turn_on_average(self, x: Float[Tensor, "*lanes d"], shifts: Int[Tensor, " s"]) -> Float[Tensor, "*lanes d"]:
+        """The mean of the same keys or queries at all these shifts."""
+        angle = shifts[:, None].to(self.frequencies.device, torch.float32) * self.frequencies
+        return self._rotated(x, angle.cos().mean(0), angle.sin().mean(0))
+
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        r = self.frequencies.shape[0]
         turned, rest = x[..., : 2 * r].float(), x[..., 2 * r :]
         if self.interleaved:
             a, b = turned[..., ::2], turned[..., 1::2]
@@ -39,19 +48,23 @@ class Rotary:
     def of(lm: Any, attention: Any) -> "Rotary | None":
         """The rotation of a model, compared with its own function on random vectors; None if it is another one."""
         rotary = getattr(lm, "rotary_emb", None)
-        frequencies = getattr(rotary, "inv_freq", None)
+        frequencies, kind = getattr(rotary, "inv_freq", None), getattr(rotary, "rope_type", "default")
+        named: dict[str, Any] = {}
+        if isinstance(kind, dict):  # a rotation for each kind of layer
+            frequencies, kind = getattr(rotary, f"{_WHOLE}_inv_freq", None), kind.get(_WHOLE, "default")
+            named = {"layer_type": _WHOLE}
         apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         size = getattr(attention, "head_dim", None)
         if frequencies is None or apply is None or size is None or 2 * frequencies.shape[0] > size:
             return None
-        if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):
+        if kind in ("dynamic", "longrope"):
             return None
         x = torch.randn(1, 1, 4, size, generator=torch.Generator().manual_seed(0)).to(frequencies.device)
         at = torch.arange(4, device=frequencies.device)[None]
 
         def at_positions(by: int) -> Tensor:
             embedding: Any = rotary
-            return apply(x, x, *(_one_axis(e) for e in embedding(x, position_ids=_axes(rotary, at + by))))[0]
+            return apply(x, x, *(_one_axis(e) for e in embedding(x, position_ids=_axes(rotary, at + by), **named)))[0]
 
         try:
             own = [at_positions(0), at_positions(7)]

@@ -114,8 +114,9 @@ class Runner:
 
     def _view(self, group: Group, number: int, moment: Moment, asked: Asked, recent: Tensor | None) -> KVView:
         layer, context, store = self.layer, self.layer.context, self.layer.store
-        keys, values, slots, _ = parts_of(store, group, layer.seen)
-        queries, allowed, fresh = asked.of(group, store, keys.shape[2], recent)
+        keys, values, slots, bias = parts_of(store, group, layer.seen)
+        cut = layer.changed and layer.uncut == 0
+        queries, allowed, fresh = asked.of(group, store, keys.shape[2], recent, cut)
         kinds = None
         if layer.kinds is not None:
             own = layer.kinds.to(slots.device)[torch.tensor(group.rows, device=slots.device)]
@@ -142,6 +143,8 @@ class Runner:
             {},
             context.modules.get(number),
             asked.call_of(group, fresh) if self._calls and moment == "prefill" else None,
+            bias,
+            group.heads,
         )
 
     def _below(self, group: Group) -> tuple[Tensor, Tensor] | None:
@@ -176,8 +179,9 @@ class Runner:
         parts = [self._part(number, group, view, action) for group, view, action in answers]
         ragged = isinstance(store, Ragged) or any(part.unequal_heads for part in parts)
         for part in parts:
-            if part.counts is not None:
-                self.memory.split(part.group, part.counts, heads, ragged)
+            if ragged or part.counts is not None:
+                each = (part.keys.shape[2],) * (len(part.group.rows) * part.keys.shape[1])
+                self.memory.split(part.group, part.counts or each, heads, ragged)
         layer.cut(joined(parts, heads, ragged))
 
     def follow(self, number: int, left: Packing) -> None:
@@ -209,12 +213,13 @@ class Runner:
             case KVReduce(k=k, v=v):
                 self._check(number, view, action)
                 at = k.representatives
-                self.memory.reduce({n for n, _ in self.steps}, group, k)
+                self.memory.reduce({n for n, _ in self.steps}, group, at, v)
                 if action.log_bias is not None:
                     bias = action.log_bias
                 elif bias is not None:
                     bias = bias.gather(2, at)
-                return Part(group, k.apply(view.keys), v.apply(view.values), slots.gather(2, at), bias, k.counts)
+                keys, values = reduced(k, view.keys), reduced(v, view.values)
+                return Part(group, keys, values, slots.gather(2, at), bias, k.counts)
             case _:
                 raise WinnowError(
                     f"{self._slug(number)}: a step at kv returns KVReduce, Codec, Repose, Follow or Observe, "
@@ -317,3 +322,10 @@ class Runner:
         yield from self.memory.tensors()
         if self.queries is not None:
             yield self.queries
+
+
+def reduced(chosen: Reduction, x: Tensor) -> Tensor:
+    """What is left of keys or values; sums run in fp32, because thousands of slots may become one."""
+    if chosen.is_selection:
+        return chosen.apply(x)
+    return chosen.apply(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)

@@ -3,7 +3,7 @@
 A view holds real slots only, in the order in which they were read; the engine groups samples so that nothing is padded.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -81,6 +81,8 @@ class KVView:
         module: what the method's `build` made.
         call: the attention module and what it was called with, where the step asks; hidden states and rotary embeddings
             of the real tokens alone.
+        bias: `[b, G, N]` added to the logits of each slot as a key, where an earlier step gave slots a weight.
+        own_heads: which KV heads of the layer these are, where heads hold unequal numbers of slots; None: all.
     """
 
     keys: Float[Tensor, "b g n d"]
@@ -104,6 +106,8 @@ class KVView:
     notes: dict[str, Any] = field(default_factory=dict)
     module: Any = None
     call: tuple[Any, Mapping[str, Any]] | None = None
+    bias: Float[Tensor, "b g n"] | None = None
+    own_heads: tuple[int, ...] | None = None
 
     @staticmethod
     def of(keys: Tensor, values: Tensor, queries: Tensor | None = None, **known: Any) -> "KVView":
@@ -179,10 +183,13 @@ class KVView:
         logits = logits.float() * self.scaling
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        logits = logits.masked_fill_(~visible[:, None], -torch.inf)
+        if self.bias is not None:
+            each = self.bias.repeat_interleave(self.group, 1)
+            logits = logits + (each if heads is None else each[:, at])[:, :, None]
+        logits = logits.masked_fill(~visible[:, None], -torch.inf)
         if self.sinks is None:
             return logits.softmax(-1)
-        sinks = self.sinks if heads is None else self.sinks[torch.as_tensor(heads, device=logits.device)]
+        sinks = self.sinks if heads is None else self.sinks[at]
         taken = sinks.float()[None, :, None, None].expand(*logits.shape[:3], 1)
         return torch.cat([logits, taken], -1).softmax(-1)[..., :-1]
 
@@ -191,13 +198,20 @@ class KVView:
 
         The largest tensor is `[b, H, 256, N]`, whatever the number of queries.
         """
-        w = self.rows(window)
-        queries, visible = self.queries[:, :, -w:], self.visible(w)
-        total = torch.zeros(*queries.shape[:2], self.n, device=queries.device)
-        for start in range(0, w, _CHUNK):
-            part = slice(start, start + _CHUNK)
-            total += self._attention(queries[:, :, part], visible[:, part]).sum(2)
+        total = torch.zeros(*self.queries.shape[:2], self.n, device=self.queries.device)
+        for _, part in self.attention_parts(window):
+            total += part.sum(2)
         return total
+
+    def attention_parts(
+        self, window: int | None = None, size: int = _CHUNK
+    ) -> Iterator[tuple[slice, Float[Tensor, "b h r n"]]]:
+        """`attention(window)`, at most `size` rows at a time: which rows of the window, and their attention."""
+        w = self.rows(window)
+        queries, visible = self.queries[:, :, self.queries.shape[2] - w :], self.visible(w)
+        for start in range(0, w, size):
+            part = slice(start, min(start + size, w))
+            yield part, self._attention(queries[:, :, part], visible[:, part])
 
     def readers(self, window: int | None = None) -> Int[Tensor, "#b n"]:
         """How many of the last `window` queries read each slot."""
@@ -217,10 +231,17 @@ class KVView:
         return torch.rand(*shape, generator=generator).to(self.keys.device).expand(self.b, *shape)
 
     def turned(self, keys: Tensor, shift: Tensor) -> Tensor:
-        """Keys `[b, G, n, d]` as they would be `shift` positions later, `[b, G, n]`."""
+        """Keys or queries `[b, H, n, d]` as they would be `shift` positions later, `[b, H, n]`."""
+        return self._rotary().turn(keys, shift)
+
+    def turned_on_average(self, x: Float[Tensor, "*lanes d"], shifts: Int[Tensor, " s"]) -> Float[Tensor, "*lanes d"]:
+        """The mean of the same keys or queries at all these shifts."""
+        return self._rotary().turn_on_average(x, shifts)
+
+    def _rotary(self) -> Any:
         if self.rotary is None:
             raise UnsupportedError(
                 "the positions of this model are not rotary ones that are understood, so keys cannot be moved; "
                 "use a method that leaves them where they are."
             )
-        return self.rotary.turn(keys, shift)
+        return self.rotary

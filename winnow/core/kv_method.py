@@ -26,12 +26,14 @@ class CacheMethod(Method):
     Class attributes:
         recent: queries of earlier forwards that it wants while decoding.
         decodes: whether it runs for decoded tokens though it has no limit.
+        one_scale: whether scores of different heads can be compared, as shares of attention can.
     """
 
     at: ClassVar[str] = "kv"
     rounding: ClassVar[Rounding] = "floor"
     recent: ClassVar[int] = 0
     decodes: ClassVar[bool] = False
+    one_scale: ClassVar[bool] = False
 
     def score(self, view: Any) -> Float[Tensor, "b g n"]:
         """`[b, G, N]` how much each slot matters to each head."""

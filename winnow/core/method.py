@@ -107,7 +107,12 @@ class Method:
         return None
 
     def calibrate(self, run: Callable[..., Any]) -> "Method":
-        """A method whose settings were fitted with `run`, which the engine supplies; itself by default."""
+        """A method whose settings were fitted to a model; itself by default.
+
+        Args:
+            run: `run(method, text)` runs the language model once under a method that looks; `text` is given the ids of
+                all ordinary tokens `[V]`, and gives those that are read, `[B, T]`.
+        """
         return self
 
     @classmethod

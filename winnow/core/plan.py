@@ -87,15 +87,10 @@ class Plan:
             )
         methods, policies = [], []
         for part in [] if chain.strip() == FULL else _split(chain, "+"):
-            slug, _, args = part.strip().partition(":")
-            if not re.fullmatch(r"[\w-]+", slug.strip()):
-                raise WinnowError(f"Cannot read {part.strip()!r} in the plan {text!r}; {_GRAMMAR}.")
-            cls = method_class(slug.strip())
-            values = _settings(args, text, words=(RELEASED,))
-            released = values.pop(RELEASED, False)
-            methods.append(cls.as_released(**values) if released else cls.configured(**values))
+            method, released = _method(part, text)
+            methods.append(method)
             if released:
-                policies.append((cls.released or {}).get("positions", "keep"))
+                policies.append((method.released or {}).get("positions", "keep"))
         if "positions" not in settings and policies:
             if len(set(policies)) > 1 or len(policies) < len(methods):
                 raise WinnowError(
@@ -141,6 +136,22 @@ class Plan:
         if all_settings or self.seed:
             options.append(f"seed={self.seed}")
         return text + (" | " + ",".join(options) if options else "")
+
+
+def method_of(text: str) -> Method:
+    """One method, from "slug:key=value,…"."""
+    return _method(text, text)[0]
+
+
+def _method(part: str, whole: str) -> tuple[Method, bool]:
+    """A method as a plan names it, and whether with the settings of its released code."""
+    slug, _, args = part.strip().partition(":")
+    if not re.fullmatch(r"[\w-]+", slug.strip()):
+        raise WinnowError(f"Cannot read {part.strip()!r} in the plan {whole!r}; {_GRAMMAR}.")
+    cls = method_class(slug.strip())
+    values = _settings(args, whole, words=(RELEASED,))
+    released = values.pop(RELEASED, False)
+    return (cls.as_released(**values) if released else cls.configured(**values)), released
 
 
 def _show(value: Any) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
+from winnow.core.kv import KVStep
 from winnow.core.plan import Plan
 from winnow.core.signal import Signal, Site, block_index
 from winnow.core.step import Step
@@ -81,6 +82,11 @@ class BoundPlan:
             elif step.at.name == "blocks":
                 (blocks if step.at.part is None else halves)[step.at.index or 0].append((number, step))
             elif step.at.name == "kv":
+                if not isinstance(step, KVStep):
+                    raise WinnowError(
+                        f"a step at {step.at} reads the cache of a layer and not its tokens: give a KVStep, as a "
+                        "CacheMethod does."
+                    )
                 kv[step.at.index or 0].append((number, step))
             elif step.at.name in at:
                 at[step.at.name].append((number, step))

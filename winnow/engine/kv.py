@@ -113,6 +113,7 @@ def tell_cache(request: Request, arguments: dict[str, Any]) -> None:
     context = context_of(cache_of(arguments))
     if context is not None:
         context.reads = reads_of(request.lm)
+        context.whole = getattr(request.lm, "whole", None) is not None
     if context is not None and asks_kinds(request.plan):
         context.kinds = kinds_of(request.lm, arguments["inputs_embeds"])
 

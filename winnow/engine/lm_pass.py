@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from winnow.cache.layer import real_of_cut
 from winnow.core.errors import UnsupportedError
 from winnow.core.ledger import ItemLedger
 from winnow.core.packing import Packing
@@ -23,7 +24,7 @@ from winnow.engine.devices import device_of
 from winnow.engine.encoder import lm_signal, places
 from winnow.engine.encoding import EncoderRecord
 from winnow.engine.item_tokens import LMTokens, Merged, Span, carried, content_mask, content_slots, on_device
-from winnow.engine.packed import PackedSequence, packed_segments, row_mask
+from winnow.engine.packed import PackedSequence, check_segments, packed_segments, row_mask
 from winnow.engine.probing import probe_layer
 from winnow.engine.question import Questions
 from winnow.engine.remember import remember_layers, remember_positions
@@ -31,7 +32,7 @@ from winnow.engine.request import Request, padding_mask
 from winnow.engine.runner import Change, StepRunner, add_notes
 from winnow.engine.whole_call import WholeCall
 from winnow.signals.language import LMAttentionInputs, LMEntry, TextSpans, as_visible
-from winnow.signals.tap import AttendsItself, scaling_of
+from winnow.signals.tap import AttendsItself, refuse_reading, scaling_of
 
 
 class LMPass:
@@ -69,7 +70,7 @@ class LMPass:
         keeps_cache = self.bound.lm.config.use_cache if keeps_cache is None else keeps_cache
         alone = given is None and self.cache is None and not keeps_cache and self.bound.short
         segments = packed_segments(arguments.get("position_ids"), self.bound.lm.config) if alone else None
-        self._check_segments(segments)
+        check_segments(segments, self.plan)
         self.tokens = PackedSequence(
             Packing.of(mask, sizes, right),
             self.bound.lm,
@@ -93,19 +94,6 @@ class LMPass:
             self.held_before = tuple(held_by(self.cache, i) for i in self.bound.kv_of)
         elif self.state is not None:
             self.state.inside = True
-
-    def _check_segments(self, segments: Tensor | None) -> None:
-        if segments is None:
-            return
-        if self.plan.reads_text:
-            raise UnsupportedError(
-                f"{self.plan.plan} looks at the question, and rows that hold several samples (positions that start "
-                "again) have several; use a method that looks at pictures only, or pad the samples into a batch."
-            )
-        if self.plan.plan.positions == "compact":
-            raise UnsupportedError(
-                "positions=compact is not defined for rows that hold several samples; use positions=keep."
-            )
 
     def note(self, notes: dict[str, Any]) -> None:
         """Take what a step recorded: counts add up."""
@@ -274,8 +262,8 @@ class LMPass:
         """A tapped LM layer shows its queries, keys and mask; by now its cache holds the keys of this forward too."""
         wanted = self.plan.listeners.get(Site("lm", layer), ())
         if self.items and wanted:
-            if isinstance(k, AttendsItself):
-                k.refuse_reading(self.plan.plan)
+            if isinstance(k, AttendsItself) or (self.whole is not None and self._cut(layer) is not None):
+                refuse_reading(self.plan.plan)
             with self.request.clock.phase("select"):
                 self._read(wanted, self._inputs(layer, module, q, k, mask))
 
@@ -301,7 +289,7 @@ class LMPass:
         return TextSpans(self.questions, self.ends, content_slots(self.items, rows, device))
 
     def _inputs(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, mask: Any = None) -> LMAttentionInputs:
-        past = self.past_mask(self.past(layer))
+        past = real_of_cut(self.cache, layer, self.past_mask(self.past(layer)))
         spans = self.spans(q.device)
         packing, past = self.tokens.packing.to(q.device), None if past is None else past.to(q.device)
         seen = None if self.whole is None else as_visible(mask)

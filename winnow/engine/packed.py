@@ -205,6 +205,25 @@ def packed_segments(positions: Tensor | None, config: Any) -> Int[Tensor, "b s"]
     return torch.nn.functional.pad(breaks.long().cumsum(-1), (1, 0))
 
 
+def check_segments(segments: Tensor | None, plan: Any) -> None:
+    """Refuse plans that do not know what to do with rows that hold several samples.
+
+    Args:
+        plan: bound to the model.
+    """
+    if segments is None:
+        return
+    if plan.reads_text:
+        raise UnsupportedError(
+            f"{plan.plan} looks at the question, and rows that hold several samples (positions that start "
+            "again) have several; use a method that looks at pictures only, or pad the samples into a batch."
+        )
+    if plan.plan.positions == "compact":
+        raise UnsupportedError(
+            "positions=compact is not defined for rows that hold several samples; use positions=keep."
+        )
+
+
 def row_mask(
     given: Tensor | None, rows: int, length: int, device: torch.device
 ) -> tuple[Bool[Tensor, "b s"], tuple[int, ...], bool, Bool[Tensor, "b s"] | None]:

@@ -1,4 +1,10 @@
-"""Prompts that hide a needle and ask for it, and what a language model attends to while it answers them."""
+"""Prompts that hide a needle and ask for it, and what a language model attends to while it answers them.
+
+    asked = list(prompts(haystack, [(needle, question)], lengths=(512, 1024), depths=(0.1, 0.5, 0.9)))
+    method = CompressKV().calibrate(lambda window: traces(model, asked, window), path="heads.json")
+
+All of them are token ids. Words that ask as the model was taught to be asked (its chat template) belong to `question`.
+"""
 
 from __future__ import annotations
 

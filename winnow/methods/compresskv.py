@@ -1,4 +1,4 @@
-"""CompressKV (arXiv:2508.02401): the heads that retrieve choose the slots, and layers that evictions hurt get more.
+"""CompressKV (arXiv 2508.02401): the heads that retrieve choose the slots, and layers that evictions hurt get more.
 
 Looks at: attention of the last `window` queries in a few heads of each layer. Cost: these rows, once.
 

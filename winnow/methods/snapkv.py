@@ -1,18 +1,23 @@
 """SnapKV (arXiv 2404.14469): keeps the cache slots that the last tokens of the prompt attend to.
 
-Looks at: attention of the last `window` queries. Cost: `window` rows of attention in each layer, once.
+Looks at: attention of the last `window` queries. Cost: `window` rows of attention in each layer, once, and one more
+time for each eviction while decoding.
 
-Departs from the paper: query heads of one KV head are averaged (the paper stores a cache for each query head).
-
-Departs from the released code: the window stays in the order of the prompt, like all that is kept.
+Departs from the paper: query heads of one KV head are averaged (the paper stores a cache for each query head). The
+window is 32 and pooling the mean of 5, as the authors' code sets them; their LongBench runs pool by the largest of 7.
+What is decoded stays, as there, unless `limit` is set, and then the last `window` tokens vote again. A budget below the
+window keeps the window; the authors' code stops.
+Departs from the released code: `released` is kvpress's SnapKVPress, which the authors' code equals but for the mean
+over query heads. kvpress computes 1 − ratio in floats and rounds down, so that a ratio of 0.8 keeps 39 of 200 slots:
+`keep=1 - 0.8` does so here, and "20%" keeps 40. It refuses prompts that are no longer than the window.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from winnow.contract import CacheMethod, Count, KVBudget, KVView, register
+from winnow.contract import Between, CacheMethod, Count, KVBudget, KVView, register
+from winnow.parts.window_votes import check_window, window_votes
 
 
 @register("snapkv")
@@ -22,35 +27,31 @@ class SnapKV(CacheMethod):
     Args:
         keep: slots of a head, the window among them.
         window: tokens at the end of the prompt that vote, and stay.
-        kernel: width of the pooling along the sequence that keeps neighbours of a peak together; 1 for none.
+        kernel: odd width of the pooling along the sequence that keeps neighbours of a peak together; 1 for none.
         pool: the mean of the neighbours, or the largest.
         limit: slots that a head holds at most while decoding, and `every` more; none: what is decoded stays.
         every: decoded tokens between two evictions.
     """
 
     released = {"keep": "50%", "window": 64, "kernel": 5, "pool": "mean"}
-    recent = 64
+    one_scale = True
 
     keep: KVBudget = KVBudget("20%")
-    window: Count = 32
-    kernel: Count = 5
+    window: Annotated[int, Between(1)] = 32
+    kernel: Annotated[int, Between(1)] = 5
     pool: Literal["mean", "max"] = "mean"
     limit: Count | None = None
     every: Count = 64
+
+    @property
+    def recent(self) -> int:  # type: ignore[override]
+        return self.window
+
+    def check(self) -> None:
+        check_window(self.slug, self.window, self.kernel, self.limit)
 
     def ends(self, view: KVView) -> tuple[int, int]:
         return 0, view.rows(self.window)
 
     def score(self, view: KVView) -> Tensor:
-        w = view.rows(self.window)
-        votes = view.attention(w).mean(2)[..., : view.n - w]
-        pooled = pooled_along(votes, self.kernel, self.pool)
-        return F.pad(view.per_kv_head(pooled), (0, w), value=1.0)
-
-
-def pooled_along(x: Tensor, kernel: int, pool: str) -> Tensor:
-    """`[b, h, n]` pooled over neighbours along the sequence, its length unchanged."""
-    if kernel < 2 or not x.shape[2]:
-        return x
-    pooling = F.avg_pool1d if pool == "mean" else F.max_pool1d
-    return pooling(x, kernel, stride=1, padding=kernel // 2)[..., : x.shape[2]]
+        return window_votes(view, self.window, self.kernel, self.pool)

@@ -1,4 +1,4 @@
-"""ZipVL (arXiv:2410.08584): in each layer, only the tokens that hold most of the attention attend, and are cached well.
+"""ZipVL (arXiv 2410.08584): in each layer, only the tokens that hold most of the attention attend, and are cached well.
 
 Looks at: attention of `last` + `random` probe queries, averaged over heads. Cost: their rows of attention in each
 layer, once; the number of tokens is read on the host.

@@ -39,12 +39,13 @@ class AttendsItself:
         """Keys and values for those who listen: tensors where nothing was dropped from them yet, else itself."""
         raise NotImplementedError
 
-    def refuse_reading(self, plan: Any) -> None:
-        """Raise, for a plan that looks at this attention."""
-        raise UnsupportedError(
-            f"{plan} looks at the attention of a layer whose logits are capped, or whose cache was compressed before "
-            "these pictures came; use another method, or start with a new cache."
-        )
+
+def refuse_reading(plan: Any) -> None:
+    """Raise, for a plan that looks at the attention of a layer that gives something else than keys."""
+    raise UnsupportedError(
+        f"{plan} looks at the attention of a layer whose logits are capped, or whose cache was compressed before these "
+        "pictures came; use another method, or start with a new cache."
+    )
 
 
 class Stop(Exception):

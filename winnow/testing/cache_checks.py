@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from winnow.cache.rotary import Rotary
 from winnow.core.kv import Codec, KVStep, KVView
 from winnow.core.kv_budget import KVBudget
 from winnow.core.step import KVReduce, Observe, State
@@ -16,6 +17,7 @@ from winnow.testing.largest import Largest
 from winnow.testing.subject import Subject, expect
 
 B, G, GROUP, D = 2, 2, 2, 16
+ROTARY = Rotary(10000.0 ** (-torch.arange(0, D, 2) / D))
 Case = tuple[KVStep, KVView]
 
 
@@ -25,7 +27,7 @@ def view_of(layer: int, n: int, *, b: int = B, seed: int = 0, depth: int = 3) ->
     keys, values = (torch.randn(b, G, n, D, generator=generator) for _ in range(2))
     queries = torch.randn(b, G * GROUP, n, D, generator=generator)
     below = tuple(torch.randn(b, G, n, D, generator=generator) for _ in range(2))
-    return KVView.of(keys, values, queries, layer=layer, depth=depth, below=below if layer else None)
+    return KVView.of(keys, values, queries, layer=layer, depth=depth, below=below if layer else None, rotary=ROTARY)
 
 
 def check_counts(subject: Subject) -> None:
@@ -116,7 +118,7 @@ def check_memory(subject: Subject) -> None:
     settings = {"keep": 32} if subject.has_keep else {}
     for step, _ in _cases(subject, 48, **settings):
         layer = step.at.index or 0
-        small, large = (_largest(step, view_of(layer, n, b=1)) for n in (400, 800))
+        small, large = (_largest(step, view_of(layer, n, b=1, depth=layer + 1)) for n in (400, 800))
         expect(
             large < 3 * max(small, 1) or small < 400 * 400,
             f"{subject.kind.slug}: {small} elements for 400 slots, {large} for twice as many",
@@ -148,10 +150,12 @@ def answer(step: KVStep, view: KVView) -> Any:
 
 def _cases(subject: Subject, n: int, *, b: int = B, **settings: Any) -> Iterator[Case]:
     """The steps that run in a prefill, each with a view of its layer."""
-    for act in subject.acts(**settings):
+    acts = [act for act in subject.acts(**settings) if isinstance(act.step, KVStep)]
+    depth = 1 + max((act.step.at.index or 0 for act in acts), default=0)
+    for act in acts:
         step = act.step
         if isinstance(step, KVStep) and "prefill" in step.when:
-            yield step, replace(view_of(step.at.index or 0, n, b=b), module=act.module)
+            yield step, replace(view_of(step.at.index or 0, n, b=b, depth=depth), module=act.module)
 
 
 def _read_back(codec: Codec, view: KVView) -> list[Tensor]:

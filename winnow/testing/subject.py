@@ -10,6 +10,7 @@ import torch
 
 from winnow.core.errors import UnsupportedError
 from winnow.core.info import ModelInfo
+from winnow.core.kv_method import CacheMethod
 from winnow.core.method import Method
 from winnow.core.reduction import Reduction
 from winnow.core.step import Observe, Reduce, State, Step
@@ -64,7 +65,9 @@ class Subject:
                 continue
             supported += 1
             module = resolved.build(info)
-            yield from (Act(number, step, info.width, module) for number, step in enumerate(steps))
+            # What a method of pictures does to the cache as well has other views.
+            seen = [step for step in steps if step.at.name != "kv" or issubclass(self.kind, CacheMethod)]
+            yield from (Act(number, step, info.width, module) for number, step in enumerate(seen))
         expect(supported > 0, f"{self.kind.__name__} runs on none of {[info.model for info in self.infos]}")
 
     def view(self, act: Act, picture: Picture, *, b: int = 2, left: int | None = None, seed: int = 0) -> View:
