@@ -9,6 +9,7 @@ from torch import Tensor
 import winnow
 from tests import kvhand
 from tests.coded import check_against_changed, check_with_eviction, codecs_of
+from winnow import reference, world
 from winnow.contract import Codec, KVView, Observe, State
 from winnow.core.errors import WinnowError
 from winnow.methods.gear import Gear
@@ -208,6 +209,26 @@ def test_the_order_fails_for_a_stub():
     for stub in (_elsewhere, lambda method, k, v: _integers(method, k, v, "encode")):
         with pytest.raises(AssertionError):
             _errors_are_ordered(stub)
+
+
+@torch.no_grad()
+@pytest.mark.system("gear", "directional")
+def test_the_order_holds_on_the_cache_of_a_trained_model():
+    model, processor = reference.load()
+    scene = world.scene(0, split="test")
+    inputs = processor(images=scene.image, text=reference.prompt(scene.questions[0].text), return_tensors="pt")
+    layers = model.float()(**inputs).past_key_values.layers
+
+    def errors(**settings):
+        method = Gear(**settings)
+        kv = [(layer.keys[:, :, :256], layer.values[:, :, :256]) for layer in layers]
+        pairs = [pair for own in kv for pair in zip(coded(method, *own).read(), own, strict=True)]
+        return sum(((a - b).norm() / b.norm()).item() for a, b in pairs) / len(pairs)
+
+    plain, low = errors(rank=0, sparsity=0.0), errors(sparsity=0.0)
+    sparse, both = errors(rank=0), errors()
+    assert plain > 1.05 * low > 1.05 * 1.03 * both
+    assert plain > 1.03 * sparse > 1.03 * 1.05 * both
 
 
 PLAN = "gear:every=8,group=4,sparsity=0.3,rank=2,later_rank=1"

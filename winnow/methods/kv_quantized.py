@@ -4,6 +4,7 @@ Looks at: keys and values. Cost: one pass over a block when it is stored, and on
 
 Departs from the paper: the newest tokens wait in a buffer that is emptied as a whole when it is full, for keys and for
 values; KIVI's holds 128, and lets values go one by one.
+Departs from the released code: that multiplies with packed integers; here a block is read back before a layer attends.
 """
 
 from typing import Literal
