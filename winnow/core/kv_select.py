@@ -37,8 +37,9 @@ def best_slots(
     ends[max(0, n - last) :] = True
     if keep.is_kinds:
         return _by_kind(scores, keep, view, ends)
-    count = _of_mass(scores, keep.mass, view, ends) if keep.is_mass else view.budget(keep)
-    count = max(count, int(ends.sum()))
+    if keep.is_mass:
+        return _by_mass(scores, keep.mass, ends)
+    count = max(view.budget(keep), int(ends.sum()))
     if count >= n:
         return None
     return keep_slots(Reduction.select(top_slots(scores.masked_fill(ends, torch.inf), count), n))
@@ -53,15 +54,22 @@ def _ranked(scores: Float[Tensor, "b g n"]) -> Tensor:
     return ranked(scores.flatten(0, 1)).view_as(scores)
 
 
-def _of_mass(scores: Tensor, mass: float, view: KVView, ends: Tensor) -> int:
-    """The fewest slots that hold a share of the score, averaged over heads; the most that any sample needs."""
+def _by_mass(scores: Tensor, mass: float, ends: Tensor) -> KVReduce | None:
+    """The fewest slots of each sample that hold a share of its score, averaged over heads."""
+    g, n = scores.shape[1:]
     whole = scores.clamp_min(0).nan_to_num(0, posinf=0).mean(1)
     total = whole.sum(-1, keepdim=True)
     if bool((total <= 0).any()):
         raise WinnowError("keep=mass=… needs scores that are not negative, such as attention; use a count or a share.")
     held = whole.sort(-1, descending=True).values.cumsum(-1) / total
-    need = (held < mass - 1e-6).sum(-1) + 1
-    return min(view.n, max(int(need.max()), int(ends.sum())))
+    need = ((held < mass - 1e-6).sum(-1) + 1).clamp(int(ends.sum()), n).tolist()
+    if min(need) >= n:
+        return None
+    order = _ranked(scores.masked_fill(ends, torch.inf))
+    stays = torch.zeros_like(scores, dtype=torch.bool)
+    for row, count in enumerate(need):
+        stays[row].scatter_(-1, order[row, :, :count], True)
+    return keep_slots(Reduction.select(stays, counts=[count for count in need for _ in range(g)]))
 
 
 def _by_kind(scores: Tensor, keep: KVBudget, view: KVView, ends: Tensor) -> KVReduce | None:
