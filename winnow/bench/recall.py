@@ -100,7 +100,7 @@ def perplexity(model: Any, plan: Any, n: int = 16, length: int = 512, *, split: 
 def _samples(task: str, n: int, length: int, split: str, seed: int, counts: dict[str, int]) -> list[Recall]:
     if n < 1:
         raise WinnowError(f"n={n}; measure on at least 1 sample")
-    return [draw(task, seed + i, length, split, **counts) for i in range(n)]  # type: ignore[arg-type]
+    return [draw(task, seed + i, length, split, **counts) for i in range(n)]
 
 
 def _under(model: Any, plan: Any) -> Any:

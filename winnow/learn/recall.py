@@ -20,6 +20,7 @@ from winnow.world.recall import COPIED, COUNTS, CUE, SPAN, TASKS, Asked, Recall,
 from winnow.world.recall_words import BOS, FILLER_IDS, NAME_IDS, PAD, VALUE_IDS, WORD_ID, ids
 
 ECHO = "echo"  # a task of training only
+ECHOED = 8  # different words in it
 FILLER_WEIGHT = 0.3  # of the mean loss of filler words, next to that of answers
 _FIRST_FILLER = FILLER_IDS[0]
 _LONGEST = {"needle": 8, "several": 8, "pairs": 4, "copy": SPAN + 2}  # tokens of one fact
@@ -54,11 +55,12 @@ class Texts:
 
 
 def echo(rng: random.Random, length: int) -> Recall:
-    """Random words, and the question to say all of them again: nearly every token of the row teaches to look up.
+    """A few random words in random order, and the question to say all again: nearly every token teaches to look up.
 
-    The answer is cut into pieces, so that the accuracy of "copy" counts some right before all are.
+    As the words come back, the last one does not say what followed; the last two or three do. The answer is cut into
+    pieces, so that the accuracy of "copy" counts some right before all are.
     """
-    said = tuple(rng.choices(NAME_IDS + VALUE_IDS, k=length - 1))
+    said = tuple(rng.choices(rng.sample(NAME_IDS + VALUE_IDS, ECHOED), k=length - 1))
     asked = [Asked((*ids("?", "repeat"), *said[:CUE]), said[CUE : CUE + COPIED], ())]
     asked += [Asked((), said[at : at + COPIED], ()) for at in range(CUE + COPIED, len(said), COPIED)]
     return Recall("copy", (*ids(BOS), *said), tuple(asked))
@@ -117,7 +119,10 @@ def causal_mask(tokens: int, device: torch.device) -> Tensor:
 
 
 def step(model: LlamaForCausalLM, rows: Rows) -> tuple[Tensor, dict[str, float], Tensor]:
-    """The loss of a batch, its parts, and questions right and asked by task [tasks, 2]."""
+    """The loss of a batch, its parts, and questions right and asked by task [tasks, 2].
+
+    Each task counts as much as the others in the loss of answers: most answer tokens are copies.
+    """
     device = model.device
     with torch.autocast(device.type, torch.bfloat16):
         hidden = model.model(
@@ -131,12 +136,18 @@ def step(model: LlamaForCausalLM, rows: Rows) -> tuple[Tensor, dict[str, float],
     loss = logits.sum() * 0
     for name, chosen, weight in (("answer", answers, 1.0), ("filler", ~answers, FILLER_WEIGHT)):
         if chosen.any():
-            mean = losses[chosen].mean()
+            mean = losses[chosen].mean() if name == "filler" else _even(losses, rows.kind[learned])
             loss = loss + weight * mean
             parts[name] = mean.item()
     predicted = torch.full_like(rows.labels, IGNORED)
     predicted[learned] = logits.argmax(-1).cpu()
     return loss, parts, right_by_task(predicted, rows)
+
+
+def _even(losses: Tensor, kind: Tensor) -> Tensor:
+    """The mean over tasks of the mean loss of their tokens, from losses and kinds [N] of what is learned."""
+    means = [losses[(kind == task).to(losses.device)].mean() for task in kind[kind >= 0].unique().tolist()]
+    return torch.stack(means).mean()
 
 
 def right_by_task(predicted: Tensor, rows: Rows) -> Tensor:

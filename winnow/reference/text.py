@@ -17,7 +17,7 @@ from winnow.reference import starts
 from winnow.world.recall_words import BOS, PAD, VOCABULARY, WORD_ID
 
 FOLDER = Path(__file__).parent / "recall"
-ROPE_THETA = 1e5  # slow turns: a name in a question must match a token hundreds of positions before it
+ROPE_THETA = 1e6  # slow turns: a name in a question must match a token hundreds of positions before it
 PLACES = 2048  # the most positions
 
 
