@@ -20,14 +20,15 @@ import torch
 from torch import nn
 
 from winnow.core.errors import WinnowError
-from winnow.core.registry import entries, method_class
+from winnow.core.registry import method_class, picture_methods
 from winnow.core.step import State
 from winnow.testing import WITH_CLS, Picture, Subject
 
 ITEMS, KEEP, WIDTH, HEADS, MLP = 8, 320, 1024, 16, 4096
 PICTURE = Picture.tiled(24, 2, 2)
 GATES = {"score": 0.15, "pairs": 1.0, "coverage": 2.0}  # of a block
-GROUPS = {"todre": "pairs", "cdpruner": "pairs", "mmtok": "coverage"}  # others: pairs where they build a table of them
+# Others: pairs where they build a table of them. SparseVLM clusters what it drops.
+GROUPS = {"todre": "pairs", "cdpruner": "pairs", "sparsevlm": "pairs", "mmtok": "coverage"}
 
 
 class Block(nn.Module):
@@ -74,7 +75,7 @@ def compare(only: list[str], rounds: int) -> int:
     print(f"{'method':<34} {'step':<16} {'ms':>9} {'blocks':>8} {'allowed':>8}")
     worst = 0
     info = replace(WITH_CLS, width=WIDTH, vision_width=WIDTH)
-    for entry in entries():
+    for entry in picture_methods():
         if entry.family == "user" or (only and entry.slug not in only):
             continue
         kind = method_class(entry.slug)

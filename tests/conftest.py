@@ -19,11 +19,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 PACKAGE = Path(__file__).resolve().parent.parent / "winnow"
 CHECKED = [
     f"winnow.{room}.{path.stem}"
-    for room in ("core", "parts", "signals", "methods", "engine")
+    for room in ("core", "parts", "signals", "methods", "cache", "engine")
     for path in sorted((PACKAGE / room).glob("*.py"))
     if "from jaxtyping import" in path.read_text(encoding="utf-8")
 ]
-if os.environ.get("WINNOW_CHECK_SHAPES", "1") != "0":
+if CHECKED and os.environ.get("WINNOW_CHECK_SHAPES", "1") != "0":
+    from shapes import pass_by_what_has_no_shape
+
+    pass_by_what_has_no_shape()
     install_import_hook(CHECKED, "shapes.checked")
 
 

@@ -120,10 +120,18 @@ def test_a_process_writes_into_a_pipe_of_any_encoding(encoding):
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8"])
-def test_every_command_shows_what_an_encoding_can_show(encoding, whole, tmp_path):
+def test_every_listing_shows_what_an_encoding_can_show(encoding):
     paths = [[], *(command for command, _ in registered())]
     for arguments in (*([*path, "--help"] for path in paths), ["methods"], ["systems"], ["--version"]):
         assert call(*arguments, code=0, charset=encoding).stdout_bytes.decode(encoding)
+
+
+# One encoding that holds little and one that holds everything; the others show listings, above.
+@pytest.mark.parametrize(
+    "encoding",
+    ["ascii", "utf-8", *(pytest.param(name, marks=pytest.mark.full) for name in ("cp1252", "latin-1"))],
+)
+def test_every_command_that_runs_a_model_shows_what_an_encoding_can_show(encoding, whole, tmp_path):
     shown = call(*asking("run", tmp_path, whole), "--keep", "5", code=0, charset=encoding).stdout_bytes
     assert "64" in shown.decode(encoding)
     for command in ("doctor", "bench", "speed"):

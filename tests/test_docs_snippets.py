@@ -6,6 +6,7 @@ Blocks marked `python` stand alone and run in test_repo.py; those marked `py` co
 from __future__ import annotations
 
 import ast
+import functools
 import pkgutil
 import re
 from collections.abc import Callable
@@ -136,6 +137,7 @@ def test_with_transformers(heading: str) -> None:
     CHECKS[heading](run(heading))
 
 
+@functools.cache  # the package is parsed once for all that is quoted
 def messages() -> list[str]:
     """Every string of the package, with … where it puts a value in."""
     found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import os
 import re
@@ -67,6 +68,7 @@ def files() -> list[Path]:
     return [path for path in sorted(ROOT.rglob("*")) if path.is_file() and not skipped & set(path.parts)]
 
 
+@functools.cache
 def texts() -> dict[str, str]:
     found = {}
     for path in files():
@@ -77,6 +79,7 @@ def texts() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def sources() -> dict[str, ast.Module]:
     return {
         name: ast.parse(text) for name, text in texts().items() if name.startswith("winnow/") and name.endswith(".py")

@@ -6,7 +6,8 @@ import os
 
 import pytest
 import torch
-from jaxtyping import TypeCheckError
+from jaxtyping import Float, TypeCheckError
+from shapes import promises_a_shape
 
 from winnow.core.layout import Layout
 from winnow.core.select import ranked, top_k
@@ -41,6 +42,17 @@ def view():
 def test_a_tensor_of_another_shape_is_an_error(call):
     with pytest.raises(TypeCheckError):
         call()
+
+
+Rows = Float[torch.Tensor, "b n"]
+
+
+def test_a_promise_by_another_name_is_one():
+    def named(x: Rows) -> None: ...
+    def result() -> tuple[Rows, int]: ...
+    def none(x: torch.Tensor, n: int) -> list[int]: ...
+
+    assert [promises_a_shape(function) for function in (named, result, none)] == [True, True, False]
 
 
 def test_the_right_shapes_pass():

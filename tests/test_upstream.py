@@ -37,6 +37,7 @@ def test_static():
 def test_seen():
     assert "save_pretrained" not in vars(made())
 """
+pytestmark = pytest.mark.xdist_group("upstream")  # the two runs are made once, by one worker
 NOTHING = {"plans": {}, "reduced": 0, "refused": {}}
 
 

@@ -46,7 +46,7 @@ MARK = "<!-- Written by tools/docs.py from the registry; do not edit. -->\n"
 FACTS = ("Looks at", "Cost", "Departs from the paper", "Departs from the released code")
 EXAMPLE = ModelInfo(
     model="LLaVA-1.5-7B", family="llava", depth=32, width=4096, vision_depth=24, feature_layer=-2, vision_width=1024,
-    points=("blocks", "blocks.mlp", "features", "projected", "layers"),
+    points=("blocks", "blocks.mlp", "features", "projected", "layers", "kv"),
 )  # fmt: skip
 
 

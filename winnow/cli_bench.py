@@ -192,9 +192,9 @@ def named(values: Sequence[str] | None) -> tuple[str, ...]:
     Commas part slugs; a value with a `:`, `+` or `|` is one plan, whose settings have commas of their own.
     """
     if not values:
-        from winnow.core.registry import entries
+        from winnow.core.registry import picture_methods
 
-        return tuple(entry.slug for entry in entries() if entry.family != "user")
+        return tuple(entry.slug for entry in picture_methods() if entry.family != "user")
     found: list[str] = []
     for value in values:
         found += [value] if any(mark in value for mark in ":+|") or names_file(value) else value.split(",")

@@ -6,6 +6,10 @@ from winnow.contract import Budget, Method, View, VisionAttention, register
 from winnow.core.budget import Budget, split_evenly
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
+from winnow.core.kv import Codec, KVStep, KVView
+from winnow.core.kv_budget import KVBudget
+from winnow.core.kv_method import CacheMethod
+from winnow.core.kv_select import best_slots, keep_slots
 from winnow.core.layout import CLS, CONTENT, PAD, REGISTER, SEPARATOR, Layout
 from winnow.core.method import Method
 from winnow.core.point import Point
@@ -18,6 +22,7 @@ from winnow.core.step import (
     Action,
     Attend,
     Emit,
+    Follow,
     KVReduce,
     Observe,
     Reduce,
@@ -56,13 +61,19 @@ __all__ = [
     "Between",
     "Block",
     "Budget",
+    "CacheMethod",
     "ClipPatches",
     "ClipText",
     "ClsLogits",
+    "Codec",
     "Count",
     "Emit",
+    "Follow",
     "HiddenStates",
+    "KVBudget",
     "KVReduce",
+    "KVStep",
+    "KVView",
     "KeyNorm",
     "LMAttention",
     "LMAttentionInputs",
@@ -112,10 +123,12 @@ __all__ = [
     "WideKeys",
     "WinnowError",
     "WordAttention",
+    "best_slots",
     "block_index",
     "comparable",
     "count_broken",
     "in_thumbnail",
+    "keep_slots",
     "n_tiles",
     "quotas",
     "rank_in_tile",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -35,6 +38,8 @@ def _built():
         if weight.ndim == 2 and "position" not in name:
             scale = 0.5 if "embed_tokens" in name else 1.5 / math.sqrt(weight.shape[1])
             weight.data.normal_(0, scale, generator=generator)
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)  # writes into the configuration: a run is the same before and after a test saves
     return model, make_processor(PRESETS["micro"])
 
 
@@ -57,16 +62,50 @@ def task():
     return world_task(QUESTIONS, seed=40)
 
 
+OPTIONS = {"batch": 4, "max_new_tokens": 3, "checked": 0, "baselines": ()}
+
+
+def _finished(folder: str, task) -> tuple[Path, str, int]:
+    """The file of a finished sweep of the defaults, the key of its run, and how often it called `generate`."""
+    model, processor = _built()
+    file = Path(folder) / "finished.sqlite"
+    with pytest.MonkeyPatch.context() as patch, Store(file, create=True) as store:
+        calls = counted(patch, model)
+        key = bench(model, processor, METHODS, BUDGETS, task, store, **OPTIONS)
+    return file, key, len(calls)
+
+
+@pytest.fixture(scope="session")
+def whole(task, tmp_path_factory):
+    """(file, key, calls of `generate`): a finished sweep of the defaults, made once. Tests take a copy: `finished`."""
+    return _finished(str(tmp_path_factory.mktemp("whole")), task)
+
+
+@pytest.fixture
+def finished(sweep, whole, tmp_path):
+    """`finished(store="a.sqlite")` is what `sweep(store)` would return, without asking anything."""
+
+    def copy(store="a.sqlite"):
+        shutil.copy(whole[0], tmp_path / store)
+        return sweep.opened(store), whole[1]
+
+    return copy
+
+
 @pytest.fixture
 def sweep(little, task, tmp_path):
     """Run a small sweep into a store: `sweep(store="a.sqlite", **settings)` returns (store, key of the run)."""
     opened = []
 
+    def open_store(store):
+        opened.append(Store(tmp_path / store, create=True))
+        return opened[-1]
+
     def run(store="a.sqlite", *, methods=METHODS, budgets=BUDGETS, task=task, model=little[0], **settings):
-        results = Store(tmp_path / store, create=True)
-        opened.append(results)
-        options = {"batch": 4, "max_new_tokens": 3, "checked": 0, "baselines": ()} | settings
-        return results, bench(model, little[1], methods, budgets, task, results, **options)
+        results = open_store(store)
+        return results, bench(model, little[1], methods, budgets, task, results, **(OPTIONS | settings))
+
+    run.opened = open_store
 
     yield run
     for results in opened:
@@ -86,7 +125,11 @@ def exported(tmp_path):
 @pytest.fixture
 def generated(monkeypatch, little):
     """Counts the calls of the model's `generate`."""
-    model, calls = little[0], []
+    return counted(monkeypatch, little[0])
+
+
+def counted(monkeypatch, model) -> list[int]:
+    calls: list[int] = []
     plain = type(model).generate
 
     def counting(self, *args, **kwargs):

@@ -12,7 +12,7 @@ from winnow.bench.processes import budgets_of, listed, methods_of
 from winnow.bench.store import Store
 from winnow.cli_bench import register
 from winnow.core.errors import WinnowError
-from winnow.core.registry import entries
+from winnow.core.registry import picture_methods
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_lists_are_taken_apart_at_commas_and_all_methods_are_measured_by_default
         budgets_of("64,,32")
     plans = ["fastv:layer=2,keep=10%", "todre"]
     assert methods_of(plans) == tuple(plans)
-    assert methods_of(None) == tuple(e.slug for e in entries() if e.module.startswith("winnow.methods."))
+    assert methods_of(None) == tuple(e.slug for e in picture_methods() if e.module.startswith("winnow.methods."))
 
 
 def test_the_commands_import_no_torch():

@@ -11,7 +11,7 @@ from winnow.bench.plans import jobs
 from winnow.core.errors import WinnowError
 from winnow.core.method import Method
 from winnow.core.plan import Plan
-from winnow.core.registry import entries
+from winnow.core.registry import picture_methods
 from winnow.testing import WITH_CLS, Picture, Subject, run
 
 
@@ -50,7 +50,7 @@ def test_mistakes_in_the_table_of_cells_are_told(methods, budgets, baselines, to
         jobs(methods, budgets, 256, baselines=baselines)
 
 
-@pytest.mark.parametrize("slug", ["dyvte", "pixelprune"])
+@pytest.mark.parametrize("slug", ["dyvte", "pixelprune", "vtw"])
 def test_a_method_without_a_budget_is_measured_once_as_it_is(slug):
     measured = [job for job in jobs((slug,), ("64", "12.5%"), 256, baselines=()) if job.cell.kind == "method"]
     assert [(job.cell.label, job.cell.budget, job.cell.keep) for job in measured] == [(slug, "", None)]
@@ -79,11 +79,11 @@ def left_after(method: Method, content: int) -> int:
 
 
 # All tokens of a sample leave at once, or none; what the picture repeats leaves.
-WITHOUT_BUDGET = {"dyvte", "pixelprune"}
+WITHOUT_BUDGET = {"dyvte", "pixelprune", "vtw"}
 
 
 @pytest.mark.parametrize("content", SHAPES)
-@pytest.mark.parametrize("slug", [entry.slug for entry in entries() if entry.slug not in WITHOUT_BUDGET])
+@pytest.mark.parametrize("slug", [entry.slug for entry in picture_methods() if entry.slug not in WITHOUT_BUDGET])
 def test_every_budget_keeps_what_its_column_says(slug, content):
     least = "2" if slug == "tome" else "1"  # each block merges half of the patches at most
     budgets = ("13", "64", "192", "12.5%", least) if content > 192 else ("13", "12.5%", least)

@@ -35,6 +35,12 @@ def idle(monkeypatch):
     monkeypatch.setattr(timing, "SPREAD", 100.0)
 
 
+@pytest.fixture
+def green(monkeypatch):
+    """The doctor, of whom other tests are, finds nothing; a run of its own shows that he is asked."""
+    monkeypatch.setattr(timing, "diagnose", lambda *_: [Check("identity", True, "")])
+
+
 def run(little, task, store, **options):
     return speed(*little, ("fastervlm", "fastv"), ("16",), task, store, **(OPTIONS | options))
 
@@ -65,7 +71,7 @@ def test_a_run_has_every_plan_phase_and_batch(little, task, store, idle):
     assert len(speed_table(printed)[1][0]) == len(speed_table(printed)[0])
 
 
-def test_e7_rounds_are_interleaved_and_warmed_up(little, task, store, idle, monkeypatch):
+def test_e7_rounds_are_interleaved_and_warmed_up(little, task, store, idle, green, monkeypatch):
     order = []
     plain = timing.Rounds._clean
 
@@ -83,7 +89,7 @@ def test_e7_rounds_are_interleaved_and_warmed_up(little, task, store, idle, monk
     assert len(kept) == 2 * PLANS * OPTIONS["repeats"], "warm-up is not kept"
 
 
-def test_e7_a_busy_machine_is_refused_before_anything_is_timed(little, task, store, monkeypatch):
+def test_e7_a_busy_machine_is_refused_before_anything_is_timed(little, task, store, green, monkeypatch):
     monkeypatch.setattr(clock.os, "getloadavg", lambda: (64.0, 1.0, 1.0))
     monkeypatch.setattr(clock.os, "cpu_count", lambda: 4)
     with pytest.raises(WinnowError, match=r"busy machine: the load average is 64.0 on 4 cores"):
@@ -104,7 +110,7 @@ def test_e7_a_quarter_of_the_cores_may_be_busy(monkeypatch, load, cores, refused
     assert bool(timing.busy()) == refused
 
 
-def test_e7_times_that_scatter_are_refused(little, task, store, monkeypatch):
+def test_e7_times_that_scatter_are_refused(little, task, store, green, monkeypatch):
     monkeypatch.setattr(timing, "busy", lambda device="cpu": "")
     turns = itertools.cycle((1.0, 1.5, 2.0))
     monkeypatch.setattr(timing.Rounds, "_time", lambda self, one, tokens: next(turns))
@@ -143,7 +149,7 @@ def test_e8_a_baseline_of_another_run_does_not_count(store):
     assert (found["x"].speedup.value, found["x"].efficiency.value) == (3.0, 0.75)
 
 
-def test_two_calls_are_two_runs(little, task, store, idle):
+def test_two_calls_are_two_runs(little, task, store, idle, green):
     keys = {run(little, task, store, ragged=False, sizes=(1,)) for _ in range(2)}
     assert len(keys) == len(store.runs()) == 2
 

@@ -53,8 +53,8 @@ def test_e5_two_processes_equal_one(little, tmp_path, exported):
     assert first == second
 
 
-def test_the_two_shards_of_a_sweep_are_disjoint_and_make_the_whole(sweep, exported):
-    whole, _ = sweep("whole.sqlite")
+def test_the_two_shards_of_a_sweep_are_disjoint_and_make_the_whole(sweep, finished, exported):
+    whole, _ = finished("whole.sqlite")
     first, key = sweep("shards.sqlite", shard=(0, 2))
     half = {cell.plan: {a.question for a in first.answers(cell.id)} for cell in first.cells(key)}
     assert all(0 < len(asked) < QUESTIONS for asked in half.values())
@@ -98,8 +98,8 @@ def test_e9_out_of_memory_in_one_cell_is_said_and_the_others_go_on(sweep, monkey
         assert all((a.status == "error:oom") == (cell.label == "fastervlm") for a in answers)
 
 
-def test_e9_a_batch_that_does_not_fit_is_split(sweep, monkeypatch, exported):
-    wanted, _ = sweep("whole.sqlite", batch=8)
+def test_e9_a_batch_that_does_not_fit_is_split(sweep, finished, monkeypatch, exported):
+    wanted, _ = finished("whole.sqlite")
     plain, seen = FasterVLM.reduce, []
 
     def small(self, view):
@@ -114,8 +114,8 @@ def test_e9_a_batch_that_does_not_fit_is_split(sweep, monkeypatch, exported):
     assert exported(found) == exported(wanted)
 
 
-def test_e4_an_answer_from_an_error_is_never_reused(sweep, monkeypatch, exported):
-    wanted, _ = sweep("whole.sqlite")
+def test_e4_an_answer_from_an_error_is_never_reused(sweep, finished, monkeypatch, exported):
+    wanted, _ = finished("whole.sqlite")
 
     def refuse(self, view):
         raise WinnowError("not today")

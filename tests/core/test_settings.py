@@ -9,6 +9,7 @@ import pytest
 
 from winnow.core.budget import Budget
 from winnow.core.errors import WinnowError
+from winnow.core.kv_budget import KVBudget
 from winnow.core.registry import built_in, method_class
 from winnow.core.settings import Between, Block, Count, Layer, Share, checked, described, types_of
 from winnow.core.signal import Signal
@@ -46,6 +47,8 @@ def wrong(hint: Any) -> list[Any]:
         return [5, "x", *([v] for v in inner if v is not None)] + ([] if _is_signal(get_args(hint)[0]) else [()])
     if _is_signal(hint):
         return [3, "cls", None, VisionKeys() if hint is not VisionKeys else VisionAttention()]
+    if hint is KVBudget:
+        return [0, -1, 1.5, "much", True, None, "101%", "mass=2", [], ["smell=3%"], [0, 4], "0MB"]
     if hint is Budget:
         return [0, -1, 1.5, "much", True, None, "101%"]
     return list(BAD[hint])

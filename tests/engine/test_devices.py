@@ -17,7 +17,7 @@ from devices import FIRST, SECOND, THIRD, Devices
 from probes import Probed, forward, generate, step_logits
 
 import winnow
-from winnow.core.registry import entries, method_class
+from winnow.core.registry import method_class, picture_methods
 
 STEPS = 3
 
@@ -107,7 +107,7 @@ OTHERS = {"pixelprune": {"threshold": 0.707, "metric": "rmse"}}  # of noise, not
 
 
 # What learned methods build is moved by `Module.to`, which cannot move to a device that is made up.
-@pytest.mark.parametrize("slug", [entry.slug for entry in entries() if "weights" not in entry.settings])
+@pytest.mark.parametrize("slug", [entry.slug for entry in picture_methods() if "weights" not in entry.settings])
 @pytest.mark.filterwarnings("ignore::winnow.WinnowWarning")
 def test_every_method_runs_on_several_devices(slug):
     method = method_class(slug).configured(**OTHERS.get(slug, {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from winnow.learn.recipes import curriculum
 from winnow.learn.recipes import reference as recipe
 from winnow.models.load import load
 
+pytestmark = pytest.mark.xdist_group("controls")  # the runs are made once, by one worker
+
 QUICK = {"tower_batch": 2, "every": 1, "quiet": True}
+BRIEF = {"threads": 1, "max_new_tokens": 2, "checked": 0}  # what is answered is not looked at
 SHARES = ["0.5", "0.25", "0.125", "0.05"]
 
 
@@ -25,7 +29,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "tower_stages", lambda scale: curriculum.tower_stages(0.005))
-        patch.setattr(recipe, "language_stages", lambda scale: curriculum.language_stages(0.01)[-1:])
+        patch.setattr(recipe, "language_stages", lambda scale: [replace(curriculum.language_stages(0.01)[-1], batch=2)])
         recipe.train("micro", folder / "plain", seed=2, **QUICK)
         recipe.train("micro", folder / "twin", seed=2, dropout=False, tower=folder / "plain", **QUICK)
         recipe.train("micro", folder / "dense", seed=2, cls_objective=False, until="tower-full", **QUICK)
@@ -39,7 +43,7 @@ def stores(runs):
     for name in ("plain", "twin"):
         store = runs / f"{name}.sqlite"
         sweep = processes.Sweep(
-            str(store), ("fastervlm",), processes.budgets_of("16"), str(runs / name / "model"), None, 6, threads=1
+            str(store), ("fastervlm",), processes.budgets_of("16"), str(runs / name / "model"), None, 6, **BRIEF
         )
         processes.run_all(sweep, 1, progress=False)
         made.append(store)
@@ -108,7 +112,7 @@ def test_what_is_no_control_is_refused(runs, stores, tmp_path):
         controls.towers(model, processor, sample, None, None, runs / "plain" / "log.jsonl", runs / "twin")
     other = tmp_path / "other.sqlite"
     sweep = processes.Sweep(
-        str(other), ("fastervlm",), processes.budgets_of("16"), str(runs / "twin" / "model"), None, 4, threads=1
+        str(other), ("fastervlm",), processes.budgets_of("16"), str(runs / "twin" / "model"), None, 4, **BRIEF
     )
     processes.run_all(sweep, 1, progress=False)
     with pytest.raises(WinnowError, match="different questions"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from tests.learn.workers_of_tests import two_steps
 from winnow import reference, world
 from winnow.core.errors import WinnowError
 from winnow.learn import evaluate, tower
@@ -42,7 +43,7 @@ def micro_run(tmp_path_factory):
         patch.setattr(tower, "TEXT", SHAPES_ONLY)
         patch.setattr(recipe, "tower_stages", lambda scale: curriculum.tower_stages(0.2))
         patch.setattr(recipe, "language_stages", lambda scale: easy_stages())
-        return recipe.train("micro", tmp_path_factory.mktemp("run"), tower_batch=24, every=5, quiet=True)
+        return recipe.train("micro", tmp_path_factory.mktemp("run"), tower_batch=12, every=5, quiet=True)
 
 
 def easy_stages() -> list[curriculum.LanguageStage]:
@@ -91,10 +92,43 @@ def short_stages(monkeypatch) -> None:
     monkeypatch.setattr(recipe, "language_stages", lambda scale: language)
 
 
+@pytest.fixture
+def shares(monkeypatch):
+    """The share of the tokens that each step keeps, and where their places end."""
+    return spied(monkeypatch)
+
+
+def spied(monkeypatch) -> list[tuple[float, int]]:
+    kept = []
+    draw = Keep.draw
+
+    def spy(self, rng, targets):
+        index, offsets, end = draw(self, rng, targets)
+        kept.append((index.shape[1] / targets.shape[-1], end))
+        return index, offsets, end
+
+    monkeypatch.setattr(Keep, "draw", spy)
+    return kept
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder, shares): an uninterrupted run of the short stages, which others are compared with."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        short_stages(patch)
+        kept = spied(patch)
+        folder = recipe.train("micro", tmp_path_factory.mktemp("short") / "whole", **QUICK).parent
+    return folder, kept
+
+
+COMPARED = pytest.mark.xdist_group("whole")  # the run is made once, by one worker
+
+
+@COMPARED
 @pytest.mark.parametrize("cut_after", [3, 9, 20])
-def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not(tmp_path, monkeypatch, cut_after):
+def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not(tmp_path, monkeypatch, whole, cut_after):
     short_stages(monkeypatch)
-    recipe.train("micro", tmp_path / "whole", **QUICK)
     written = 0
     write = Log.write
 
@@ -109,10 +143,10 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not(tmp_path, monkeypatch, 
     with pytest.raises(Cut):
         recipe.train("micro", tmp_path / "cut", **QUICK)
     recipe.train("micro", tmp_path / "cut", resume=True, **QUICK)
-    whole, parts = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
-    assert parts["stage"] == whole["stage"] == 3
-    assert parts["images"] == whole["images"]
-    for name, value in whole["model"].items():
+    want, parts = (torch.load(at / "checkpoint.pt", weights_only=True) for at in (whole[0], tmp_path / "cut"))
+    assert parts["stage"] == want["stage"] == 3
+    assert parts["images"] == want["images"]
+    for name, value in want["model"].items():
         assert torch.equal(value, parts["model"][name]), name
 
 
@@ -138,42 +172,32 @@ def test_processes_are_for_cpus(tmp_path, monkeypatch):
         recipe.train("micro", tmp_path, device="cuda", processes=2)
 
 
-def test_a_run_in_pieces_is_the_same_run(tmp_path, monkeypatch):
+@COMPARED
+def test_a_run_in_pieces_is_the_same_run(tmp_path, monkeypatch, whole):
     short_stages(monkeypatch)
-    recipe.train("micro", tmp_path / "whole", **QUICK)
     for until in ("tower", "tower", "align", ""):  # naming a stage that is done runs nothing
         recipe.train("micro", tmp_path / "parts", resume=True, until=until, **QUICK)
         assert read_checkpoint(tmp_path / "parts" / "checkpoint.pt")["stage"] == {"tower": 1, "align": 2, "": 3}[until]
-    whole, parts = (read_checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "parts"))
-    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    want, parts = (read_checkpoint(at / "checkpoint.pt")["model"] for at in (whole[0], tmp_path / "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in want.items())
 
 
-def test_a_run_may_begin_with_the_tower_of_another(tmp_path, monkeypatch):
+@COMPARED
+def test_a_run_may_begin_with_the_tower_of_another(tmp_path, monkeypatch, whole):
     """Then it equals a run that pretrained the same tower itself."""
     short_stages(monkeypatch)
-    recipe.train("micro", tmp_path / "own", **QUICK)
-    recipe.train("micro", tmp_path / "given", tower=tmp_path / "own", **QUICK)
-    own, given = (read_checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in ("own", "given"))
+    recipe.train("micro", tmp_path / "given", tower=whole[0], **QUICK)
+    own, given = (read_checkpoint(at / "checkpoint.pt")["model"] for at in (whole[0], tmp_path / "given"))
     assert all(torch.equal(value, given[name]) for name, value in own.items())
     assert {row["stage"] for row in read(tmp_path / "given" / "log.jsonl")} == {"align", "finish"}
 
 
-def test_without_dropout_every_step_keeps_all_tokens(tmp_path, monkeypatch):
+@COMPARED
+def test_without_dropout_every_step_keeps_all_tokens(tmp_path, monkeypatch, whole, shares):
     short_stages(monkeypatch)
-    kept = []
-    draw = Keep.draw
-
-    def spy(self, rng, targets):
-        index, offsets, end = draw(self, rng, targets)
-        kept.append((index.shape[1] / targets.shape[-1], end))
-        return index, offsets, end
-
-    monkeypatch.setattr(Keep, "draw", spy)
-    recipe.train("micro", tmp_path / "with", **QUICK)
-    assert min(share for share, _ in kept) < 0.8
-    kept.clear()
+    assert min(share for share, _ in whole[1]) < 0.8
     recipe.train("micro", tmp_path / "without", dropout=False, **QUICK)
-    assert set(kept) == {(1.0, 64)}
+    assert set(shares) == {(1.0, 64)}
 
 
 def test_without_its_objective_nothing_is_learned_from_cls(tmp_path, monkeypatch):
@@ -251,15 +275,10 @@ ORPHANS = """
 import sys
 from pathlib import Path
 from winnow.learn.workers import launch
-from tests.learn.test_recipe import wait_for_the_end
+from tests.learn.workers_of_tests import wait_for_the_end
 if __name__ == "__main__":
     launch(wait_for_the_end, 2, sys.argv[1])
 """
-
-
-def wait_for_the_end(folder: str) -> None:
-    (Path(folder) / f"{os.getpid()}.pid").touch()
-    time.sleep(600)
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path):
@@ -293,25 +312,10 @@ def test_two_processes_agree_with_each_other(tmp_path):
     """Gradients are averaged: after a run of two processes the written model is that of both."""
     from winnow.learn.workers import launch
 
-    launch(_two_steps, 2, str(tmp_path))
+    launch(two_steps, 2, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["images"] != second["images"]
     assert torch.equal(first["weight"], second["weight"])
-
-
-def _two_steps(folder: str) -> None:
-    from winnow.learn.optim import Optimizer
-    from winnow.learn.workers import average_gradients, rank
-
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(4, 3)
-    optimizer = Optimizer([layer], 1e-2, 1e-2)
-    inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(rank()))
-    for _ in range(2):
-        layer(inputs).square().mean().backward()
-        average_gradients(optimizer.parameters)
-        optimizer.step(1.0)
-    torch.save({"weight": layer.weight.data, "images": float(inputs.sum())}, f"{folder}/{rank()}.pt")
 
 
 def test_curves_are_drawn_from_any_log(tmp_path):

@@ -24,7 +24,7 @@ from winnow.bench.baselines import uniform_ids
 from winnow.bench.meters import judge
 from winnow.bench.native import padded
 from winnow.bench.requests import Request, request, without_pixels
-from winnow.bench.reuse import Encoded, listening
+from winnow.bench.reuse import Encoded, Listen
 from winnow.bench.tasks import Ask, Boxes, Task, open_world, world_task
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
@@ -50,6 +50,7 @@ SHARES = {"12.5 %": 32, "5 %": 13}  # of 256 tokens
 
 Selector = Callable[[View, int], Reduction]  # a view behind the projector and a count, to a selection
 PerScene = Float[np.ndarray, " s"]
+Batches = list[tuple[list[Request], dict[str, Tensor], Encoded]]
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Sample:
         self.evidence = torch.from_numpy(np.stack([layout.covering(r.evidence) for r in self.requests]))
         self.things = [torch.from_numpy(np.stack([layout.covering([o]) for o in r.objects])) for r in self.requests]
         self.objects = torch.stack([masks.any(0) for masks in self.things])
-        self._encoded: dict[str, list[tuple[list[Request], dict[str, Tensor], Encoded]]] = {}
+        self._encoded: list[tuple[frozenset[Signal], Batches]] = []
         self._answers: dict[str, tuple[PerScene, Tensor]] = {}
         self._seen: dict[str, PerScene] = {}
 
@@ -164,13 +165,22 @@ class Sample:
         self.answers(plan)
         return self._seen[Plan.of(plan).key]
 
-    def encoded(self, plan: Plan) -> list[tuple[list[Request], dict[str, Tensor], Encoded]]:
-        """Batches of questions with their pictures encoded, once for plans that look at the same of the tower."""
-        ears = listening(self.handle, [plan])
-        if ears.key not in self._encoded:
-            made = [(own, b, Encoded(self.handle, ears, b)) for own, b in batches(self.requests)]
-            self._encoded[ears.key] = made
-        return self._encoded[ears.key]
+    def encoded(self, plan: Plan) -> Batches:
+        """Batches of questions with their pictures encoded, once for all plans that need no more than is recorded.
+
+        A plan that acts in the tower encodes anew in any case. What the views have is recorded at once, because most
+        plans need nothing else.
+        """
+        bound = self.handle.bind(plan)
+        needed = frozenset(() if bound.acts_in_tower else bound.tower_signals)
+        for recorded, made in self._encoded:
+            if needed <= recorded:
+                return made
+        recorded = needed | frozenset(self.views["projected"][0].signals)
+        reader = Plan((Listen(tuple(sorted(recorded, key=repr))),))
+        made = [(own, b, Encoded(self.handle, reader, b)) for own, b in batches(self.requests)]
+        self._encoded.append((recorded, made))
+        return made
 
     @torch.no_grad()
     def answers(self, plan: str | Plan | Method) -> tuple[PerScene, Bool[Tensor, "s v"]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -156,19 +158,24 @@ def exits(sample, plan) -> np.ndarray:
     return np.array(found)
 
 
+@functools.cache  # two tests ask
+def exits_of_trained(sample) -> np.ndarray:
+    return exits(sample, "dyvte")
+
+
 @pytest.mark.system("dyvte", "directional")
 @pytest.mark.xdist_group("samples")
 def test_trained_routers_keep_more_answers_than_untrained_ones(sample):
     trained, untrained = sample.right("dyvte"), sample.right(UNTRAINED)
     assert gap(trained, untrained).low > 0
     assert paired(untrained > 0, trained > 0).low > 0
-    assert exits(sample, "dyvte").mean() < sample.handle.info.depth
+    assert exits_of_trained(sample).mean() < sample.handle.info.depth
 
 
 @pytest.mark.system("dyvte", "directional")
 @pytest.mark.xdist_group("samples")
 def test_trained_routers_keep_more_answers_than_fixed_exits_of_the_same_mean_depth(sample):
     """The mean lies between two layers; a fixed exit at either, in the shares that give this mean."""
-    below, above = divmod(exits(sample, "dyvte").mean(), 1)
+    below, above = divmod(exits_of_trained(sample).mean(), 1)
     early, late = (sample.right(f"dyvte:exit={int(below) + more}") for more in (0, 1))
     assert gap(sample.right("dyvte"), (1 - above) * early + above * late).low > 0

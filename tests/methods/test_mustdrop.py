@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import winnow
-from tests import zoo
+from tests import kvhand, zoo
 from winnow.contract import TextAttention
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
@@ -261,3 +261,59 @@ def test_holding_evidence_fails_for_a_stub(sample, stub):
 
     with pytest.raises(AssertionError):
         _holds_evidence(sample, first_k if stub == "first_k" else getattr(directional, stub))
+
+
+STEPS = torch.randint(5, 240, (3, 5), generator=torch.Generator().manual_seed(5))
+CUTS = "mustdrop:flat=2.0,key=0.2,overall=0.04,individual=0.05,layers=[1,2]"
+
+
+@pytest.mark.system("mustdrop", "exact")
+@pytest.mark.parametrize("build", ["llava_clip", "llava_next"])
+@pytest.mark.parametrize("positions", ["", " | positions=compact"])
+def test_decoding_reads_in_the_cut_layers_what_the_last_cut_left(build, positions):
+    model, inputs = zoo.model(build), zoo.inputs(build, zoo.RAGGED)
+    with winnow.compress(model, CUTS + positions) as handle:
+        first = kvhand.written(model, inputs, STEPS[:, :1])
+        evicted = kvhand.evicted_of(first.past_key_values)
+        slots, tokens = handle.last.kv_slots, handle.last.layer_tokens
+        got = kvhand.written(model, inputs, STEPS)
+        alone = [
+            kvhand.written(model, one, STEPS[row : row + 1]) for row, one in enumerate(zoo.samples(build, zoo.RAGGED))
+        ]
+    heads = 2
+    assert slots == tuple(heads * sum(tokens[layer]) for layer in (0, 3, 3, 3))
+    assert sum(tokens[1]) > sum(tokens[3])
+    assert build == "llava_next" or sum(tokens[2]) > sum(tokens[3])
+    with winnow.compress(model, f"{CUTS},cache=false{positions}"):
+        with kvhand.evicting(model, lambda layer, n: evicted.get(layer)):
+            wanted = kvhand.written(model, inputs, STEPS)
+        whole = kvhand.written(model, inputs, STEPS)
+    for step, (a, b) in enumerate(zip(got.logits, wanted.logits, strict=True)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        for row, one in enumerate(alone):
+            torch.testing.assert_close(a[row], one.logits[step][0], atol=2e-5, rtol=1e-5)
+    assert (got.logits[1] - whole.logits[1]).abs().max() > 1e-3
+
+
+@pytest.mark.system("mustdrop", "exact")
+def test_the_first_cut_layer_keeps_the_tokens_that_are_left_at_the_end():
+    model, (sample,) = zoo.model("llava_clip"), zoo.samples("llava_clip", zoo.SINGLE)
+    with (
+        winnow.compress(model, CUTS.replace("[1,2]", "[0,2]")) as handle,
+        torch.no_grad(),
+    ):
+        cache = model(**sample).past_key_values
+        kept = handle.last.items[0].kept
+    start = int((sample["input_ids"][0] == zoo.IMAGE).nonzero()[0])
+    pictures = int((sample["input_ids"][0] == zoo.IMAGE).sum())
+    want = [p for p in range(sample["input_ids"].shape[1]) if not start <= p < start + pictures]
+    want = sorted(want + [start + int(j) for j in kept])
+    store = cache.layers[0].store
+    assert [head.tolist() for head in store.slots[0]] == [want, want]
+
+
+def test_without_a_cache_there_is_nothing_to_cut():
+    model, (sample,) = zoo.model("llava_clip"), zoo.samples("llava_clip", zoo.SINGLE)
+    with winnow.compress(model, CUTS), torch.no_grad():
+        with_cache = model(**sample).logits
+        assert torch.equal(model(**sample, use_cache=False).logits, with_cache)

@@ -10,12 +10,12 @@ import pytest
 import zoo
 from byhand import Reference
 
-from winnow.core.registry import entries, method_class
+from winnow.core.registry import method_class, picture_methods
 from winnow.testing import Build, Worked, check_on_models
 
 # Three sizes of pictures and of text; one picture, none, and two with text between them.
 ROWS = ("3 A 6", "3 B 9", "3 C 5", "11", "2 B 4 C 5")
-SLUGS = [entry.slug for entry in entries() if entry.family != "user"]
+SLUGS = [entry.slug for entry in picture_methods() if entry.family != "user"]
 
 
 def hand(slug):

@@ -10,16 +10,21 @@ import zoo
 
 import winnow
 from winnow.core import registry
-from winnow.core.registry import entries, method_class
+from winnow.core.registry import entries, method_class, picture_methods
 from winnow.testing import CHECKS, WITH_CLS, Picture, Subject, check_method, run
 
-SLUGS = [entry.slug for entry in entries()]
+SLUGS = [entry.slug for entry in picture_methods()]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("slug", SLUGS)
 def test_every_method(slug, check):
     check(Subject(method_class(slug)))
+
+
+@pytest.mark.parametrize("slug", [entry.slug for entry in entries() if entry.of_cache])
+def test_every_method_of_the_cache(slug):
+    check_method(method_class(slug))
 
 
 NOT_THE_LOWEST = {
@@ -74,8 +79,10 @@ def test_the_signal_of_the_contract_page_runs_on_a_model(monkeypatch):
     monkeypatch.setattr(registry, "_extra", dict(registry._extra))
     monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     page = (Path(__file__).parents[2] / "docs" / "contract.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    block, of_cache = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict = {"__name__": "documentation"}
+    exec(compile("from winnow.contract import *\n" + of_cache, "docs/contract.md", "exec", dont_inherit=True), names)  # noqa: S102
+    check_method(names["SmallKeys"])
     exec(compile(block, "docs/contract.md", "exec", dont_inherit=True), names)  # noqa: S102
     check_method(names["MostChanged"])
     model, (sample,) = zoo.model("llava_clip"), zoo.samples("llava_clip", zoo.SINGLE)

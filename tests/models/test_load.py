@@ -12,6 +12,7 @@ import transformers
 from PIL import Image
 
 import winnow
+from tests import kvhand
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.models.load import load
 from winnow.reference.build import make_model, make_processor
@@ -81,10 +82,31 @@ def test_a_folder_without_a_config_is_no_checkpoint(tmp_path):
     assert "config.json" in refused(tmp_path)
 
 
-def test_a_language_model_is_unsupported(checkpoint):
-    edit(checkpoint, model_type="llama")
+def test_a_model_that_says_no_words_is_unsupported(checkpoint):
+    edit(checkpoint, model_type="vit")
     with pytest.raises(UnsupportedError, match="llava_next"):
         load(checkpoint)
+
+
+def test_a_language_model_comes_with_its_tokenizer_and_its_cache_is_compressed(tmp_path):
+    """Saved and loaded again, the plan that stands beside the weights among the rest."""
+    plain = kvhand.text_model("llama")
+    make_processor(preset("micro")).tokenizer.save_pretrained(tmp_path)
+    with winnow.compress(plain, "snapkv:keep=8,window=2"):
+        plain.save_pretrained(tmp_path)
+    in_full, tokenizer = winnow.load(tmp_path, plan=None, device="cpu")
+    assert type(in_full).__name__ == "LlamaForCausalLM"
+    assert tokenizer.vocab_size
+    inputs = kvhand.prompt((20,))
+    assert torch.equal(in_full(**inputs).logits, plain(**inputs).logits)
+    model, _ = winnow.load(tmp_path, device="cpu")
+    handle = winnow.handle_of(model)
+    assert handle is not None
+    cache = model(**inputs).past_key_values
+    assert handle.last.kv_slots == (2 * 8,) * 3
+    assert cache.get_seq_length() == 20
+    with pytest.raises(UnsupportedError, match="does not offer"):
+        winnow.load(tmp_path, plan="divprune:keep=4", device="cpu")
 
 
 @pytest.mark.parametrize(

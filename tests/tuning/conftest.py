@@ -7,7 +7,7 @@ import functools
 
 import pytest
 
-from tests.bench.conftest import _built, _one_thread, generated, little  # noqa: F401
+from tests.bench.conftest import _built, _one_thread, counted, generated, little  # noqa: F401
 from winnow.bench import sweep
 from winnow.bench.meters import normal
 from winnow.bench.plans import FULL_JOB
@@ -46,12 +46,20 @@ def own_task(tmp_path_factory):
 
 @pytest.fixture
 def cut_answers_count(monkeypatch):
+    count_cut_answers(monkeypatch)
+
+
+def count_cut_answers(monkeypatch):
     """The answers of random weights never end; here they count all the same."""
     monkeypatch.setattr(sweep, "judge", lambda said, truth, cut=False: (normal(said) == normal(truth), "ok"))
 
 
 @pytest.fixture
 def steady(monkeypatch):
+    return steady_clock(monkeypatch)
+
+
+def steady_clock(monkeypatch):
     """A clock by which the full model takes 10 ms, and each method of a plan a share that grows with what it keeps."""
     calls = []
 

@@ -10,7 +10,7 @@ from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.plan import Plan
 from winnow.core.plan_file import write_plan_file
-from winnow.core.registry import entries
+from winnow.core.registry import picture_methods
 from winnow.methods.divprune import DivPrune
 from winnow.methods.fastervlm import FasterVLM
 from winnow.methods.fastv import FastV
@@ -31,7 +31,7 @@ def child_texts(parent: Candidate, *, faster: bool = True, **options) -> list[st
 
 def test_the_first_candidates_are_every_method_of_the_registry_at_every_budget():
     found = first((), ("25%", "32"), 256)
-    slugs = [entry.slug for entry in entries() if entry.family != "user" and entry.kind == "training-free"]
+    slugs = [entry.slug for entry in picture_methods() if entry.family != "user" and entry.kind == "training-free"]
     by_slug = {slug: [c for c in found if c.plan.methods[0].slug == slug] for slug in slugs}
     assert sum(map(len, by_slug.values())) == len(found)
     assert all(1 <= len(own) <= 2 for own in by_slug.values())

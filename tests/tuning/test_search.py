@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
 
 import winnow
 from winnow.bench.store import Store
 from winnow.bench.tasks import Task
 from winnow.core.errors import WinnowError
 from winnow.core.plan import Plan
+from winnow.tuning.result import Tuned
 from winnow.tuning.search import split, tune
 
-from .conftest import TOKENS
+from .conftest import TOKENS, _built, count_cut_answers, counted, steady_clock
 
-pytestmark = pytest.mark.usefixtures("cut_answers_count", "_one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("cut_answers_count", "_one_thread"),
+    pytest.mark.xdist_group("search"),  # what is compared with is searched once, by one worker
+]
 OPTIONS = {
     "batch": 32,
     "methods": ("fastervlm", "fastv"),
@@ -34,9 +42,37 @@ def search(little, own_task, tmp_path, steady):
     return run
 
 
-def test_the_plan_keeps_the_limit_on_questions_held_out_and_no_single_method_that_does_is_faster(search, tmp_path):
-    lines = []
-    found = search(say=lines.append)
+class Whole(NamedTuple):
+    """A finished search with the usual options."""
+
+    found: Tuned
+    file: Path  # of its store
+    asked: int  # calls of `generate`
+    timed: int
+    lines: list[str]
+
+
+@pytest.fixture(scope="module")
+def whole(own_task, tmp_path_factory):
+    torch.set_num_threads(1)
+    model, processor = _built()
+    file, lines = tmp_path_factory.mktemp("search") / "a.sqlite", []
+    with pytest.MonkeyPatch.context() as patch:
+        count_cut_answers(patch)
+        timed, asked = steady_clock(patch), counted(patch, model)
+        found = tune(model, processor, own_task, store=file, lose="50%", say=lines.append, **OPTIONS)
+    return Whole(found, file, len(asked), len(timed), lines)
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    """The finished search; its store is where `search` finds it."""
+    shutil.copy(whole.file, tmp_path / "a.sqlite")
+    return whole
+
+
+def test_the_plan_keeps_the_limit_on_questions_held_out_and_no_single_method_that_does_is_faster(whole, tmp_path):
+    found, lines = whole.found, whole.lines
     row = found.chosen
     assert found.plan is not None
     assert row.verdict == "the plan"
@@ -59,29 +95,26 @@ def test_the_plan_keeps_the_limit_on_questions_held_out_and_no_single_method_tha
     assert len(content["model"]["weights"]) == 32
 
 
-def test_a_saved_plan_compresses_a_model(search, little, tmp_path):
-    found = search()
+def test_a_saved_plan_compresses_a_model(whole, little, tmp_path):
+    found = whole.found
     file = found.save(tmp_path / "found.plan.json")
     with winnow.compress(little[0], str(file), processor=little[1]) as handle:
         assert handle.plan == found.plan
 
 
-def test_a_finished_search_asks_and_times_nothing_again(search, generated, steady):
-    first = search()
-    asked, timed = len(generated), len(steady)
-    assert asked > 0
-    assert timed > 0
+def test_a_finished_search_asks_and_times_nothing_again(search, finished, generated, steady):
+    assert finished.asked > 0
+    assert finished.timed > 0
     again = search()
-    assert (len(generated), len(steady)) == (asked, timed)
-    assert again.as_json() == first.as_json()
+    assert (len(generated), len(steady)) == (0, 0)
+    assert again.as_json() == finished.found.as_json()
     other = search(lose="40%")
     assert other.limits.lose == 0.4
-    assert len(generated) - asked < asked, "answers do not depend on the limit"
+    assert len(generated) < finished.asked, "answers do not depend on the limit"
 
 
-def test_a_search_that_was_stopped_goes_on_to_the_same_result(search, little, generated, monkeypatch):
-    whole = search("whole.sqlite")
-    asked = len(generated)
+def test_a_search_that_was_stopped_goes_on_to_the_same_result(search, whole, little, generated, monkeypatch):
+    asked = whole.asked
     model = little[0]
     counted = type(model).generate
     calls = []
@@ -99,16 +132,14 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_result(search, little, ge
     before = len(generated)
     resumed = search("stopped.sqlite")
     assert 0 < len(generated) - before <= asked - asked // 2 + 4
-    first, second = (found.as_json() for found in (whole, resumed))
+    first, second = (found.as_json() for found in (whole.found, resumed))
     assert first.pop("machine").keys() == second.pop("machine").keys()
     assert first == second
 
 
-def test_without_resume_everything_is_asked_anew(search, generated):
-    search()
-    asked = len(generated)
+def test_without_resume_everything_is_asked_anew(search, finished, generated):
     search(resume=False)
-    assert len(generated) == 2 * asked
+    assert len(generated) == finished.asked > 0
 
 
 def test_a_limit_that_cannot_be_proven_gives_no_plan_and_says_how_many_questions_may_do(search):
@@ -188,8 +219,7 @@ def test_a_question_that_cannot_be_asked_is_left_out_once(search, own_task):
     assert sum("broken" in line for line in lines) <= 1
 
 
-def test_the_store_of_a_search_can_be_read_by_others(search, tmp_path):
-    search()
+def test_the_store_of_a_search_can_be_read_by_others(finished, tmp_path):
     with Store(tmp_path / "a.sqlite") as store:
         assert sorted(run.settings["kind"] for run in store.runs()) == ["accuracy", "tune"]
 

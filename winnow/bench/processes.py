@@ -18,7 +18,7 @@ from winnow.bench.store import Store
 from winnow.bench.tasks import Task, data_task, world_task
 from winnow.children import end_with_parent
 from winnow.core.errors import WinnowError
-from winnow.core.registry import entries
+from winnow.core.registry import picture_methods
 from winnow.models.load import load, quiet
 
 
@@ -145,7 +145,7 @@ def methods_of(named: Sequence[str] | None) -> tuple[str, ...]:
     return (
         tuple(named)
         if named
-        else tuple(entry.slug for entry in entries() if entry.module.startswith("winnow.methods."))
+        else tuple(entry.slug for entry in picture_methods() if entry.module.startswith("winnow.methods."))
     )
 
 

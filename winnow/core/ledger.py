@@ -95,6 +95,8 @@ class Ledger:
         layer_tokens: by LM layer, the real tokens of each sample that it read in prefill.
         flops, flops_full: of the LM's prefill, analytic, and what they would be without compression.
         kv_bytes, kv_bytes_full: of the cache after prefill, and what it would hold without compression.
+        kv_slots: by LM layer, the slots that its cache held after prefill, of all samples and heads; None for a layer
+            whose cache is the model's own, and empty where the plan leaves the cache alone.
         times: milliseconds by phase, where timing was asked for.
         notes: what methods recorded (counts stay on the device until read).
     """
@@ -110,6 +112,7 @@ class Ledger:
     flops_full: int = 0
     kv_bytes: int = 0
     kv_bytes_full: int = 0
+    kv_slots: tuple[int | None, ...] = ()
     times: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 

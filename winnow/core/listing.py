@@ -43,6 +43,8 @@ def plain(value: Any) -> Any:
         return value
     if type(value).__name__ == "Budget":
         return str(value) if value.allow_empty else value.value
+    if type(value).__name__ == "KVBudget":
+        return plain(value.value)
     if dataclasses.is_dataclass(value):
         given = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         changed = {f.name: given[f.name] for f in dataclasses.fields(value) if given[f.name] != f.default}
@@ -76,5 +78,7 @@ def _read(node: ast.expr) -> Any:
         if name == "Budget" and node.args:
             value = _read(node.args[0])
             return f"{value}?" if given.get("allow_empty") else value
+        if name == "KVBudget" and node.args:
+            return _read(node.args[0])
         return _call(name, given)
     return ast.literal_eval(node)

@@ -63,7 +63,7 @@ class Method:
         """The same method with some settings changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
-    def score(self, view: View) -> Tensor:
+    def score(self, view: Any) -> Tensor:
         """`[b, N]` how much each token matters, for a method that keeps the best."""
         raise NotImplementedError(f"{type(self).__name__} defines none of score(view), reduce(view), steps(info)")
 

@@ -10,6 +10,7 @@ from typing import Any
 from winnow.core.budget import Budget
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
+from winnow.core.kv_budget import KVBudget
 from winnow.core.method import Method
 from winnow.core.plan_file import names_file, read_plan_file
 from winnow.core.registry import method_class
@@ -143,7 +144,7 @@ class Plan:
 
 
 def _show(value: Any) -> str:
-    if isinstance(value, Budget):
+    if isinstance(value, Budget | KVBudget):
         return str(value)
     if isinstance(value, Signal):
         shown = ",".join(f"{f.name}={_show(getattr(value, f.name))}" for f in dataclasses.fields(value))

@@ -25,6 +25,7 @@ M = TypeVar("M", bound=type)
 METHODS_DIR = Path(__file__).resolve().parent.parent / "methods"
 STAGES = ("input", "encoder", "connector", "decoder", "cache", "decoding")
 KINDS = ("training-free", "learned")
+_CACHE = "CacheMethod"  # what methods of the cache derive
 _ARXIV = re.compile(r"arXiv[: ](\d{4}\.\d{4,5})")
 
 
@@ -43,6 +44,7 @@ class Entry:
         name: of the class.
         settings: name of each setting → its `type`, as written, and its `default` as plan strings write it.
         released: the settings and the `positions` of the authors' released code, or None.
+        of_cache: whether it acts on the KV cache, and not on the tokens of pictures.
     """
 
     slug: str
@@ -55,6 +57,7 @@ class Entry:
     name: str = ""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     released: Mapping[str, Any] | None = None
+    of_cache: bool = False
 
 
 _extra: dict[str, Entry] = {}
@@ -89,7 +92,8 @@ def register(
             summary = (cls.__doc__ or "").strip().split("\n")[0]
             source = arxiv or _source(getattr(sys.modules.get(cls.__module__), "__doc__", None))
             facts = ("user", tuple(stages), kind, source, summary, cls.__name__)
-            _extra[slug] = Entry(slug, cls.__module__, *facts, *described_class(cls))
+            of_cache = any(base.__name__ == _CACHE for base in cls.__mro__)
+            _extra[slug] = Entry(slug, cls.__module__, *facts, *described_class(cls), of_cache)
         return cls
 
     return add
@@ -122,6 +126,7 @@ def _read(path: Path) -> list[Entry]:
                 facts["arxiv"] = _source(ast.get_docstring(tree)) or facts.get("arxiv", "")
                 summary = (ast.get_docstring(node) or "").split("\n")[0]
                 facts["settings"], facts["released"] = read_class(node)
+                facts["of_cache"] = any(ast.unparse(base).rpartition(".")[2] == _CACHE for base in node.bases)
                 entries.append(Entry(slug, f"winnow.methods.{path.stem}", summary=summary, name=node.name, **facts))
     return entries
 
@@ -144,6 +149,11 @@ def entries() -> tuple[Entry, ...]:
     """All methods, sorted by slug: the built-in ones, installed plug-ins, and those registered by the user."""
     _from_entry_points()
     return tuple(sorted((built_in() | _extra).values(), key=lambda e: e.slug))
+
+
+def picture_methods() -> tuple[Entry, ...]:
+    """The methods that act on the tokens of pictures, where those of the cache have no part."""
+    return tuple(entry for entry in entries() if not entry.of_cache)
 
 
 def method_class(slug: str) -> Any:

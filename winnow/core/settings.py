@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from winnow.core.budget import Budget
 from winnow.core.errors import WinnowError
+from winnow.core.kv_budget import KVBudget
 from winnow.core.signal import Signal
 
 
@@ -77,6 +78,8 @@ def described(hint: Any) -> str:
         return words[hint]
     if isinstance(hint, type) and issubclass(hint, Budget):
         return "a budget (64, 0.25, 25%)"
+    if isinstance(hint, type) and issubclass(hint, KVBudget):
+        return "a budget of the cache (512, 20%, 1.5GB, mass=0.95, [visual=10%,text=100%])"
     if isinstance(hint, type) and issubclass(hint, Signal):
         return f"a signal such as {hint.__name__}(…)"
     return getattr(hint, "__name__", str(hint))
@@ -111,6 +114,8 @@ def _converted(hint: Any, value: Any) -> Any:
         return value
     if isinstance(hint, type) and issubclass(hint, Budget):
         return Budget.parse(value)  # whose own message says what is allowed
+    if isinstance(hint, type) and issubclass(hint, KVBudget):
+        return KVBudget.parse(value)
     if isinstance(hint, type):
         _need(isinstance(value, hint))
     return value

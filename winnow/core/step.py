@@ -12,7 +12,6 @@ from winnow.core.layout import Layout
 from winnow.core.point import Point
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal
-from winnow.core.view import View
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,13 @@ class KVReduce(Action):
 
 
 @dataclass(frozen=True)
+class Follow(Action):
+    """Of what was read in this forward, the caches of these layers keep the tokens that this layer has read."""
+
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Emit(Action):
     """New tokens that are not linear in the old: `[b, M, D]`, their layout, and provenance where there is one."""
 
@@ -123,7 +129,7 @@ class Step:
     """
 
     at: Point
-    run: Callable[[View, State], Answer]
+    run: Callable[[Any, State], Answer]
     needs: tuple[Signal, ...] = ()
     names: tuple[tuple[Signal, Signal], ...] = ()
 
@@ -149,7 +155,7 @@ class Step:
         found = {signal: value(signal) for signal in self.needs}
         return found | {name: found[signal] for name, signal in self.names}
 
-    def act(self, view: View, state: State) -> tuple[Action, State]:
+    def act(self, view: Any, state: State) -> tuple[Action, State]:
         """Run the step: its action, and what the method remembers from now on."""
         answer = self.run(view, state)
         if isinstance(answer, tuple):

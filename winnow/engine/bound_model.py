@@ -78,6 +78,7 @@ class BoundModel:
         own = lm.config.per_layer_config[0] if getattr(lm.config, "is_heterogeneous", False) else lm.config
         heads = getattr(own, "num_attention_heads", 1)
         info = replace(family.info(model), heads=heads, fingerprint=partial(fingerprint, model))
+        info = replace(info, points=(*info.points, "kv"))
         tower, blocks, projector = parts
         device = device_of(model.get_input_embeddings())
         short = family.short and set(kinds) == {"full_attention"}

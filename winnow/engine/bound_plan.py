@@ -3,7 +3,7 @@
 import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class BoundPlan:
             whose output feeds the projector are left out: nothing would read what they did.
         features, projected: (number of the method, step) at the tower's output, and at the LM's input.
         layers: LM layer → steps before it.
+        kv: LM layer → steps at its cache.
         listeners: site → signals that are read there.
         probed: LM layer → signals that a step before this very layer wants of it, or of what is about to enter it.
         modules: number of a method → its parameters, for methods that have some.
@@ -52,6 +53,7 @@ class BoundPlan:
     reads_question: bool
     text_signals: tuple[Signal, ...] = ()
     text_encoder: Any = None
+    kv: Mapping[int, Steps] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -66,6 +68,7 @@ class BoundPlan:
         steps = _without_idle(plan, bound, info)
         at: dict[str, list[tuple[int, Step]]] = {"features": [], "projected": []}
         layers: dict[int, list[tuple[int, Step]]] = defaultdict(list)
+        kv: dict[int, list[tuple[int, Step]]] = defaultdict(list)
         blocks: dict[int, list[tuple[int, Step]]] = defaultdict(list)
         halves: dict[int, list[tuple[int, Step]]] = defaultdict(list)
         listeners: dict[Site, set[Signal]] = defaultdict(set)
@@ -77,12 +80,14 @@ class BoundPlan:
                 layers[0].append((number, step))  # the same place, and there the first layer can be probed
             elif step.at.name == "blocks":
                 (blocks if step.at.part is None else halves)[step.at.index or 0].append((number, step))
+            elif step.at.name == "kv":
+                kv[step.at.index or 0].append((number, step))
             elif step.at.name in at:
                 at[step.at.name].append((number, step))
             else:
                 raise UnsupportedError(
                     f"steps at {step.at} are not built yet; this version acts at blocks[i], blocks[i].mlp, features, "
-                    "projected and layers[k]."
+                    "projected, layers[k] and kv[k]."
                 )
             for signal in step.needs:
                 _listen(signal, step, plan.methods[number].slug, info, listeners, probed)
@@ -106,6 +111,7 @@ class BoundPlan:
             any(signal.reads_text for _, step in steps for signal in step.needs),
             any(signal.reads_question for _, step in steps for signal in step.needs),
             tuple(sorted({s for _, step in steps for s in step.needs if s.site(info).stack == "text"}, key=repr)),
+            kv={k: tuple(v) for k, v in kv.items()},
         )
 
     @property
@@ -113,6 +119,13 @@ class BoundPlan:
         """Whether a step needs a text tower that is not part of the model."""
         heard = [signal for own in self.listeners.values() for signal in own]
         return any(signal.needs_text_encoder for signal in (*heard, *self.text_signals))
+
+    @property
+    def needs_cache(self) -> bool:
+        """Whether a method acts at the cache alone."""
+        others = (self.features, self.projected, *self.blocks.values(), *self.halves.values(), *self.layers.values())
+        elsewhere = {number for steps in others for number, _ in steps}
+        return any(number not in elsewhere for steps in self.kv.values() for number, _ in steps)
 
     @property
     def first_layer(self) -> int | None:

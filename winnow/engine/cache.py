@@ -22,6 +22,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from winnow.cache.layer import HeldLayer
 from winnow.core.errors import UnsupportedError, WinnowError
 
 
@@ -224,6 +225,7 @@ _HOLD = (
     LinearAttentionLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
+    HeldLayer,
     *filter(None, (getattr(cache_utils, "DummyLayer", None),)),
 )
 
@@ -252,10 +254,12 @@ def check_cache(cache: Cache, windowed: bool) -> None:
 
 
 def held_by(cache: Any, index: int) -> int:
-    """Slots of a layer's cache that its attention reads."""
+    """Slots of a layer's cache that its attention reads; of a compressed one, as if nothing were missing."""
     if cache is None or index >= len(cache.layers):
         return 0
     layer = cache.layers[index]
+    if isinstance(layer, HeldLayer):
+        return layer.seen
     keys = getattr(layer, "keys", None)
     if keys is None or not keys.numel():
         return 0

@@ -30,10 +30,11 @@ def compress(
     """Make a vision-language model read fewer tokens; call `model(**inputs)` and `model.generate(**inputs)` as usual.
 
     Args:
-        model: a vision-language model of transformers, wrapped by PEFT or torch.compile or not. Compiled callers stay
-            right, and what is compressed runs eagerly inside them. A class without an adapter of its own (see `winnow
-            families`) runs through the generic one, once the doctor's checks have passed on this very model: pass
-            `processor` the first time, which takes seconds.
+        model: a vision-language model of transformers, or a language model (for plans that compress the cache),
+            wrapped by PEFT or torch.compile or not. Compiled callers stay right, and what is compressed runs eagerly
+            inside them. A class without an adapter of its own (see `winnow families`) runs through the generic one,
+            once the doctor's checks have passed on this very model: pass `processor` the first time, which takes
+            seconds.
         plan: `"slug:key=value,… + slug:… | positions=keep"`, a Method or a Plan.
         keep: content tokens to keep of each item (64) or their share (0.25), with the default method: HiPrune. It
             runs on every supported family, reads no question, costs about 1 % of a prefill, and is best at 25 and

@@ -26,7 +26,8 @@ from winnow.engine.cross_pass import CrossPass
 from winnow.engine.encoding import record_of
 from winnow.engine.forward import encodings_of, positions_of_later_turn, start_lm
 from winnow.engine.hooks import ForwardMethod, Hook
-from winnow.engine.ledgers import write_ledger
+from winnow.engine.kv import check_model, enter_text, held_layers, hold, show_call, tell_cache
+from winnow.engine.ledgers import text_ledger, write_ledger
 from winnow.engine.question import QuestionReader
 from winnow.engine.request import Attachment, Ledgers, Override, Request, request_now
 from winnow.engine.text_encoder import TextEncoder
@@ -101,6 +102,8 @@ class Engine:
                         f"{self.bound.info.model} has other ones. Use positions=keep."
                     )
                 made = BoundPlan.of(plan, self.bound.info, self.bound.device, dtype)
+                if made.kv:
+                    check_model(self.bound, str(plan))
                 self._plans[key] = self._with_text_encoder(made) if made.needs_text_encoder else made
             made = self._plans[key]
             if self.bound.family.cross and (made.listeners or made.probed):
@@ -220,6 +223,13 @@ class Engine:
             for site in (site for site in behind if site not in self._tapped):
                 self._tapped.add(site)
                 self._removers.append(self._listener(site))
+        for layer in held_layers(self.bound) if plan.kv else ():
+            if (site := Site("lm", layer)) not in self._tapped:  # a compressed cache attends where it is tapped
+                self._tapped.add(site)
+                self._removers.append(self._listener(site))
+            if any(step.calls for _, step in plan.kv.get(layer, ())):  # type: ignore[attr-defined]
+                attention = self.bound.attention_of(layer)
+                self._hook(attention.register_forward_pre_hook(Hook(show_call), with_kwargs=True))
         for layer, wanted in plan.probed.items():
             attends = any(signal.site(self.bound.info).shows == "attention" for signal in wanted)
             if attends and Site("lm", layer) not in self._tapped:
@@ -338,12 +348,16 @@ class Engine:
             called = {**called, "position_ids": positions_of_later_turn(state, called, self.bound.family.axes)}
         read = Rereading(request, state, cache) if again else None
         request.called = called if read is None else read.whole(called)
+        if self.bound.lm is self.bound.base:
+            request.called = enter_text(request, without_cache(self.bound, request.called))
         with self._opened(request):
             try:
                 with request.clock.phase("decode" if held else "prefill"):
                     output = plain(**request.called)
                 if not request.reached_lm and request.plan.plan.methods:
                     self._explain_the_silence()
+                if self.bound.lm is self.bound.base:
+                    request.ledger = text_ledger(request, cache_of(request.called))
                 filled = state_of(cache_of(output) if cache is None else cache)
                 if filled is not None:
                     finish_turn(self.turns, request, filled, turn, held, read)
@@ -399,9 +413,11 @@ class Engine:
         if kwargs.get("inputs_embeds") is None:
             return None
         given = without_cache(self.bound, kwargs) if request.plan.plan.methods else kwargs
+        given = hold(request, given)
         request.lm = start_lm(request, given)
+        tell_cache(request, given)
         if request.lm is None:
-            return None
+            return None if given is kwargs else (args, given)
         changed = request.lm.enter(given)
         changed = given if changed is None else changed
         first = request.lm.first_layer(changed)

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+from winnow.cache.layer import HeldLayer, held_bytes
 from winnow.core.ledger import Ledger
 from winnow.engine.flops import lm_flops
+from winnow.engine.kv import context_of
 from winnow.engine.lm_pass import LMPass
 from winnow.engine.packed import row_mask
 from winnow.engine.request import Request, padding_mask
+from winnow.engine.runner import add_notes
 
 
 def write_ledger(request: Request, lm: LMPass | None, arguments: dict[str, Any], cache: Any) -> Ledger | None:
@@ -39,17 +42,38 @@ def write_ledger(request: Request, lm: LMPass | None, arguments: dict[str, Any],
     return ledger
 
 
+def text_ledger(request: Request, cache: Any) -> Ledger | None:
+    """The ledger of a model without pictures; None for a decoded token."""
+    ids = request.called.get("input_ids")
+    new = request.called.get("inputs_embeds") if ids is None else ids
+    rows, length = new.shape[:2]  # type: ignore[union-attr]
+    if cache is not None and cache.get_seq_length() > length:
+        return None
+    mask = request.called.get("attention_mask")
+    _, sizes, *_ = row_mask(mask if getattr(mask, "ndim", 0) == 2 else None, rows, length, new.device)  # type: ignore[union-attr]
+    notes = {"read_in_full": "a language model reads no pictures; what a plan leaves is its cache"}
+    ledger = ledger_of(request, sizes, (sizes,) * len(request.bound.layers), notes)
+    _count_bytes(ledger, cache, length)
+    return ledger
+
+
 def _count_bytes(ledger: Ledger, cache: Any, length: int) -> None:
     """Bytes of keys and values that a cache holds, and those of a plain one that has seen `length` tokens."""
-    held = [layer for layer in getattr(cache, "layers", ()) if getattr(layer, "keys", None) is not None]
-    if not held:
-        return
-    ledger.kv_bytes = ledger.kv_bytes_full = 0
-    for layer in held:
-        bytes_ = layer.keys.nbytes + layer.values.nbytes
-        window = getattr(layer, "sliding_window", None)
-        ledger.kv_bytes += bytes_
-        ledger.kv_bytes_full += bytes_ // layer.keys.shape[-2] * (length if window is None else min(length, window - 1))
+    layers = getattr(cache, "layers", ())
+    ledger.kv_bytes = held_bytes(cache)
+    context = context_of(cache)
+    if context is not None:
+        context.forget()
+        ledger.kv_slots = tuple(layer.slots_held if isinstance(layer, HeldLayer) else None for layer in layers)
+        add_notes(ledger.notes, context.notes)
+    for layer in layers:
+        if isinstance(layer, HeldLayer):
+            ledger.kv_bytes_full += layer.token_bytes * length
+        elif getattr(layer, "keys", None) is not None and layer.keys.numel():
+            bytes_ = layer.keys.nbytes + layer.values.nbytes
+            window = getattr(layer, "sliding_window", None)
+            seen = length if window is None else min(length, window - 1)
+            ledger.kv_bytes_full += bytes_ // layer.keys.shape[-2] * seen
 
 
 def ledger_of(

@@ -31,7 +31,7 @@ from winnow.engine.request import Request, padding_mask
 from winnow.engine.runner import Change, StepRunner, add_notes
 from winnow.engine.whole_call import WholeCall
 from winnow.signals.language import LMAttentionInputs, LMEntry, TextSpans, as_visible
-from winnow.signals.tap import scaling_of
+from winnow.signals.tap import AttendsItself, scaling_of
 
 
 class LMPass:
@@ -236,7 +236,7 @@ class LMPass:
                     self._probe(index, step, (hidden, *args[1:]), arguments)
                     hidden = self._run(number, step, hidden)
             self.packings.append((index, tokens.packing))
-        past = self._past(index)
+        past = self.past(index)
         if self.whole is not None:
             forgets = self.state is not None and self.held_before[index] < self.before
             if not tokens.touched and past is None and not forgets:
@@ -261,7 +261,7 @@ class LMPass:
     def _whole_arguments(
         self, index: int, args: tuple[Any, ...], arguments: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        past = self._past(index)
+        past = self.past(index)
         held, linear = self.held_before[index], self.bound.is_linear(index)
         return self.whole.layer(self.bound.layers[index], args, arguments, past, held, linear)  # type: ignore[union-attr]
 
@@ -274,6 +274,8 @@ class LMPass:
         """A tapped LM layer shows its queries, keys and mask; by now its cache holds the keys of this forward too."""
         wanted = self.plan.listeners.get(Site("lm", layer), ())
         if self.items and wanted:
+            if isinstance(k, AttendsItself):
+                k.refuse_reading(self.plan.plan)
             with self.request.clock.phase("select"):
                 self._read(wanted, self._inputs(layer, module, q, k, mask))
 
@@ -299,7 +301,7 @@ class LMPass:
         return TextSpans(self.questions, self.ends, content_slots(self.items, rows, device))
 
     def _inputs(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, mask: Any = None) -> LMAttentionInputs:
-        past = self.past_mask(self._past(layer))
+        past = self.past_mask(self.past(layer))
         spans = self.spans(q.device)
         packing, past = self.tokens.packing.to(q.device), None if past is None else past.to(q.device)
         seen = None if self.whole is None else as_visible(mask)
@@ -318,7 +320,7 @@ class LMPass:
         wanted = [s for s in wanted if s not in entering]
         if not wanted:
             return
-        past = self._past(index)
+        past = self.past(index)
         layer, hidden, mask = self.bound.layers[index], args[0], None
         with torch.no_grad():
             last = self.tokens.packing.last_slots() if all(s.last_row_only for s in wanted) else None
@@ -335,7 +337,7 @@ class LMPass:
             q, k = probe_layer(layer, attention, (hidden, *rest), inputs, self.cache, last)
             self._read(wanted, self._inputs(index, attention, q, k, mask))
 
-    def _past(self, index: int) -> Past | None:
+    def past(self, index: int) -> Past | None:
         """What the cache holds for a layer, if it is not what the caller gave."""
         return None if self.state is None else self.state.layers.get(self.bound.kv_of[index])
 

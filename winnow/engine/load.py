@@ -29,6 +29,8 @@ def load(
 ) -> tuple[Any, Any]:
     """A model in evaluation mode, and its processor. `winnow.handle_of(model)` is its handle, if it is compressed.
 
+    A language model without pictures comes with its tokenizer; plans for it compress its cache.
+
     Args:
         model: an id of the Hugging Face Hub or a local folder, of a model or of a PEFT adapter; None is the bundled
             reference model.
@@ -45,7 +47,7 @@ def load(
     Raises:
         WinnowError: the checkpoint does not exist, is incomplete, is not in safetensors, or wants to run code; or an
             argument or the plan cannot be met.
-        UnsupportedError: it is not a vision-language model, or not one that the plan runs on.
+        UnsupportedError: it is neither a vision-language model nor a language model, or not one that the plan runs on.
     """
     asked = isinstance(plan, str) and plan == AS_SAVED
     wanted = None if plan is None or asked else Plan.of(plan)  # a plan that cannot be read costs no loading

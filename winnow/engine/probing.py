@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from winnow.cache.layer import HeldLayer
+from winnow.core.errors import UnsupportedError
 from winnow.engine.cache import held_by
 from winnow.engine.versions import CACHE_NAMES
 from winnow.signals.tap import probe
@@ -40,6 +42,11 @@ def probe_layer(
         q, k = _for_one_query(layer, attention, args, arguments, last)
     held = held_by(cache, attention.layer_idx)
     if held:
+        if isinstance(cache.layers[attention.layer_idx], HeldLayer):
+            raise UnsupportedError(
+                f"a step before layer {attention.layer_idx} looks at its keys, and its cache was compressed before "
+                "these tokens came; start with a new cache."
+            )
         keys = cache.layers[attention.layer_idx].keys[:, :, -held:]
         k = torch.cat([keys.to(k.device), k], 2)  # an offloaded cache keeps them on the CPU
     return q, k

@@ -1,19 +1,17 @@
 """MustDrop (arXiv 2411.10803): merge flat windows early in the encoder, then drop in the LM what its text ignores.
 
 Looks at: the tokens behind the first vision block; one [CLS] row of the last one (all queries where there is no [CLS]);
-the attention of the text to the image in four LM layers. Cost: O(V · C) for the windows, O(m · S · D) for m text tokens
-in each layer; each cut reads its counts on the host.
+the attention of m text tokens to the image in four LM layers. Cost: O(V · C), O(m · S · D) each; counts are host reads.
 
 Behind block 0, each full window of 3 × 3 patches whose mean cosine over its pairs is at least `flat` becomes its mean.
 The share `key` of what is left that [CLS] of the last block sees most is never dropped. Behind LM layers 2, 6, 10 and
 14 of 32 (the same shares of any depth) a token goes where the text gives it less than the share `overall` of what it
-gives all, and no text token as much as `individual`. The defaults are those of the scripts for 128 tokens.
-Departs from the paper: its last stage, which cuts the caches of layers 2 to 14 to what survived, is left out. With
-`budget` (for tables) the cuts keep counts, in equal steps.
-Departs from the released code: each tile merges as many windows as are flat; the code takes the fewest of any tile of a
-batch (`equal=true`). A merged token stands in the middle of its window; in the code merged tokens come first, the
-flattest ahead, without newlines (`order=merged`). Positions are kept by default, as for all methods of winnow; the code
-numbers them anew, and decodes from its cut caches at positions before the prompt's end, which is not reproduced.
+gives all, and no text token as much as `individual`. Then the caches of layers 2 to 14 are cut to what is left, too.
+Departs from the paper: with `budget` (for tables) the cuts keep counts, in equal steps.
+Departs from the released code: tiles merge their own numbers of windows, not the fewest of a batch (`equal=true`). A
+merged token stands in the middle of its window; in the code they come first, the flattest ahead, without newlines
+(`order=merged`). Positions are kept; the code numbers them anew, and decodes from cut caches at positions before the
+prompt's end, which is not reproduced. The defaults are those of its scripts for 128 tokens.
 """
 
 import dataclasses
@@ -43,6 +41,7 @@ class MustDrop(wn.Method):
         equal: whether all tiles of a call merge as many windows as the one with the fewest.
         order: of the tokens in the LM: `raster`, or `merged` ones first.
         row: the attention by which key tokens are found.
+        cache: whether layers from the first cut to the last decode with what the last one left.
     """
 
     flat: Annotated[float, wn.Between(-1)] = 0.8
@@ -54,6 +53,7 @@ class MustDrop(wn.Method):
     equal: bool = False
     order: Literal["raster", "merged"] = "raster"
     row: wn.VisionAttention = wn.VisionAttention(layer=-1, query="auto")
+    cache: bool = True
 
     identity = {"flat": 2.0, "overall": 0.0}
     released = {"equal": True, "order": "merged", "row": wn.VisionAttention(layer=-1), "positions": "compact"}
@@ -67,8 +67,7 @@ class MustDrop(wn.Method):
         return self.replace(flat=2.0, budget=wn.Budget.parse(budget))
 
     def resolve(self, info: wn.ModelInfo):
-        shares = dict.fromkeys(info.depth * layer // 32 for layer in (2, 6, 10, 14))
-        layers = self.layers or tuple(layer for layer in shares if layer + 1 < info.depth)
+        layers = self.layers or tuple(sorted({info.depth * k // 32 for k in (2, 6, 10, 14)} - {info.depth - 1}))
         return self.replace(layers=layers or None, row=self.row.resolve(info))
 
     def steps(self, info: wn.ModelInfo):
@@ -77,6 +76,9 @@ class MustDrop(wn.Method):
         for number, text in enumerate(map(wn.TextAttention, self.layers or ())):
             cut = functools.partial(self.cut, text=text, part=(number + 1) / len(self.layers or ()))
             steps.append(wn.Step(wn.Point("layers", info.lm_layer(text.layer + 1)), cut, (text,)))
+        if self.cache and self.layers and "kv" in info.points:
+            whole = wn.Follow(tuple(range(self.layers[0], self.layers[-1] + 1)))
+            steps.append(wn.KVStep(wn.Point("kv", self.layers[-1] + 1), lambda view, state: whole))
         return tuple(steps)
 
     def merge(self, view: wn.View, state: wn.State):
@@ -90,8 +92,7 @@ class MustDrop(wn.Method):
         flat = (score >= self.flat).sum(1, keepdim=True)
         merged = wn.rank_of(score) < (flat.amin(0, keepdim=True) if self.equal else flat)
         middle = rows[:, SIDE**2 // 2].expand(view.b, -1)
-        flatness = score.new_full((view.b, view.n), -torch.inf)
-        flatness.scatter_(1, middle, score.masked_fill(~merged, -torch.inf))
+        flatness = score.new_full(view.ids.shape, -torch.inf).scatter(1, middle, score.masked_fill(~merged, -torch.inf))
         return means(rows, merged, view.n) or wn.Observe(), wn.State(token={"flatness": flatness})
 
     def enter(self, view: wn.View, state: wn.State):

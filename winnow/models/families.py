@@ -13,6 +13,7 @@ from winnow.models.acceptance import accepted_points
 from winnow.models.family import Family
 from winnow.models.generic import Generic
 from winnow.models.supported_versions import check_version, is_trying
+from winnow.models.text import Text
 
 FAMILIES = {
     "aya_vision": "winnow.models.cohere_vision:CohereVision",
@@ -69,10 +70,15 @@ def family_of(model: Any) -> Family:
     family = _class_of(_kind(model))
     if family is not None and _has_head(model):
         return family()
+    text = family is None and Text.fits(model)
+    if text and not Text.why_not(model):
+        return Text()
     if family is None and Generic.fits(model):
         return Generic(model, _checked_points(model))
     reason = (
-        Generic.why_not(model)
+        Text.why_not(model)
+        if text
+        else Generic.why_not(model)
         if family is None
         else "it has no head that says words; load the ForConditionalGeneration class"
     )

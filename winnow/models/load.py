@@ -1,4 +1,7 @@
-"""Load a vision-language model and its processor: the bundled reference model, or a checkpoint in safetensors."""
+"""Load a model and its processor: the bundled reference model, or a checkpoint in safetensors.
+
+A language model without pictures comes with its tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,17 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.models.attempt import HOW, attempt
@@ -46,6 +58,8 @@ def load(
 ) -> tuple[Any, Any]:
     """A model in evaluation mode, and its processor; in full, also where a plan stands beside the weights.
 
+    A language model without pictures (`AutoModelForCausalLM`) comes with its tokenizer.
+
     Args:
         model: an id of the Hugging Face Hub or a local folder, of a model or of a PEFT adapter; None is the bundled
             reference model.
@@ -60,7 +74,7 @@ def load(
     Raises:
         WinnowError: the checkpoint does not exist, is incomplete, is not in safetensors, or wants to run code; or an
             argument cannot be met.
-        UnsupportedError: it is not a vision-language model.
+        UnsupportedError: it is neither a vision-language model nor a language model.
     """
     if device is not None and device_map is not None:
         raise WinnowError("give device= or device_map=, not both: a map says where each part goes.")
@@ -83,10 +97,13 @@ def load(
     settings = _settings(base, shared["revision"])
     if not trust_remote_code:
         _refuse_code(base, settings)
-    if settings.get("model_type") not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and not trust_remote_code:
+    kind = settings.get("model_type")
+    text = kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not text and kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and not trust_remote_code:
         raise UnsupportedError(
-            f"{base} is a checkpoint of type {settings.get('model_type')!r}, which is not a vision-language model that "
-            f"transformers {transformers.__version__} knows; winnow works on {', '.join(supported())}."
+            f"{base} is a checkpoint of type {kind!r}, which is neither a vision-language model nor a language model "
+            f"that transformers {transformers.__version__} knows; winnow works on {', '.join(supported())}, and on the "
+            "cache of language models."
         )
     _refuse_dtype(base, settings, precision)
     _refuse_pickle(base)
@@ -96,7 +113,7 @@ def load(
     disk = None if places is None else TemporaryDirectory(prefix="winnow-offload-")
     built, report = attempt(
         f"The weights of {base} could not be loaded",
-        lambda: AutoModelForImageTextToText.from_pretrained(
+        lambda: (AutoModelForCausalLM if text else AutoModelForImageTextToText).from_pretrained(
             base,
             dtype=precision,
             use_safetensors=True,
@@ -120,8 +137,15 @@ def load(
         check_runs(built, base)
     if adapter is not None:
         built = adapter.attach(built)
-    processor = _processor(name if adapter is None or adapter.has_processor else base, options)
+    source = name if adapter is None or adapter.has_processor else base
+    processor = _tokenizer(source, options) if text else _processor(source, options)
     return _placed(built, where if places is None else None), processor
+
+
+def _tokenizer(name: str, options: dict[str, Any]) -> Any:
+    return attempt(
+        f"The tokenizer of {name} could not be loaded", lambda: AutoTokenizer.from_pretrained(name, **options), HOW
+    )
 
 
 def _processor(name: str, options: dict[str, Any]) -> Any:

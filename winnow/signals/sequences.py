@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from winnow.core.errors import UnsupportedError
 
-CACHES = frozenset({"past_key_values", "cache"})  # the keyword of older and of newer versions
+# The keyword of older and of newer versions, and that of old classes.
+CACHES = frozenset({"past_key_values", "cache", "layer_past"})
 
 Part = tuple[Tensor, Tensor, Tensor]
 

@@ -26,6 +26,27 @@ Listener = Callable[[nn.Module, Tensor, Tensor, Tensor, Any], Tensor | None]
 UNREAD = ("softcap", "s_aux")
 
 
+class AttendsItself:
+    """What a compressed cache gives in the place of keys and values: it attends over what it holds."""
+
+    __slots__ = ()
+
+    def attend(self, plain: Any, module: nn.Module, query: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        """In the place of the attention function `plain`."""
+        raise NotImplementedError
+
+    def shown(self) -> tuple[Any, Any]:
+        """Keys and values for those who listen: tensors where nothing was dropped from them yet, else itself."""
+        raise NotImplementedError
+
+    def refuse_reading(self, plan: Any) -> None:
+        """Raise, for a plan that looks at this attention."""
+        raise UnsupportedError(
+            f"{plan} looks at the attention of a layer whose logits are capped, or whose cache was compressed before "
+            "these pictures came; use another method, or start with a new cache."
+        )
+
+
 class Stop(Exception):
     """Ends a probed attention call."""
 
@@ -106,7 +127,7 @@ def _tapped_attention(
     box, listener = probed.get(), config._winnow_listener
     if box is not None or listener is not None:
         special = [name for name in UNREAD if kwargs.get(name) is not None]
-        if special:
+        if special and (box is not None or not isinstance(key, AttendsItself)):
             raise UnsupportedError(
                 f"{type(module).__name__} attends with {', '.join(special)}, which is not read yet; "
                 "use a method that does not look at attention there."
@@ -115,7 +136,8 @@ def _tapped_attention(
         box.append((query, key))
         raise Stop
     if listener is not None:
-        parts = sequences(module, query, key, value, attention_mask, kwargs.get("cu_seq_lens_q"))
+        keys, values = key.shown() if isinstance(key, AttendsItself) and not special else (key, value)
+        parts = sequences(module, query, keys, values, attention_mask, kwargs.get("cu_seq_lens_q"))
         heard = [listener(module, *part, attention_mask) for part in parts]
         added = heard[0] if len(heard) == 1 else next((x for x in heard if x is not None), None)
         if added is not None and (attention_mask is not None or len(heard) > 1):
@@ -125,10 +147,10 @@ def _tapped_attention(
             )
         attention_mask = attention_mask if added is None else added
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    plain = config._winnow_plain._attn_implementation
-    return ALL_ATTENTION_FUNCTIONS.get_interface(plain, eager)(
-        module, query, key, value, attention_mask, *args, **kwargs
-    )
+    plain = ALL_ATTENTION_FUNCTIONS.get_interface(config._winnow_plain._attn_implementation, eager)
+    if isinstance(key, AttendsItself):
+        return key.attend(plain, module, query, attention_mask, *args, **kwargs)
+    return plain(module, query, key, value, attention_mask, *args, **kwargs)
 
 
 class Tap:

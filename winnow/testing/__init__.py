@@ -10,13 +10,15 @@ and a signal of your own says with `sample` what its values look like. `check_on
 model classes and compares it with what you worked out by hand.
 """
 
-from winnow.testing.checks import CHECKS, check_form, check_method
+from winnow.testing.cache_checks import CACHE_CHECKS
+from winnow.testing.checks import CHECKS, check_form, check_method, checks_of
 from winnow.testing.models import Build, Worked, check_on_models
 from winnow.testing.pictures import PICTURES, WITH_CLS, WITHOUT_CLS, Picture
 from winnow.testing.plain import StepResult, run_step
 from winnow.testing.subject import Act, Subject, run
 
 __all__ = [
+    "CACHE_CHECKS",
     "CHECKS",
     "PICTURES",
     "WITHOUT_CLS",
@@ -30,6 +32,7 @@ __all__ = [
     "check_form",
     "check_method",
     "check_on_models",
+    "checks_of",
     "run",
     "run_step",
 ]

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from winnow.core.budget import Budget
 from winnow.core.info import ModelInfo
+from winnow.core.kv_method import CacheMethod
 from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.reduction import Reduction
 from winnow.core.step import Step
 from winnow.core.view import View
+from winnow.testing.cache_checks import CACHE_CHECKS
+from winnow.testing.largest import Largest
 from winnow.testing.pictures import PICTURES, WITH_CLS, WITHOUT_CLS, Picture
 from winnow.testing.subject import Act, Subject, expect, run
 
@@ -39,7 +41,11 @@ def check_registration(subject: Subject) -> None:
 
 
 def check_counts(subject: Subject) -> None:
-    """The first step keeps exactly what the budget says, of any number of tokens; later ones no more than there are."""
+    """The first step keeps exactly what the budget says, of any number of tokens; later ones no more than there are.
+
+    Only a method that takes no budget may keep nothing in its first step.
+    """
+    least = int(subject.kind.takes_budgets())
     for picture in PICTURES:
         v = picture.lm.n_content
         budgets = (1, 2, 3, max(1, v // 2), v, v + 7, 0.001, 0.3, "50%", "100%") if subject.has_keep else (None,)
@@ -52,7 +58,8 @@ def check_counts(subject: Subject) -> None:
                     where = f"{subject.kind.slug} at {step.at}, {picture.name}, keep={keep}, {view.n} tokens"
                     check_form(found, view, where)
                     if act.number == 0 and found is not None:
-                        expect(found.counts is None and found.m >= 1, f"{where}: counts {found.counts}, m {found.m}")
+                        known = found.counts is None and found.m >= least
+                        expect(known, f"{where}: counts {found.counts}, m {found.m}")
                         if keep is not None:
                             want = min(view.n, Budget(keep, rounding=subject.kind.rounding).of(v))
                             expect(found.m == want, f"{where}: {found.m} rows, promised {want}")
@@ -201,7 +208,7 @@ def check_memory(subject: Subject) -> None:
 def _largest(subject: Subject, act: Act, picture: Picture) -> int:
     """Elements of the largest tensor that a step makes."""
     view = subject.view(act, picture, b=1)
-    with _Largest() as seen:
+    with Largest() as seen:
         run(act.step, view)
     return seen.elements
 
@@ -228,8 +235,13 @@ def check_method(
 ) -> None:
     """Run every check on a method; the first that fails raises AssertionError. See `Subject` for the arguments."""
     subject = Subject(kind, settings or {}, tuple(infos))
-    for check in CHECKS:
+    for check in checks_of(kind):
         check(subject)
+
+
+def checks_of(kind: type[Method]) -> tuple[Callable[[Subject], None], ...]:
+    """The checks that a method must pass: of the tokens of pictures, or of the cache."""
+    return (check_registration, *CACHE_CHECKS) if issubclass(kind, CacheMethod) else CHECKS
 
 
 def _views(subject: Subject, b: int = 2, **settings: Any) -> Iterator[tuple[Step, View]]:
@@ -263,16 +275,3 @@ def _equal(a: Reduction | None, b: Reduction | None) -> bool:
     return all(
         torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y or x == y for x, y in pairs
     )
-
-
-class _Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(x, Tensor) and x.untyped_storage().nbytes() >= x.numel():  # an expanded view is not memory
-                self.elements = max(self.elements, x.numel())
-        return out

@@ -16,7 +16,7 @@ WITH_CLS = ModelInfo(
     vision_depth=12,
     feature_layer=-2,
     has_cls=True,
-    points=("blocks", "blocks.mlp", "features", "projected", "layers"),
+    points=("blocks", "blocks.mlp", "features", "projected", "layers", "kv"),
 )
 WITHOUT_CLS = ModelInfo(
     "a model without [CLS]",
@@ -24,7 +24,7 @@ WITHOUT_CLS = ModelInfo(
     width=32,
     vision_depth=8,
     has_cls=False,
-    points=("projected", "layers"),
+    points=("projected", "layers", "kv"),
     mrope=True,
     merge=2,
 )

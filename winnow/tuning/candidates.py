@@ -16,7 +16,7 @@ from winnow.core.info import ModelInfo
 from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.plan_file import names_file
-from winnow.core.registry import entries, method_class
+from winnow.core.registry import method_class, picture_methods
 from winnow.core.settings import Between, Layer, types_of
 
 BUDGETS = ("50%", "25%", "12.5%", "6.25%")
@@ -79,7 +79,9 @@ def first(
         named: slugs, plans and plan files; none: every method of the registry that needs no training.
         content: content tokens of a typical item.
     """
-    slugs = named or [entry.slug for entry in entries() if entry.family != "user" and entry.kind == "training-free"]
+    slugs = named or [
+        entry.slug for entry in picture_methods() if entry.family != "user" and entry.kind == "training-free"
+    ]
     found: list[Candidate] = []
     for name in slugs:
         if names_file(name) or any(mark in name for mark in ":+|"):

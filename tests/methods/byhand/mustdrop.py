@@ -13,7 +13,7 @@ from towerhand import Tile, attention, projected, tiles_of
 
 from methods.byhand import cosines, feature_block
 
-SETTINGS = {"flat": 0.1, "key": 0.2, "overall": 0.04, "individual": 0.05, "layers": (0, 2)}
+SETTINGS = {"flat": 0.1, "key": 0.2, "overall": 0.04, "individual": 0.05, "layers": (0, 2), "cache": False}
 BUILDS = ("llava_clip", "llava_siglip", "llava_next")
 
 
@@ -57,6 +57,7 @@ def by_hand(
     overall: float,
     individual: float,
     layers: Sequence[int],
+    cache: bool,
 ) -> Hand:
     embeds, left, keys = entry.embeds.clone(), [], []
     for picture, tiles in enumerate(tiles_of(reference, sample, lambda at, tile: _merge(reference, at, tile, flat))):

@@ -17,12 +17,14 @@ from winnow.methods.dart import DART
 from winnow.methods.divprune import DivPrune
 from winnow.methods.efficientvla import EfficientVLA
 from winnow.methods.fastv import FastV
+from winnow.methods.fitprune import FitPrune
 from winnow.methods.mustdrop import MustDrop
 from winnow.methods.pyramiddrop import PyramidDrop
 from winnow.methods.sparsevlm import SparseVLM
 from winnow.methods.transprune import TransPrune
 from winnow.methods.v2drop import V2Drop
 from winnow.methods.visiondrop import VisionDrop
+from winnow.methods.vtw import VTW
 
 from .finding import Finding, as_many, compared, left, nearer, right
 
@@ -113,6 +115,28 @@ def visiondrop(s: Sample, rolled: Sample) -> Iterator[Finding]:
     yield right(s, "visiondrop", "visual attention answers more than the text's", "32 tokens at last", plans)
 
 
+def fitprune(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    own, what = FitPrune().at_budget(32, 256), "32 tokens at last"
+    done = own.recipe.cuts(s.handle.info.depth)
+    left_over = [own.kept(256, layers, max(done.values())) for layers in done.values()]
+    plans = {"FitPrune": own, "random": blind_cuts(at_random, tuple(done), left_over)}
+    yield left(s, "fitprune", "what image and text attend to is the evidence", what, plans)
+    yield right(s, "fitprune", "its schedule answers more than random cuts of the same sizes", what, plans)
+    plans = {"FitPrune": own, "FastV": FastV(keep=32, layer=2)}
+    yield left(s, "fitprune", "it leaves more evidence than FastV, which cuts at once", what, plans)
+    yield right(s, "fitprune", "it answers more than FastV, which cuts at once", what, plans)
+
+
+def vtw(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    plans = {f"from layer {layer} on": VTW(layer=layer) for layer in (6, 2)}
+    yield right(s, "vtw", "deep layers need no vision: withdrawing late costs less than early", "no tokens", plans)
+    for layer, where in ((4, "half"), (6, "three quarters")):
+        seen = layer * 32
+        plans = {"VTW": VTW(layer=layer), "random": blind_cuts(at_random, (0,), (seen,))}
+        claim = f"withdrawal at {where} of the depth answers more than as many random tokens in all layers"
+        yield right(s, "vtw", claim, f"no tokens at last, {seen} in the mean over layers", plans)
+
+
 def mustdrop(s: Sample, rolled: Sample) -> Iterator[Finding]:
     own, what = MustDrop().at_budget(32, 256), "32 tokens at last"
     plans = {"key tokens": own, "none": own.replace(key=0.0)}
@@ -139,9 +163,11 @@ CLAIMS = {
     "aim": aim,
     "dart": dart,
     "efficientvla": efficientvla,
+    "fitprune": fitprune,
     "sparsevlm": sparsevlm,
     "transprune": transprune,
     "v2drop": v2drop,
     "visiondrop": visiondrop,
+    "vtw": vtw,
     "mustdrop": mustdrop,
 }

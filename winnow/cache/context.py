@@ -1,0 +1,81 @@
+"""What the layers of one compressed cache share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.packing import Packing
+
+
+@dataclass(eq=False)
+class Context:
+    """Of one cache.
+
+    Attributes:
+        attachment: of the plan; a cache must not go on without it.
+        methods: slugs, by their number in the plan.
+        depth: layers of the language model.
+        seed: of the plan.
+        modules: what the methods built, by their number.
+        rotary: turns keys; None where positions are not understood.
+        kinds: gives `[B, n]` what each token is that is read now; None where nobody asks.
+        reads: gives, for a layer that runs now, where the tokens that it reads stood when the model was called, and
+            `[B, L]` which of the slots that it held before are real (None: all); None where all layers read all.
+        notes: what methods recorded.
+        layers: of the cache.
+    """
+
+    attachment: Any
+    methods: tuple[str, ...]
+    depth: int
+    seed: int = 0
+    modules: Any = field(default_factory=dict)
+    rotary: Any = None
+    kinds: Callable[[], Tensor] | None = None
+    reads: Callable[[int], tuple[Packing, Tensor | None]] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    layers: list[Any] = field(default_factory=list)
+    _memo: tuple[Any, dict[Any, Any]] = (None, field(default_factory=dict))
+
+    def __post_init__(self) -> None:
+        self._memo = (None, {})
+
+    def check(self) -> None:
+        """Refuse to go on when the plan is no longer attached."""
+        if not self.attachment.attached:
+            raise WinnowError(
+                "this cache is compressed, but the model is no longer; compress it again with the same plan before you "
+                "continue, or start with a new cache."
+            )
+
+    def once(self, key: Any, mask: Any, make: Callable[[], Any]) -> Any:
+        """One computation for all layers that are given the same mask."""
+        known, memo = self._memo
+        if known is not mask:
+            memo = {}
+            self._memo = (mask, memo)
+        if key not in memo:
+            memo[key] = make()
+        return memo[key]
+
+    def note(self, notes: dict[str, Any]) -> None:
+        """Take what a step recorded: counts add up."""
+        for name, value in notes.items():
+            self.notes[name] = self.notes[name] + value if name in self.notes else value
+
+    def forget(self) -> None:
+        """Let go what belongs to the last forward."""
+        self._memo = (None, {})
+        self.reads = None
+
+    def check_plain(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
+        """Refuse attention with caps or sinks where it is computed here."""
+        special = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+        if special:
+            raise UnsupportedError(
+                f"{type(module).__name__} attends with {', '.join(special)}, which heads that hold unequal numbers of "
+                "slots do not; use a method that keeps as many in every head."
+            )

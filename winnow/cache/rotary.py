@@ -1,0 +1,73 @@
+"""Rotary positions: turning keys that have their phase already to other positions."""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rotary:
+    """The rotation of a language model.
+
+    Attributes:
+        frequencies: `[r]` of each rotated pair.
+        interleaved: whether a pair is two neighbours; else its halves lie r apart.
+    """
+
+    frequencies: Float[Tensor, " r"]
+    interleaved: bool = False
+
+    def turn(self, x: Float[Tensor, "b g n d"], shift: Int[Tensor, "#b #g n"]) -> Float[Tensor, "b g n d"]:
+        """Keys or queries as they would be `shift` positions later. A shift of 0 leaves the bits as they are."""
+        r = self.frequencies.shape[0]
+        angle = shift[..., None].to(self.frequencies.device, torch.float32) * self.frequencies
+        cos, sin = angle.cos(), angle.sin()
+        turned, rest = x[..., : 2 * r].float(), x[..., 2 * r :]
+        if self.interleaved:
+            a, b = turned[..., ::2], turned[..., 1::2]
+            made = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        else:
+            a, b = turned[..., :r], turned[..., r:]
+            made = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        return torch.cat([made.to(x.dtype), rest], -1)
+
+    @staticmethod
+    def of(lm: Any, attention: Any) -> "Rotary | None":
+        """The rotation of a model, compared with its own function on random vectors; None if it is another one."""
+        rotary = getattr(lm, "rotary_emb", None)
+        frequencies = getattr(rotary, "inv_freq", None)
+        apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        size = getattr(attention, "head_dim", None)
+        if frequencies is None or apply is None or size is None or 2 * frequencies.shape[0] > size:
+            return None
+        if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):
+            return None
+        x = torch.randn(1, 1, 4, size, generator=torch.Generator().manual_seed(0)).to(frequencies.device)
+        at = torch.arange(4, device=frequencies.device)[None]
+
+        def at_positions(by: int) -> Tensor:
+            embedding: Any = rotary
+            return apply(x, x, *(_one_axis(e) for e in embedding(x, position_ids=_axes(rotary, at + by))))[0]
+
+        try:
+            own = [at_positions(0), at_positions(7)]
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return None
+        for interleaved in (False, True):
+            made = Rotary(frequencies.float(), interleaved)
+            if torch.allclose(made.turn(own[0], torch.full((1, 1, 4), 7)), own[1], atol=1e-4):
+                return made
+        return None
+
+
+def _axes(rotary: Any, positions: Tensor) -> Tensor:
+    """Positions as the embedding takes them: three equal axes where it knows sections."""
+    return positions.expand(3, 1, -1) if hasattr(rotary, "mrope_section") else positions
+
+
+def _one_axis(embedding: Tensor) -> Tensor:
+    return embedding[0] if embedding.ndim == 4 else embedding
