@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import winnow
 from winnow.bench.recall import accuracy, measure, perplexity
 from winnow.core.errors import WinnowError
 from winnow.reference import text
@@ -93,6 +94,16 @@ def test_the_shipped_model_recalls(task, floor):
     torch.set_num_threads(1)
     model, _ = text.load()
     assert accuracy(measure(model, "full", task, 64, 512)) >= floor
+
+
+def test_a_cache_made_before_the_question_loses_what_one_made_after_it_keeps():
+    torch.set_num_threads(1)
+    model, _ = text.load()
+    given = {"task": "needle", "n": 24, "length": 256}
+    assert measure(model, "snapkv:keep=100%", **given) == measure(model, "full", **given)
+    aware, agnostic = (accuracy(measure(model, "snapkv:keep=20%", **given, aware=aware)) for aware in (True, False))
+    assert aware > agnostic + 0.1
+    assert winnow.handle_of(model) is None
 
 
 def test_the_shipped_model_reads_its_filler():
