@@ -152,8 +152,8 @@ def _made(card: dict[str, Any]) -> str:
     ]
     return (
         f"{said} {training['tokens'] / 1e6:.1f} million tokens in {training['cpu_minutes']:.0f} minutes of one CPU "
-        "thread. Stages are named by the longest context; running accuracies at the end of each:\n\n"
-        + table(["stage", "steps", *TASKS[:-1]], rows)
+        "thread. Stages are named by the longest context; running accuracies where each was last logged:\n\n"
+        + table(["stage", "steps logged", *TASKS[:-1]], rows)
         + "\n\n![accuracy over the run](curves.png)"
     )
 

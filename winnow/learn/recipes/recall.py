@@ -178,7 +178,7 @@ class _Run:
                     return
                 self._step(stage, optimizer)
                 left -= 1
-                if self.at % every == 0:
+                if self.at % every == 0 or self.at == stage.steps:
                     self.log.write(stage.name, self.at, self.averages.values(), tokens=self.tokens)
                     if self._done(stage):
                         break
