@@ -33,7 +33,7 @@ SEED    := 1
 LEARNED := covipal diffrate dyvte explainability-compression toc3d
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-select selection systems systems-check families families-check docs measured images reference learned card recall clean
+.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -86,6 +86,12 @@ bench: $(STAMP) ## Speed against the plain model and against the same model with
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decode.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/classes.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/tower.py
+
+bench-cache: $(STAMP) ## Decoding from compressed caches against the plain one, and bytes held
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cache.py
+
+cache-table: $(STAMP) ## Measure every method of the cache on long texts for docs/cache.md
+	OMP_NUM_THREADS=1 $(BIN)/python tools/cache.py
 
 bench-select: $(STAMP) ## Selection alone against one block of a vision tower on the same tokens
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/selection.py

@@ -93,6 +93,9 @@ _SMALL: dict[str, Any] = {
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
 }
 
 

@@ -67,15 +67,25 @@ def table(proved: dict[str, dict[str, Any]]) -> str:
 
 
 def matrix(proved: dict[str, dict[str, Any]]) -> str:
-    """Methods by model builds: a mark where a test of the method on that build passed."""
-    builds = sorted({build for row in proved.values() for build in row["builds"]})
+    """Methods by model builds: a mark where a test of the method on that build passed. Those of the cache stand apart."""
+    tables = [_marks(proved, of_cache) for of_cache in (False, True)]
+    found = [table for table in tables if table]
+    return "\n\nMethods of the KV cache:\n\n".join(found) + "\n" if found else f"{NOTHING}\n"
+
+
+NOTHING = "No method has run on a model in the recorded tests."
+
+
+def _marks(proved: dict[str, dict[str, Any]], of_cache: bool) -> str:
+    methods = [entry for entry in entries() if entry.of_cache == of_cache]
+    known = {entry.slug: proved.get(entry.slug, {"state": "none", "builds": ()}) for entry in methods}
+    builds = sorted({build for row in known.values() for build in row["builds"]})
     if not builds:
-        return "No method has run on a model in the recorded tests.\n"
+        return ""
     rows = []
-    for entry in entries():
-        row = proved.get(entry.slug, {"state": "none", "builds": ()})
-        rows.append((f"`{entry.slug}`", row["state"], *("✔" if build in row["builds"] else "" for build in builds)))
-    return markdown.table(("method", "state", *(f"`{build}`" for build in builds)), rows) + "\n"
+    for slug, row in known.items():
+        rows.append((f"`{slug}`", row["state"], *("✔" if build in row["builds"] else "" for build in builds)))
+    return markdown.table(("method", "state", *(f"`{build}`" for build in builds)), rows)
 
 
 def outputs(proved: dict[str, dict[str, Any]]) -> dict[Path, str]:
