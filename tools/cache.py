@@ -50,9 +50,9 @@ HEAD = f"""# What is left of long texts
 
 Every method of the KV cache on the reference text model (`winnow/reference/recall`), on held-out texts of {LENGTH}
 tokens: a *needle* in filler, and one of 24 *pairs* of names and values. **Question known:** text and question are read
-together, and the cache is cut behind them, so a method can keep what the question needs. **Not known:** the text is read
-and cut alone, and the question comes later, on what is left. The two must not be mixed: most scores are the attention of
-the last tokens.
+together, and the cache is cut behind them, so a method can keep what the question needs. **Not known:** the text is
+read and cut alone, and the question comes later, on what is left. The two must not be mixed: most scores are the
+attention of the last tokens.
 
 A budget is slots of a head, a share of what was read; a later turn adds its share. *Bytes* are of the cache behind the
 text, as shares of the plain one. A figure is the share of right answers; in bold where the paired 95 % interval of its

@@ -67,7 +67,7 @@ def table(proved: dict[str, dict[str, Any]]) -> str:
 
 
 def matrix(proved: dict[str, dict[str, Any]]) -> str:
-    """Methods by model builds: a mark where a test of the method on that build passed. Those of the cache stand apart."""
+    """Methods by model builds, a mark where a test of the method on that build passed; those of the cache apart."""
     tables = [_marks(proved, of_cache) for of_cache in (False, True)]
     found = [table for table in tables if table]
     return "\n\nMethods of the KV cache:\n\n".join(found) + "\n" if found else f"{NOTHING}\n"
