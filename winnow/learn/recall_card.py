@@ -125,7 +125,8 @@ def page(card: dict[str, Any]) -> str:
         + ".",
         "Perplexity of the last quarter of filler texts, by length: "
         + ", ".join(f"{n}: {value:.2f}" for n, value in card["perplexity"].items())
-        + ". Who knows the language but has not read the text gets 8.0; who knows also what the text favours, 4.65.",
+        + ". Who knows the language but has not read the text gets 8.0; who knows also what the text favours, 4.65. "
+        "A model near 8 or above does not use the text for it, and its perplexity says little of a cache.",
         "## How it was made",
         _made(card),
         "## What it cannot do",
