@@ -5,14 +5,16 @@ Nothing here imports winnow. Attentions come from an eager copy of the model or 
 
 from __future__ import annotations
 
-import copy
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import zoo
+from quick import copied
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
@@ -150,14 +152,18 @@ class Reference:
     """A plain copy of a model, and an eager one; neither is ever touched by what is tested."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = copy.deepcopy(model)
-        self.eager = copy.deepcopy(model)
-        self.eager.set_attn_implementation("eager")
+        self.model: Any = copied(model)
         self.lm = self.model.model.language_model
         self.mrope = hasattr(self.model.model, "rope_deltas")
         vision = model.config.vision_config
         self.tile = getattr(vision, "image_size", 0)  # pixels along a side of a tile; grids have no tiles
         self.cells = (self.tile // vision.patch_size) ** 2
+
+    @functools.cached_property
+    def eager(self) -> Any:
+        model: Any = copied(self.model)
+        model.set_attn_implementation("eager")
+        return model
 
     @torch.no_grad()
     def entry(self, sample: dict[str, Tensor]) -> Entry:

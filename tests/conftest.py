@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections import defaultdict
@@ -62,6 +63,16 @@ def pytest_collection_modifyitems(items):
                     f"{CHECKS}; 'model' needs a build, from the mark or from a parameter `build` of the test"
                 )
             item.user_properties.append(("system", [slug, check, build]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported here stays: to look through it for garbage is a quarter of what collection takes."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 class SystemReport:

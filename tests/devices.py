@@ -58,10 +58,15 @@ def call(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = getattr(function, "__name__", "")
     if function is torch.device:
         return function(*args, **kwargs)
+    if name == "__get__":
+        if getattr(function, "__self__", None) is Tensor.device:
+            return device_of(args[0])
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **kwargs)
+        if not isinstance(result, Tensor):  # most calls ask for a shape or a dtype
+            return result
     leaves = tree_flatten((args, kwargs))[0]
     tensors = [x for x in leaves if isinstance(x, Tensor)]
-    if name == "__get__" and getattr(function, "__self__", None) is Tensor.device:
-        return device_of(args[0])
     if name in _HOST_ONLY and device_of(args[0]) != CPU:
         raise TypeError(f"can't convert a tensor on {device_of(args[0])} to numpy; copy it to the host first")
     wanted = [device for x in leaves if (device := _named(x)) is not None]
@@ -71,7 +76,8 @@ def call(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     target = wanted[0] if wanted else where
     if name in ("to", "type_as") and len(tensors) > 1:
         target = device_of(tensors[1])
-    args, kwargs = tree_map(lambda x: x if _named(x) is None else CPU, (args, kwargs))
+    if wanted:
+        args, kwargs = tree_map(lambda x: x if _named(x) is None else CPU, (args, kwargs))
     with torch._C.DisableTorchFunctionSubclass():
         result = function(*args, **kwargs)
 
@@ -84,7 +90,7 @@ def call(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
                 x = x.detach().clone()  # a copy on another device shares nothing
         return x if target == CPU and type(x) is Tensor else place(x, target)
 
-    return tree_map(settle, result)
+    return settle(result) if isinstance(result, Tensor) else tree_map(settle, result)
 
 
 def _named(x: Any) -> torch.device | None:

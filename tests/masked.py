@@ -7,12 +7,12 @@ the masks. Nothing here imports winnow.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from quick import copied
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
@@ -86,7 +86,7 @@ class MaskedReference:
     """A plain copy of a model under eager attention; the original is never touched."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: Any = copy.deepcopy(model)
+        self.model: Any = copied(model)
         self.model.set_attn_implementation("eager")
         self.lm = decoder(self.model)
 
@@ -184,7 +184,7 @@ class Gathered:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: Any = copy.deepcopy(model)
+        self.model: Any = copied(model)
         self.lm = decoder(self.model)
 
     @torch.no_grad()

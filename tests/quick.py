@@ -19,7 +19,7 @@ class Mould:
         self.model, self.tensors = model, []
         try:
             self.written = _written(model, self.tensors)
-        except (pickle.PicklingError, AttributeError, TypeError):  # of classes made inside functions
+        except Exception:  # hooks that are functions of functions, and whatever else cannot be written
             self.written = None
 
     def copy(self) -> nn.Module:
@@ -28,6 +28,11 @@ class Mould:
         reader, memo = _Reader(io.BytesIO(self.written)), {}
         reader.persistent_load = lambda place: copy.deepcopy(self.tensors[place], memo)
         return reader.load()
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """As `copy.deepcopy`: faster, where the model can be written."""
+    return Mould(model).copy()
 
 
 def _written(model: nn.Module, tensors: list[torch.Tensor]) -> bytes:

@@ -14,6 +14,7 @@ OWN = (*HOOKS, "rope_deltas")  # Qwen2.5-VL itself changes the last at every for
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Per module: its class, its attributes, its hooks, its configuration (object and content); and all weights."""
     found: dict[str, Any] = {}
+    written: dict[int, str] = {}  # many modules hold one configuration
     for name, module in model.named_modules():
         found[f"{name}: class"] = type(module)
         found[f"{name}: attributes"] = {
@@ -24,7 +25,9 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         }
         config = getattr(module, "config", None)
         if config is not None:
-            found[f"{name}: config"] = (id(config), repr(sorted(config.__dict__.items(), key=str)))
+            if id(config) not in written:
+                written[id(config)] = repr(sorted(config.__dict__.items(), key=str))
+            found[f"{name}: config"] = (id(config), written[id(config)])
     found["generation config"] = repr(model.generation_config)
     return found
 

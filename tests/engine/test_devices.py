@@ -62,6 +62,13 @@ def on_one(build):
     return spread(build)
 
 
+@functools.cache
+def apart(build):
+    """A model whose parts are all on other devices, and what it says of a batch without a plan."""
+    model = spread(build, **APART)
+    return model, generate(model, moved(zoo.inputs(build, zoo.MIXED)), STEPS)
+
+
 def moved(inputs):
     return {name: value.to(str(FIRST)) for name, value in inputs.items()}
 
@@ -78,11 +85,9 @@ def test_devices_do_not_mix():
         a.numpy()
 
 
-def compared(build, plan, places):
+def compared(build, plan, several, plain):
     """Generation under a plan on several devices and on one: bit for bit the same, and its ledger as well."""
-    inputs = moved(zoo.inputs(build, zoo.MIXED))
-    one, several = on_one(build), spread(build, **places)
-    plain = generate(several, inputs, STEPS)
+    inputs, one = moved(zoo.inputs(build, zoo.MIXED)), on_one(build)
     with winnow.compress(one, plan) as first, winnow.compress(several, plan) as second:
         want, found = generate(one, inputs, STEPS), generate(several, inputs, STEPS)
         assert same(found, want)
@@ -95,12 +100,14 @@ def compared(build, plan, places):
 
 @pytest.mark.parametrize(("kind", "build"), pairs(("received", "folded", "probed", "forgotten")))
 def test_several_devices_answer_as_one(kind, build):
-    compared(build, CASES[kind].plan, APART)
+    compared(build, CASES[kind].plan, *apart(build))
 
 
 @pytest.mark.parametrize("places", SPREAD.values(), ids=SPREAD)
 def test_wherever_the_parts_are(places):
-    compared("llava_clip", CASES["probed"].plan, places)
+    several = spread("llava_clip", **places)
+    plain = generate(several, moved(zoo.inputs("llava_clip", zoo.MIXED)), STEPS)
+    compared("llava_clip", CASES["probed"].plan, several, plain)
 
 
 OTHERS = {"pixelprune": {"threshold": 0.707, "metric": "rmse"}}  # of noise, nothing is equal
@@ -113,7 +120,7 @@ def test_every_method_runs_on_several_devices(slug):
     method = method_class(slug).configured(**OTHERS.get(slug, {}))
     if method.takes_budgets():
         method = method.at_budget(9, zoo.tokens_of("llava_clip", "A"))
-    compared("llava_clip", method, APART)
+    compared("llava_clip", method, *apart("llava_clip"))
 
 
 @pytest.mark.parametrize("build", zoo.BUILDS)
@@ -121,7 +128,7 @@ def test_a_conversation_goes_on_across_devices(build):
     """A later turn on a reduced cache, whose layers are on different devices, in a padded batch."""
     inputs = zoo.inputs(build, zoo.RAGGED)
     answers = []
-    for model in (on_one(build), spread(build, **APART)):
+    for model in (on_one(build), apart(build)[0]):
         with winnow.compress(model, Probed()):
             first = generate(model, moved(inputs), STEPS)
             turn = moved(prolonged(inputs, first.sequences.cpu()))
@@ -133,7 +140,7 @@ def test_a_conversation_goes_on_across_devices(build):
 def test_recorded_hidden_states_get_their_length_back(build):
     inputs = moved(zoo.inputs(build, zoo.MIXED))
     states = []
-    for model in (on_one(build), spread(build, **APART)):
+    for model in (on_one(build), apart(build)[0]):
         with winnow.compress(model, Probed()):
             states.append(forward(model, inputs, output_hidden_states=True).hidden_states)
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(*states, strict=True))

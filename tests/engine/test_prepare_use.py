@@ -26,6 +26,14 @@ def any_class():
         yield
 
 
+# The language models of the LLaVA builds are one class: the fast suite compiles that of LLaVA with CLIP, and Qwen's.
+COMPILED = [
+    pytest.param(build, marks=() if build in ("llava_clip", "qwen2_5_vl") else pytest.mark.full) for build in zoo.BUILDS
+]
+# And of the towers CLIP's, SigLIP's and Qwen2.5-VL's.
+TOWERS = [pytest.param(build, marks=pytest.mark.full if build == "llava_next" else ()) for build in zoo.BUILDS]
+
+
 @pytest.fixture
 def fresh_compiler():
     torch._dynamo.reset()
@@ -47,7 +55,7 @@ def requests(build: str) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-@pytest.mark.parametrize("build", zoo.BUILDS)
+@pytest.mark.parametrize("build", COMPILED)
 def test_the_language_model_compiles_in_one_graph_for_each_bucket(build, fresh_compiler):
     plain, model = zoo.model(build), zoo.model(build)
     counter = compiled(model)
@@ -63,7 +71,7 @@ def test_the_language_model_compiles_in_one_graph_for_each_bucket(build, fresh_c
     assert 1 <= counter.frame_count <= len(widths) < len(requests(build))
 
 
-@pytest.mark.parametrize("build", zoo.BUILDS)
+@pytest.mark.parametrize("build", COMPILED)
 def test_a_compiled_model_with_a_static_cache(build, fresh_compiler):
     """One graph for the prefill of each bucket and one for all decoded tokens.
 
@@ -82,7 +90,7 @@ def test_a_compiled_model_with_a_static_cache(build, fresh_compiler):
     assert 2 <= counter.frame_count <= len(widths) + 1
 
 
-@pytest.mark.parametrize("build", zoo.BUILDS)
+@pytest.mark.parametrize("build", TOWERS)
 def test_a_model_wrapped_by_torch_compile_and_one_with_a_compiled_tower(build, fresh_compiler):
     inputs = zoo.inputs(build, zoo.RAGGED)
     expected = winnow.prepare(zoo.model(build), inputs, Received(keep=5))
