@@ -29,7 +29,7 @@ TRAIN   := $(BIN)/winnow train reference --preset small --processes 2 --resume
 SMALL   := winnow/reference/small
 RUNS    := runs
 SEED    := 1
-LEARNED := covipal diffrate dyvte explainability-compression toc3d
+LEARNED := covipal deep-forcing diffrate dyvte explainability-compression toc3d
 
 .DEFAULT_GOAL := help
 .PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-select selection systems systems-check families families-check docs measured images reference learned card clean
