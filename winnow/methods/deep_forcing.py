@@ -4,11 +4,11 @@ Looks at: queries of the newest frames. Cost: one product of a summed query with
 second copy of the keys that it holds.
 
 The paper's model writes video, frame by frame. Here the same cache serves any stream: in a language model a frame is
-one token (then ask for windows of thousands). What winnow has tried it on is a toy that writes moving shapes on an 8 × 8
-grid (`winnow.learn.generation`), not Wan: that it makes long videos better is not shown here.
+one token (then ask for windows of thousands). What winnow has tried it on is a toy that writes moving shapes on an
+8 × 8 grid (`winnow.learn.generation`), not Wan: that it makes long videos better is not shown here.
 
-Departs from the paper: query heads of one KV head are averaged. What is kept between sinks and newest frames fills whole
-frames in reading order, whatever frames it came from.
+Departs from the paper: query heads of one KV head are averaged. What is kept between sinks and newest frames fills
+whole frames in reading order, whatever frames it came from.
 """
 
 from typing import Literal

@@ -30,6 +30,7 @@ SLUG = "deep-forcing"
 CLIPS = 1600
 TRAINED = 16  # frames that are seen in training
 GIVEN, WRITTEN, LATE = 4, 160, 120  # frames to begin with, frames in all, and the first of the late ones
+MEASURED = 12  # streams
 APART = 1 << 32  # seeds of clips between two seeds of a run
 
 DEEP = DeepForcing(sink=7, recent=4, window=15, top=4, by="newest", frame=TOKENS)
@@ -117,8 +118,8 @@ class Recipe:
             return error(module(frames), own)
 
         return [
-            Phase("spoiled", round(1000 * self.scale), 8, 3e-3, by_noise),
-            Phase("written", round(300 * self.scale), 8, 1e-3, by_itself),
+            Phase("spoiled", round(800 * self.scale), 8, 3e-3, by_noise),
+            Phase("written", round(200 * self.scale), 8, 1e-3, by_itself),
         ]
 
     @torch.no_grad()
@@ -130,7 +131,7 @@ class Recipe:
             "error": float(error(module(own["frames"][:, :-1]), own)),
             "error_spoiled": float(error(module(entered), own)),
         }
-        clips = unseen(32)
+        clips = unseen(MEASURED)
         for name, method in POLICIES.items():
             frames = module.write(clips.frames[:, :GIVEN], WRITTEN, method)
             found[f"drift_{name}"] = float(drift(frames, LATE).mean())
