@@ -94,8 +94,7 @@ class DeepForcing(CacheMethod):
         """Behind an eviction: what was kept follows without a gap, turned from where it was first."""
         if view.n != (self.sink + self.top + self.recent) * self.frame or view.n == view.seen:
             return Observe(), state
-        keys = unmoved(view.keys, **state.token)
-        shift = closing(view.slots, self.frame).int()  # type: ignore[arg-type]
+        keys, shift = unmoved(view.keys, **state.token), closing(view.slots, self.frame).int()  # type: ignore[arg-type]
         return Repose(shift, keys), State({"keys": keys, "shift": shift})
 
     def steps(self, info: ModelInfo) -> tuple[KVStep, ...]:
@@ -114,8 +113,8 @@ class DeepForcing(CacheMethod):
 
     def at_budget(self, budget, content):
         """The same shares of a window of so many tokens."""
-        count = KVBudget.parse(budget).of(content, content, layer=0, depth=1) // self.frame
-        held, window = self.sink + self.top + self.recent, max(1, count)
+        window = max(1, KVBudget.parse(budget).of(content, content, layer=0, depth=1) // self.frame)
+        held = self.sink + self.top + self.recent
         recent = max(1, window * self.recent // held)
         sink = min(window - recent, window * self.sink // held)
         return self.replace(window=window, sink=sink, recent=recent, top=window - sink - recent)
