@@ -21,7 +21,7 @@ from winnow.learn.pruners import fit as fitting
 from winnow.parts.learned import SHIPPED
 
 SMALL = 0.012
-COUNT = 10  # long streams
+COUNT = 6  # long streams
 SHORT = 48  # short ones
 
 
@@ -78,8 +78,8 @@ class Stopped(Exception):
 
 def test_a_run_is_its_seed_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     options = {"scale": SMALL, "save": 4, "quiet": True}
-    monkeypatch.setattr("winnow.learn.generation.deep_forcing.WRITTEN", 20)
-    monkeypatch.setattr("winnow.learn.generation.deep_forcing.LATE", 16)
+    for name, size in {"WRITTEN": 8, "LATE": 5, "MEASURED": 1}.items():
+        monkeypatch.setattr(f"winnow.learn.generation.deep_forcing.{name}", size)
     whole = train(tmp_path / "whole", **options)
     cosine, steps = fitting.cosine, []
 
