@@ -21,7 +21,7 @@ from winnow.learn.pruners import fit as fitting
 from winnow.parts.learned import SHIPPED
 
 SMALL = 0.012
-COUNT = 6  # long streams
+COUNT = 16  # long streams
 SHORT = 48  # short ones
 
 
@@ -139,7 +139,7 @@ def test_that_fails_for_a_stub(stub):
 
 @functools.cache
 def kept_shares():
-    """Of the tokens kept between sinks and newest frames, the share whose frame shows the shape, by how they are chosen.
+    """Of the tokens kept between sinks and newest frames, the share whose frame shows the shape, by choice.
 
     The shape is away in half of these frames, and back in the newest.
     """

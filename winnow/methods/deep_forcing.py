@@ -1,14 +1,14 @@
 """Deep Forcing (arXiv 2512.05081): long streams from a small cache, with deep sinks that are moved behind the window.
 
 Looks at: queries of the newest frames. Cost: one product of a summed query with all keys when the cache is full, and a
-second copy of the keys that it holds.
-
-The paper's model writes video, frame by frame. Here the same cache serves any stream: in a language model a frame is
-one token (then ask for windows of thousands). What winnow has tried it on is a toy that writes moving shapes on an
-8 × 8 grid (`winnow.learn.generation`), not Wan: that it makes long videos better is not shown here.
+second copy of the keys that it holds. The cache serves any stream: in a language model a frame is one token (then ask
+for windows of thousands). It was tried on a toy that writes moving shapes on an 8 × 8 grid (`winnow.learn.generation`),
+not on Wan: that it makes long videos better is not shown here.
 
 Departs from the paper: query heads of one KV head are averaged. What is kept between sinks and newest frames fills
 whole frames in reading order, whatever frames it came from.
+
+Departs from the released code: none is released.
 """
 
 from typing import Literal
