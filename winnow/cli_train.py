@@ -62,3 +62,15 @@ def toc3d(
     from winnow.learn.detection.toc3d import train
 
     say(train(out, resume=resume, seed=seed, scale=scale))
+
+
+def deep_forcing(
+    out: Annotated[Path | None, typer.Option(help="The folder of the run.", show_default="runs/deep-forcing")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Decides everything.")] = 0,
+    scale: Annotated[float, typer.Option(help="Share of the clips and steps of the recipe.")] = 1.0,
+) -> None:
+    """Train winnow's toy writer of frames, which Deep Forcing is tried on."""
+    from winnow.learn.generation.deep_forcing import train
+
+    say(train(out, resume=resume, seed=seed, scale=scale))

@@ -156,6 +156,15 @@ def test_connector_decoder_and_cache_in_one_plan(build: str, kv: str) -> None:
     assert ledger.layer_tokens[3] < ledger.layer_tokens[0]
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_method_may_follow_another_in_one_prefill(ragged: bool) -> None:
+    """The second one sees the queries of what the first has left, also where that is less than was read."""
+    model, inputs = model_and_inputs("llama", ragged)
+    got = check_against_masked(model, inputs, "snapkv:keep=60%,window=4 + snapkv:keep=5,window=4")
+    real = got.past_key_values.layers[0].store.slots.shape[2]
+    assert real == 5
+
+
 def test_budgets_by_kind_keep_all_text() -> None:
     model, inputs = model_and_inputs("llava_next")
     with winnow.compress(model, "snapkv:keep=[visual=25%,text=100%],window=2") as handle:

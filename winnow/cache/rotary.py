@@ -1,7 +1,8 @@
 """Rotary positions: turning keys that have their phase already to other positions."""
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +44,15 @@ class Rotary:
             a, b = turned[..., :r], turned[..., r:]
             made = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
         return torch.cat([made.to(x.dtype), rest], -1)
+
+    def only(self, pairs: Sequence[int]) -> "Rotary":
+        """The same rotation of some pairs alone: the time of a phase in time, height and width.
+
+        What the other pairs hold keeps its bits.
+        """
+        wanted = torch.zeros_like(self.frequencies, dtype=torch.bool)
+        wanted[list(pairs)] = True
+        return replace(self, frequencies=self.frequencies.where(wanted, 0))
 
     @staticmethod
     def of(lm: Any, attention: Any) -> "Rotary | None":

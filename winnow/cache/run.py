@@ -102,6 +102,8 @@ class Runner:
             store.real = layer.context.once(("all", n), asked.mask, lambda: real_of(asked.mask, n))
         found: Answers = []
         recent = self.queries[:, :, -step.recent :] if moment == "decode" and step.recent else None  # type: ignore[index]
+        if recent is None and layer.changed and layer.uncut < asked.query.shape[2]:
+            recent = asked.query  # an earlier step has shortened what this forward added
         for group in groups_of(store, layer.kinds, layer.seen):
             view = self._view(group, number, moment, asked, recent)
             state = self.memory.of(number, group, view.n)
@@ -207,9 +209,9 @@ class Runner:
         match action:
             case Observe() | Follow():
                 return Part(group, view.keys, view.values, slots, bias)
-            case Repose(positions=shift):
+            case Repose(positions=shift, keys=own):
                 shift = shift[:, None].expand(-1, view.heads, -1) if shift.ndim == 2 else shift
-                return Part(group, view.turned(view.keys, shift), view.values, slots, bias)
+                return Part(group, view.turned(view.keys if own is None else own, shift), view.values, slots, bias)
             case KVReduce(k=k, v=v):
                 self._check(number, view, action)
                 at = k.representatives

@@ -112,9 +112,16 @@ class Emit(Action):
 
 @dataclass(frozen=True)
 class Repose(Action):
-    """New positions for the tokens: `[b, N]`."""
+    """New positions for the tokens: `[b, N]`.
+
+    Args:
+        positions: at `kv`, by how much keys are turned, `[b, N]` or `[b, G, N]`.
+        keys: `[b, G, N, d]` that are turned at `kv`, in the place of those that are stored. A method that moves keys
+            again and again remembers them as they were first, so that rounding does not add up.
+    """
 
     positions: Tensor
+    keys: Tensor | None = None
 
 
 Answer = Action | Reduction | tuple[Action | Reduction, State]
