@@ -68,8 +68,8 @@ class FrameCache:
             action, state = step.act(view, self.memory.of(0, group, view.n))
             self.memory.put(0, group, state)
             if isinstance(action, KVReduce):
-                self.memory.reduce([0], group, action.k)
                 at = action.k.representatives
+                self.memory.reduce([0], group, at, action.v)
                 self.held = action.k.apply(keys), action.v.apply(values), slots.gather(2, at)
             elif isinstance(action, Repose):
                 own = keys if action.keys is None else action.keys
