@@ -179,6 +179,23 @@ def test_budgets_by_kind_keep_all_text() -> None:
     assert not (gone[:, 0, : is_text.shape[1]] & is_text & inputs["attention_mask"].bool()).any()
 
 
+@torch.no_grad()
+def test_kinds_are_taken_back_with_what_is_cropped() -> None:
+    model, (inputs,) = zoo.model("llava_clip"), zoo.samples("llava_clip", ("3 A 6",))
+    plan = "snapkv:keep=[visual=25%,text=100%],window=2"
+    later = {k: v for k, v in zoo.samples("llava_clip", ("2 B 4",))[0].items() if k != "attention_mask"}
+    with winnow.compress(model, plan):
+        cache = model(**inputs, use_cache=True).past_key_values
+        straight = copy.deepcopy(cache)
+        for token in (7, 8, 9):
+            model(input_ids=torch.tensor([[token]]), past_key_values=cache)
+        cache.crop(-3)
+        first, second = (model(**later, past_key_values=held, use_cache=True) for held in (cache, straight))
+    torch.testing.assert_close(first.logits, second.logits)
+    for a, b in zip(cache.layers, straight.layers, strict=True):
+        assert torch.equal(a.kinds, b.kinds)
+
+
 def test_bytes_are_those_of_the_storages() -> None:
     model = kvhand.text_model("llama")
     inputs = kvhand.prompt((400, 400))

@@ -215,6 +215,7 @@ class HeldLayer(CacheLayerMixin):
         self.store.crop(count)
         self.seen -= count
         self.uncut -= count
+        self.kinds = None if self.kinds is None else self.kinds[:, : self.seen]
         self.runner.crop(count)
 
     def _move(self, move: Callable[[Tensor], Tensor]) -> None:
