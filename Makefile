@@ -27,12 +27,13 @@ EIGHT   := --method fastervlm,vtc-cls,hiprune,divprune,todre,visionzip,fastv,pyr
 MEASURE := $(BIN)/winnow bench --keep 64,32,13 --questions 2000 --processes 2 --threads 1
 TRAIN   := $(BIN)/winnow train reference --preset small --processes 2 --resume
 SMALL   := winnow/reference/small
+RECALL  := winnow/reference/recall
 RUNS    := runs
 SEED    := 1
 LEARNED := covipal diffrate dyvte explainability-compression toc3d
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-select selection systems systems-check families families-check docs measured images reference learned card clean
+.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-select selection systems systems-check families families-check docs measured images reference learned card recall clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -133,6 +134,13 @@ card: measured ## Measure the shipped model, its twin and the tower control for 
 	  --run $(RUNS)/small --run $(RUNS)/twin --dense $(RUNS)/dense --stores out/measured.sqlite out/twin.sqlite \
 	  --page docs/reference-model.md
 	$(BIN)/python tools/findings.py write $(RUNS)/twin/model
+
+recall: $(STAMP) ## Train the text model of the recall tasks (2 GB of memory), and measure it for its card
+	OMP_NUM_THREADS=1 $(BIN)/winnow train recall --resume --out $(RUNS)/recall
+	@mkdir -p $(RECALL)
+	install -m 644 $(RUNS)/recall/model/* $(RUNS)/recall/curves.png $(RECALL)
+	install -m 644 $(RUNS)/recall/log.jsonl $(RECALL)/training.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m winnow.learn.recall_card $(RECALL) --log $(RECALL)/training.jsonl
 
 images: $(STAMP) ## Draw the pictures of the documentation
 	$(RUN) world:54 "where is the motorcycle?" --method fastervlm:keep=32 --overlay docs/images/kept.png

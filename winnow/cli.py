@@ -314,6 +314,24 @@ def train_reference(
     )
 
 
+@train.command("recall")
+def train_recall(
+    out: Annotated[Path, typer.Option(help="The folder of the run.")] = Path("runs/recall"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    scale: Annotated[float, typer.Option(help="Share of the full schedule.")] = 1.0,
+) -> None:
+    """Train the text model of the recall tasks from scratch; its seed decides everything."""
+    from winnow.learn.recipes.recall import train as fit
+    from winnow.learn.workers import keep_memory
+    from winnow.models.load import quiet
+
+    quiet()
+    keep_memory()
+    say(fit(out, resume=resume, device=device, seed=seed, scale=scale))
+
+
 def main() -> None:
     """The `winnow` command."""
     try:

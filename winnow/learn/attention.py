@@ -24,13 +24,18 @@ def products(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(q kᵀ · scaling + mask) v. In: [B, H, N, D], mask additive [B, 1, N, N] or None; out: [B, N, H, D]."""
+    """softmax(q kᵀ · scaling + mask) v. In: [B, H, N, D], mask additive [B, 1, N, N] or None; out: [B, N, H, D].
+
+    Keys and values may have fewer heads, each of which consecutive query heads share.
+    """
     batch, heads, tokens, width = query.shape
     scaling = width**-0.5 if scaling is None else scaling
-    scores = torch.bmm((query * scaling).flatten(0, 1), key.flatten(0, 1).transpose(1, 2))  # [B·H, N, N]
+    rows = (query * scaling).reshape(batch * key.shape[1], -1, width)  # the queries that share a head, as one matrix
+    scores = torch.bmm(rows, key.flatten(0, 1).transpose(1, 2)).view(batch, heads, tokens, -1)
     if attention_mask is not None:
-        scores = (scores.view(batch, heads, tokens, -1) + attention_mask).flatten(0, 1)
-    mixed = torch.bmm(scores.softmax(-1).to(value.dtype), value.flatten(0, 1))
+        scores = scores + attention_mask
+    weights = scores.softmax(-1).to(value.dtype).view(*rows.shape[:2], -1)
+    mixed = torch.bmm(weights, value.flatten(0, 1))
     return mixed.view(batch, heads, tokens, width).transpose(1, 2), None
 
 

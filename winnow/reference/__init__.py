@@ -26,7 +26,7 @@ def path(preset: str = "small") -> Path:
     """The folder of a shipped model, for `from_pretrained`."""
     folder = Path(__file__).parent / preset
     if preset not in PRESETS or not (folder / "config.json").exists():
-        shipped = [p.name for p in sorted(folder.parent.iterdir()) if (p / "config.json").exists()]
+        shipped = [name for name in sorted(PRESETS) if (folder.parent / name / "config.json").exists()]
         raise WinnowError(
             f"there is no shipped reference model {preset!r}; shipped: {', '.join(shipped) or 'none'}. "
             "Train one with `winnow train reference`."
