@@ -1,0 +1,131 @@
+"""LoCoCo (arXiv 2406.05317): a cache of fixed size, half of it heavy hitters and half of it learned mixtures of the rest.
+
+Looks at: attention of the queries of the latest forward (while decoding, of the last 64 tokens), and all keys and
+values. Cost: the attention weights of each forward once more, and for each compression a convolution of m kernels over
+both, O(N · m · 2d · kernel) for each KV head, and M × N weights.
+
+The heavy hitters stay as they are. Of the other slots the next best give each mixture its prior, which is what H2O
+would keep there; a convolution over keys and values gives it weights over all of them:
+W = (1 − α) · prior + α · softmax(relu(conv(K, V))), one map for keys and values. It is trained through the chunk that
+follows a compression, by the loss of its tokens.
+Departs from the paper: slots stand in the order in which they were read, each mixture where its prior was, so that the
+mixtures are not behind the heavy hitters; attention is the same. α is a sigmoid, which keeps it between 0 and 1. Query
+heads of one KV head are averaged (the paper's models have as many of both). Where more slots are mixed than the
+convolution was made for, the rest are heavy hitters; where there are fewer, its first kernels are used.
+Departs from the released code: a prefill longer than a chunk is compressed at once, where its scripts read it chunk by
+chunk; do so with `prefill_chunk_size`, or turn by turn. While decoding, its 16 spare slots are `every`; between chunks
+they are `buffer`, which the paper does not have.
+"""
+
+from typing import Annotated
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+import winnow.contract as wn
+from winnow.core.kv_select import top_slots
+from winnow.parts.learned import in_fp32, learned
+
+
+class Mixer(nn.Module):
+    """Logits of each mixture for each slot, and the share of what they say; of one layer, for all of its KV heads."""
+
+    def __init__(self, channels: int, mixtures: int, kernel: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(channels, mixtures, kernel, padding="same")
+        self.alpha_bias = nn.Parameter(torch.zeros(()))  # α is 1/2
+
+    def forward(self, x: Float[Tensor, "g c n"]) -> Float[Tensor, "g m n"]:
+        return self.conv(x).relu()
+
+
+@wn.register("lococo")
+class LoCoCo(wn.CacheMethod):
+    """Keeps what the latest queries attend to most, and as many learned mixtures of all the other slots.
+
+    Args:
+        keep: slots of a head, mixtures among them: a count or a share.
+        verbatim: the share of them that are heavy hitters, as they are.
+        alpha: the share of the convolution in a mixture; 0 is H2O by the latest queries; default: as it was trained.
+        local: the last slots, which are always among the heavy hitters.
+        buffer: slots above the budget up to which a prefill leaves the cache as it is.
+        limit: slots that a head holds at most while decoding, and `every` more; none: what is decoded stays.
+        every: decoded tokens between two compressions.
+        weights: a file that `winnow train lococo` wrote, or `untrained`; default: those for the recall model.
+    """
+
+    recent = 64
+
+    keep: wn.KVBudget = wn.KVBudget(512)
+    verbatim: wn.Share = 0.5
+    alpha: Annotated[float, wn.Between(0, 1)] | None = None
+    local: wn.Count = 0
+    buffer: wn.Count = 0
+    limit: wn.Count | None = None
+    every: wn.Count = 16
+    weights: str | None = None
+
+    def check(self) -> None:
+        if self.keep.is_kinds or self.keep.is_mass:
+            raise wn.WinnowError(f"lococo: keep={self.keep}; allowed: a count, a share, bytes, or a count by layer.")
+
+    def build(self, info: wn.ModelInfo) -> nn.Module | None:
+        plain = self.keep.value if isinstance(self.keep.value, int) else 64
+        wanted = max(1, plain - int(plain * self.verbatim + 1e-9))
+
+        def make(mixtures: int = wanted, kernel: int = 21) -> nn.ModuleList:
+            return nn.ModuleList(Mixer(2 * info.head_dim, mixtures, kernel) for _ in range(info.depth))
+
+        return None if self.alpha == 0 else learned(self.slug, self.weights, info, make)
+
+    def score(self, view: wn.KVView) -> Tensor:
+        return view.per_kv_head(view.mass())
+
+    def ends(self, view: wn.KVView) -> tuple[int, int]:
+        return 0, min(view.n, self.local)
+
+    def shorten(self, view: wn.KVView, keep: wn.KVBudget) -> wn.KVReduce | None:
+        last = self.ends(view)[1]
+        count = view.n if keep.is_all else max(view.budget(keep), last)
+        if view.n <= count + (self.buffer if view.moment == "prefill" else 0):
+            return None
+        with torch.no_grad():
+            scores = wn.comparable(self.score(view).flatten(0, 1)).unflatten(0, (view.b, view.heads))
+        scores[..., view.n - last :] = torch.inf
+        chosen = top_slots(scores, count)
+        mixer = self._mixer(view)
+        heavy = count if mixer is None else max(int(count * self.verbatim + 1e-9), count - mixer.conv.out_channels, last)
+        if mixer is None or heavy == count:
+            return wn.keep_slots(wn.Reduction.select(chosen, view.n))
+        matrix = self.mixed(mixer, view, chosen, top_slots(scores, heavy))
+        return wn.keep_slots(wn.Reduction.mix(matrix, representative=chosen))
+
+    def _mixer(self, view: wn.KVView) -> Mixer | None:
+        if self.alpha == 0:
+            return None
+        if view.module is None:
+            raise wn.WinnowError("lococo: a view needs module=LoCoCo(…).build(info) unless alpha=0.")
+        mixer: Mixer = view.module[view.layer]
+        if mixer.conv.in_channels != view.keys.shape[3] + view.values.shape[3]:
+            raise wn.UnsupportedError("lococo mixes keys and values of one width, which this model does not have.")
+        return mixer
+
+    def mixed(
+        self, mixer: Mixer, view: wn.KVView, chosen: Int[Tensor, "b g k"], heavy: Int[Tensor, "b g h"]
+    ) -> Float[Tensor, "b g k n"]:
+        """W: rows of heavy hitters have one entry; those of the others follow the prior and the convolution."""
+        taken = torch.zeros_like(view.keys[..., 0], dtype=torch.bool).scatter(2, heavy, True)
+        others = (~taken).nonzero()[:, 2].view(view.b, view.heads, -1)
+        x = torch.cat([view.keys, view.values], 3)
+        broken = ~x.isfinite().all(3)
+        x = x.masked_fill(broken[..., None], 0).gather(2, others[..., None].expand(-1, -1, -1, x.shape[3])).mT
+        mixtures = chosen.shape[2] - heavy.shape[2]
+        logits = torch.stack([in_fp32(mixer, own)[:, :mixtures] for own in x])  # one by one: a batch is its samples
+        logits = logits.masked_fill(broken.gather(2, others)[:, :, None], torch.finfo(logits.dtype).min)
+        alpha = mixer.alpha_bias.float().sigmoid() if self.alpha is None else logits.new_tensor(self.alpha)
+        rows = (~taken.gather(2, chosen)).nonzero()[:, 2].view(view.b, view.heads, mixtures, 1).expand(-1, -1, -1, view.n)
+        prior = torch.zeros(*chosen.shape, view.n, device=x.device).scatter(3, chosen[..., None], 1)
+        own = torch.zeros_like(rows, dtype=logits.dtype)
+        own = own.scatter(3, others[:, :, None].expand_as(logits), logits.softmax(3))
+        return prior.scatter(3, rows, (1 - alpha) * prior.gather(2, rows) + alpha * own)
