@@ -35,7 +35,7 @@ from winnow.reference import text
 from winnow.world.recall_words import PAD, WORD_ID
 
 SLUG = "lococo"
-CHUNK, SLOTS, KERNEL = 64, 32, 21
+CHUNK, SLOTS, KERNEL = 64, 32, 9
 ROWS = 2400
 FIRST = 1 << 60  # texts of the train split from this seed on: the shipped model has read none of them
 APART = 1 << 32  # seeds of texts between two seeds of a run

@@ -28,16 +28,24 @@ from winnow.core.kv_select import top_slots
 from winnow.parts.learned import in_fp32, learned
 
 
+SHARPNESS = 3.0  # of logits: mixtures begin with few slots in each
+NEAR_ONE = 3.0  # α begins at sigmoid(3) = 0.95
+
+
 class Mixer(nn.Module):
     """Logits of each mixture for each slot, and the share of what they say; of one layer, for all of its KV heads."""
 
     def __init__(self, channels: int, mixtures: int, kernel: int) -> None:
         super().__init__()
         self.conv = nn.Conv1d(channels, mixtures, kernel, padding="same")
-        self.alpha_bias = nn.Parameter(torch.zeros(()))  # α is 1/2
+        self.alpha_bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Float[Tensor, "g c n"]) -> Float[Tensor, "g m n"]:
-        return self.conv(x).relu()
+        return SHARPNESS * self.conv(x).relu()
+
+    @property
+    def alpha(self) -> Tensor:
+        return (NEAR_ONE + self.alpha_bias.float()).sigmoid()
 
 
 @wn.register("lococo")
@@ -123,9 +131,9 @@ class LoCoCo(wn.CacheMethod):
         mixtures = chosen.shape[2] - heavy.shape[2]
         logits = torch.stack([in_fp32(mixer, own)[:, :mixtures] for own in x])  # one by one: a batch is its samples
         logits = logits.masked_fill(broken.gather(2, others)[:, :, None], torch.finfo(logits.dtype).min)
-        alpha = mixer.alpha_bias.float().sigmoid() if self.alpha is None else logits.new_tensor(self.alpha)
+        alpha = mixer.alpha if self.alpha is None else logits.new_tensor(self.alpha)
         rows = (~taken.gather(2, chosen)).nonzero()[:, 2].view(view.b, view.heads, mixtures, 1).expand(-1, -1, -1, view.n)
         prior = torch.zeros(*chosen.shape, view.n, device=x.device).scatter(3, chosen[..., None], 1)
         own = torch.zeros_like(rows, dtype=logits.dtype)
         own = own.scatter(3, others[:, :, None].expand_as(logits), logits.softmax(3))
-        return prior.scatter(3, rows, (1 - alpha) * prior.gather(2, rows) + alpha * own)
+        return prior.scatter(2, rows, (1 - alpha) * prior.gather(2, rows) + alpha * own)
