@@ -52,11 +52,12 @@ class Stage:
 
 
 MIX = {"pairs": 4, "several": 4, "copy": 2, "echo": 1, "needle": 1, "filler": 0.5}
+FACTS = {"pairs": 5, "several": 5, "needle": 1, "filler": 1}
 LOOK_UP = {"pairs": 0.92, "several": 0.9}
 
 
 def stages(scale: float = 1.0) -> list[Stage]:
-    """Contexts of at most 64 tokens, then of 96, 512 and 1024."""
+    """Contexts of at most 64 tokens, then of 96 and 512."""
 
     def steps(count: int) -> int:
         return max(4, round(count * scale))
@@ -65,7 +66,8 @@ def stages(scale: float = 1.0) -> list[Stage]:
         Stage("64", steps(100), Texts(MIX, (32, 48, 64), full=0.7, room=64), tokens=4096, rate=0.5),
         Stage("96", steps(100), Texts(MIX, (48, 64, 96), full=0.7, room=64), LOOK_UP, steps(25), tokens=4096),
         Stage("512", steps(160), Texts(MIX, (64, 128, 256, 512), full=0.4, room=160), decay=True),
-        Stage("1024", steps(80), Texts(MIX, (128, 512, 1024), full=0.4, room=160), tokens=8192, rate=0.3, decay=True),
+        Stage("512-facts", steps(70), Texts(FACTS, (128, 256, 512), full=0.4, room=160), rate=0.6, decay=True),
+        Stage("512-last", steps(70), Texts(FACTS, (128, 256, 512), full=0.4, room=160), rate=0.5, decay=True),
     ]
 
 
@@ -176,7 +178,7 @@ class _Run:
                     return
                 self._step(stage, optimizer)
                 left -= 1
-                if self.at % every == 0:
+                if self.at % every == 0 or self.at == stage.steps:
                     self.log.write(stage.name, self.at, self.averages.values(), tokens=self.tokens)
                     if self._done(stage):
                         break
