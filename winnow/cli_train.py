@@ -62,3 +62,20 @@ def toc3d(
     from winnow.learn.detection.toc3d import train
 
     say(train(out, resume=resume, seed=seed, scale=scale))
+
+
+def lococo(
+    model: Annotated[
+        Path | None, typer.Option(help="The folder of a text model.", show_default="the recall model")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of the run.", show_default="runs/lococo")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Decides everything.")] = 0,
+    scale: Annotated[float, typer.Option(help="Share of the rows and steps of the recipe.")] = 1.0,
+) -> None:
+    """Train LoCoCo's convolutions on recall texts, for a text model of `winnow train recall`."""
+    from winnow.learn.lococo import train
+    from winnow.models.load import quiet
+
+    quiet()
+    say(train(out, model=None if model is None else str(model), resume=resume, seed=seed, scale=scale))

@@ -10,6 +10,7 @@ of a few rows, where the authors' makes one for each chunk.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from winnow.core.errors import UnsupportedError, WinnowError
-from winnow.core.info import ModelInfo
 from winnow.core.kv import KVView
 from winnow.core.kv_budget import KVBudget
 from winnow.core.step import KVReduce
@@ -31,12 +31,14 @@ from winnow.learn.pruners.fit import LEAST, MAX_SEED, Phase, Record, Run
 from winnow.learn.recall import FILLER_WEIGHT, Texts, pack
 from winnow.methods.lococo import LoCoCo, Mixer
 from winnow.models.fingerprint import fingerprint
+from winnow.parts.learned import SHIPPED_TEXT
 from winnow.reference import text
 from winnow.world.recall_words import PAD, WORD_ID
 
 SLUG = "lococo"
+SHIPPED = SHIPPED_TEXT / f"{SLUG}.safetensors"
 CHUNK, SLOTS, KERNEL = 64, 32, 9
-ROWS = 2400
+ROWS = 3200
 FIRST = 1 << 60  # texts of the train split from this seed on: the shipped model has read none of them
 APART = 1 << 32  # seeds of texts between two seeds of a run
 TEXTS = Texts({"pairs": 4, "several": 4, "copy": 2, "needle": 1, "filler": 0.5}, (64, 96, 128), full=0.4, room=96)
@@ -81,7 +83,9 @@ def train(
     given = {"model": model, "seed": seed or None, "scale": None if scale == 1 else scale}
     command = f"winnow train {SLUG}" + "".join(f" --{k} {v}" for k, v in given.items() if v is not None)
     data = f"{count} recall texts of the train split from {first} on"
-    return run.export(run.trained(records), records, {"command": command, "name": model or "recall model", "data": data})
+    return run.export(
+        run.trained(records), records, {"command": command, "name": model or "recall model", "data": data}
+    )
 
 
 def load(model: str | None = None) -> LlamaForCausalLM:
@@ -89,7 +93,9 @@ def load(model: str | None = None) -> LlamaForCausalLM:
     path = text.path() if model is None else Path(model)
     found = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
     if found.config.vocab_size < max(WORD_ID.values()):
-        raise UnsupportedError(f"{path} does not know the words of the recall texts; give a model of `winnow train recall`.")
+        raise UnsupportedError(
+            f"{path} does not know the words of the recall texts; give a model of `winnow train recall`."
+        )
     return found.eval().requires_grad_(False)
 
 
@@ -116,19 +122,20 @@ class Recipe:
             parts = [lost[own].sum() / own.sum().clamp_min(1) for own in (answers, filler)]
             return parts[0] + FILLER_WEIGHT * parts[1]
 
-        return [Phase("mixers", round(300 * self.scale), 16, 1e-2, loss)]
+        return [Phase("mixers", round(360 * self.scale), 12, 4e-3, loss)]
 
     @torch.no_grad()
     def measure(self, module: nn.Module, records: Sequence[Record]) -> dict[str, float]:
         """Loss of an answer's token with this module, with heavy hitters alone, and with the whole cache."""
         others = {"": self.method, "_of_heavy_hitters": self.method.replace(alpha=0), "_of_the_whole_cache": None}
-        return {f"loss{name}": answer_losses(self.frozen, records, own, module).mean().item() for name, own in others.items()}
+        return {
+            f"loss{name}": answer_losses(self.frozen, records, own, module).mean().item()
+            for name, own in others.items()
+        }
 
 
 def row_of(seed: int) -> Any:
     """One row of a recall text with its questions."""
-    import random
-
     rng = random.Random(seed)
     return pack([TEXTS.sample(seed, rng.choice(TEXTS.lengths), rng)])
 
@@ -159,7 +166,9 @@ def losses(model: LlamaForCausalLM, rows: Record, method: LoCoCo | None, module:
     """`[B, T]` the loss of each label, 0 where there is none; None for a method leaves the cache whole."""
     shorten = None if method is None else lambda view: method.shorten(view, method.keep)
     found = []
-    for logits, at in zip(read(model, rows["ids"], shorten, module), range(0, rows["ids"].shape[1], CHUNK), strict=True):
+    for logits, at in zip(
+        read(model, rows["ids"], shorten, module), range(0, rows["ids"].shape[1], CHUNK), strict=True
+    ):
         labels = rows["labels"][:, at : at + CHUNK]
         found.append(cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none"))
     return torch.cat(found, 1)
@@ -178,7 +187,13 @@ def read(
         held = []
         for layer, (own, asked) in enumerate(zip(cache, queries, strict=True)):
             keys, values = (x.detach() for x in own)
-            known = {"layer": layer, "depth": depth, "fresh": part.shape[1], "seen": at + part.shape[1], "module": module}
+            known = {
+                "layer": layer,
+                "depth": depth,
+                "fresh": part.shape[1],
+                "seen": at + part.shape[1],
+                "module": module,
+            }
             action = None if shorten is None else shorten(KVView.of(keys, values, asked.detach(), **known))
             held.append((keys, values) if action is None else (action.k.apply(keys), action.v.apply(values)))
 

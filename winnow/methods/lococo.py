@@ -1,4 +1,4 @@
-"""LoCoCo (arXiv 2406.05317): a cache of fixed size, half of it heavy hitters and half of it learned mixtures of the rest.
+"""LoCoCo (arXiv 2406.05317): a cache of fixed size, half heavy hitters and half learned mixtures of all other slots.
 
 Looks at: attention of the queries of the latest forward (while decoding, of the last 64 tokens), and all keys and
 values. Cost: the attention weights of each forward once more, and for each compression a convolution of m kernels over
@@ -9,9 +9,10 @@ would keep there; a convolution over keys and values gives it weights over all o
 W = (1 − α) · prior + α · softmax(relu(conv(K, V))), one map for keys and values. It is trained through the chunk that
 follows a compression, by the loss of its tokens.
 Departs from the paper: slots stand in the order in which they were read, each mixture where its prior was, so that the
-mixtures are not behind the heavy hitters; attention is the same. α is a sigmoid, which keeps it between 0 and 1. Query
-heads of one KV head are averaged (the paper's models have as many of both). Where more slots are mixed than the
-convolution was made for, the rest are heavy hitters; where there are fewer, its first kernels are used.
+mixtures are not behind the heavy hitters; attention is the same. α is a sigmoid, which keeps it between 0 and 1, and
+begins at 0.95 with sharp weights: keys that are blends of many get no attention from a sharp head, and then nothing to
+learn from. Query heads of one KV head are averaged (the paper's models have as many of both). Where more slots are
+mixed than the convolution was made for, the rest are heavy hitters; where there are fewer, its first kernels are used.
 Departs from the released code: a prefill longer than a chunk is compressed at once, where its scripts read it chunk by
 chunk; do so with `prefill_chunk_size`, or turn by turn. While decoding, its 16 spare slots are `every`; between chunks
 they are `buffer`, which the paper does not have.
@@ -20,32 +21,12 @@ they are `buffer`, which the paper does not have.
 from typing import Annotated
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 import winnow.contract as wn
 from winnow.core.kv_select import top_slots
-from winnow.parts.learned import in_fp32, learned
-
-
-SHARPNESS = 3.0  # of logits: mixtures begin with few slots in each
-NEAR_ONE = 3.0  # α begins at sigmoid(3) = 0.95
-
-
-class Mixer(nn.Module):
-    """Logits of each mixture for each slot, and the share of what they say; of one layer, for all of its KV heads."""
-
-    def __init__(self, channels: int, mixtures: int, kernel: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(channels, mixtures, kernel, padding="same")
-        self.alpha_bias = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Float[Tensor, "g c n"]) -> Float[Tensor, "g m n"]:
-        return SHARPNESS * self.conv(x).relu()
-
-    @property
-    def alpha(self) -> Tensor:
-        return (NEAR_ONE + self.alpha_bias.float()).sigmoid()
+from winnow.parts.convolved import Mixer, mixtures
+from winnow.parts.learned import learned
 
 
 @wn.register("lococo")
@@ -80,9 +61,9 @@ class LoCoCo(wn.CacheMethod):
 
     def build(self, info: wn.ModelInfo) -> nn.Module | None:
         plain = self.keep.value if isinstance(self.keep.value, int) else 64
-        wanted = max(1, plain - int(plain * self.verbatim + 1e-9))
+        own = max(1, plain - self._heavy(plain))
 
-        def make(mixtures: int = wanted, kernel: int = 21) -> nn.ModuleList:
+        def make(mixtures: int = own, kernel: int = 21) -> nn.ModuleList:
             return nn.ModuleList(Mixer(2 * info.head_dim, mixtures, kernel) for _ in range(info.depth))
 
         return None if self.alpha == 0 else learned(self.slug, self.weights, info, make)
@@ -103,11 +84,14 @@ class LoCoCo(wn.CacheMethod):
         scores[..., view.n - last :] = torch.inf
         chosen = top_slots(scores, count)
         mixer = self._mixer(view)
-        heavy = count if mixer is None else max(int(count * self.verbatim + 1e-9), count - mixer.conv.out_channels, last)
+        heavy = count if mixer is None else max(self._heavy(count), count - mixer.conv.out_channels, last)
         if mixer is None or heavy == count:
             return wn.keep_slots(wn.Reduction.select(chosen, view.n))
-        matrix = self.mixed(mixer, view, chosen, top_slots(scores, heavy))
+        matrix = mixtures(mixer, self.alpha, view.keys, view.values, chosen, top_slots(scores, heavy))
         return wn.keep_slots(wn.Reduction.mix(matrix, representative=chosen))
+
+    def _heavy(self, count: int) -> int:
+        return int(count * self.verbatim + 1e-9)
 
     def _mixer(self, view: wn.KVView) -> Mixer | None:
         if self.alpha == 0:
@@ -118,22 +102,3 @@ class LoCoCo(wn.CacheMethod):
         if mixer.conv.in_channels != view.keys.shape[3] + view.values.shape[3]:
             raise wn.UnsupportedError("lococo mixes keys and values of one width, which this model does not have.")
         return mixer
-
-    def mixed(
-        self, mixer: Mixer, view: wn.KVView, chosen: Int[Tensor, "b g k"], heavy: Int[Tensor, "b g h"]
-    ) -> Float[Tensor, "b g k n"]:
-        """W: rows of heavy hitters have one entry; those of the others follow the prior and the convolution."""
-        taken = torch.zeros_like(view.keys[..., 0], dtype=torch.bool).scatter(2, heavy, True)
-        others = (~taken).nonzero()[:, 2].view(view.b, view.heads, -1)
-        x = torch.cat([view.keys, view.values], 3)
-        broken = ~x.isfinite().all(3)
-        x = x.masked_fill(broken[..., None], 0).gather(2, others[..., None].expand(-1, -1, -1, x.shape[3])).mT
-        mixtures = chosen.shape[2] - heavy.shape[2]
-        logits = torch.stack([in_fp32(mixer, own)[:, :mixtures] for own in x])  # one by one: a batch is its samples
-        logits = logits.masked_fill(broken.gather(2, others)[:, :, None], torch.finfo(logits.dtype).min)
-        alpha = mixer.alpha if self.alpha is None else logits.new_tensor(self.alpha)
-        rows = (~taken.gather(2, chosen)).nonzero()[:, 2].view(view.b, view.heads, mixtures, 1).expand(-1, -1, -1, view.n)
-        prior = torch.zeros(*chosen.shape, view.n, device=x.device).scatter(3, chosen[..., None], 1)
-        own = torch.zeros_like(rows, dtype=logits.dtype)
-        own = own.scatter(3, others[:, :, None].expand_as(logits), logits.softmax(3))
-        return prior.scatter(2, rows, (1 - alpha) * prior.gather(2, rows) + alpha * own)
