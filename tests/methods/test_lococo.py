@@ -12,11 +12,13 @@ from transformers import DynamicCache
 
 import winnow
 from tests import kvhand
-from winnow.contract import KVBudget, KVReduce, KVView, ModelInfo, Observe, State
+from winnow.contract import KVBudget, KVReduce, KVView, ModelInfo, Observe, Reduction, State
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.learn import lococo as learning
 from winnow.methods.h2o import H2O
-from winnow.methods.lococo import SHARPNESS, LoCoCo
+from winnow.methods.lococo import LoCoCo
+from winnow.parts.convolved import SHARPNESS, mixtures
+from winnow.parts.learned import untrained
 from winnow.reference import text
 
 from .kvsteps import (
@@ -101,14 +103,11 @@ def test_the_card_fails_for_other_settings(changes) -> None:
 @torch.no_grad()
 def test_the_card_fails_for_stubs() -> None:
     def backwards(view: KVView, method: LoCoCo) -> KVReduce:
-        turned = replace(view, keys=view.keys.flip(2), values=view.values.flip(2))
-        order = attention_by_hand(view)  # the heavy hitters are right, and what is mixed is not
-        assert order.shape[3] == view.n
-        heavy = method.evict(view, State())[0].k
-        other = method.mixed(
-            view.module[view.layer], turned, heavy.representatives, heavy.representatives[..., : heavy.m // 2]
-        )
-        chosen = winnow.contract.Reduction.mix(other, representative=heavy.representatives)
+        """The places are right, and what is mixed there is not."""
+        slots = method.evict(view, State())[0].k.representatives
+        x, mixer = (view.keys.flip(2), view.values.flip(2)), view.module[view.layer]
+        matrix = mixtures(mixer, method.alpha, *x, slots, slots[..., : slots.shape[2] // 2])
+        chosen = Reduction.mix(matrix, representative=slots)
         return KVReduce(chosen, chosen)
 
     for stub in (backwards, lambda view, method: method.replace(alpha=0).evict(view, State())[0]):
@@ -249,12 +248,12 @@ def _lower_loss(module: nn.Module, other: nn.Module | None, **others) -> bool:
 def test_trained_mixtures_lose_less_than_as_many_heavy_hitters_and_than_untrained_ones() -> None:
     trained = _tested()[2]
     assert _lower_loss(trained, None, alpha=0)
-    assert _lower_loss(trained, winnow.parts.learned.untrained(learning.Recipe(_tested()[0], 1.0).make))
+    assert _lower_loss(trained, untrained(learning.Recipe(_tested()[0], 1.0).make))
 
 
 def test_the_direction_fails_for_a_stub() -> None:
     """Convolutions that know no slot from another."""
-    flat = winnow.parts.learned.untrained(learning.Recipe(_tested()[0], 1.0).make)
+    flat = untrained(learning.Recipe(_tested()[0], 1.0).make)
     for mixer in flat:
         nn.init.zeros_(mixer.conv.weight)
     assert not _lower_loss(flat, None, alpha=0)

@@ -29,8 +29,9 @@ from winnow.learn.packing import IGNORED
 from winnow.learn.progress import Log
 from winnow.learn.pruners.fit import LEAST, MAX_SEED, Phase, Record, Run
 from winnow.learn.recall import FILLER_WEIGHT, Texts, pack
-from winnow.methods.lococo import LoCoCo, Mixer
+from winnow.methods.lococo import LoCoCo
 from winnow.models.fingerprint import fingerprint
+from winnow.parts.convolved import Mixer
 from winnow.parts.learned import SHIPPED_TEXT
 from winnow.reference import text
 from winnow.world.recall_words import PAD, WORD_ID
@@ -107,7 +108,7 @@ class Recipe:
         self.settings = {"keep": SLOTS, "chunk": CHUNK}
 
     def make(self) -> nn.Module:
-        config = self.frozen.config
+        config: Any = self.frozen.config
         return nn.ModuleList(Mixer(2 * config.head_dim, **self.sizes) for _ in range(config.num_hidden_layers))
 
     def record(self, seed: int) -> Record:

@@ -11,7 +11,7 @@ NEAR_ONE = 3.0  # α begins at sigmoid(3) = 0.95
 
 
 class Mixer(nn.Module):
-    """Logits of each mixture for each slot, and α, the share of what they say; of one layer, for all of its KV heads."""
+    """Logits of each mixture for each slot, and α, the share of what they say: one for all KV heads of a layer."""
 
     def __init__(self, channels: int, mixtures: int, kernel: int) -> None:
         super().__init__()
