@@ -201,10 +201,10 @@ def test_a_batch_equals_its_samples_and_broken_slots_do_no_harm() -> None:
 def test_a_convolution_made_for_fewer_or_more_slots() -> None:
     """It makes as many mixtures as it can; the others are heavy hitters."""
     module = made(keep=12)[1]
-    for keep, mixtures in ((12, 6), (8, 4), (30, 6)):
+    for keep, mixed in ((12, 6), (8, 4), (30, 6)):
         action = LoCoCo(keep=keep).evict(shown(module), State())[0]
         assert action.k.m == keep
-        assert ((action.k.to_matrix() > 0).sum(-1) > 1).sum(-1).tolist() == [[mixtures, mixtures]]
+        assert ((action.k.to_matrix() > 0).sum(-1) > 1).sum(-1).tolist() == [[mixed, mixed]]
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -230,7 +230,7 @@ def _tested() -> tuple[nn.Module, list[dict[str, Tensor]], nn.Module]:
     torch.set_num_threads(1)
     model = text.load()[0].requires_grad_(False)
     recipe = learning.Recipe(model, 1.0)
-    rows = [recipe.record(seed) for seed in range(learning.FIRST - 160, learning.FIRST)]
+    rows = [recipe.record(seed) for seed in range(learning.FIRST - 48, learning.FIRST)]
     info = ModelInfo(depth=model.config.num_hidden_layers, head_dim=model.config.head_dim)
     return model, rows, LoCoCo(weights=str(learning.SHIPPED)).build(info)
 

@@ -178,13 +178,15 @@ def losses(model: LlamaForCausalLM, rows: Record, method: LoCoCo | None, module:
 def read(
     model: LlamaForCausalLM, ids: Tensor, shorten: Shorten | None, module: nn.Module | None, chunk: int = CHUNK
 ) -> Iterator[Tensor]:
-    """Logits `[B, chunk, V]` of one chunk after the other, with a cache that is compressed behind each."""
+    """Logits `[B, chunk, V]` of one chunk after the other, with a cache that is compressed in between."""
     depth = model.config.num_hidden_layers
     held: list[Held | None] = [None] * depth
     for at in range(0, ids.shape[1], chunk):
         part = ids[:, at : at + chunk]
         logits, cache, queries = forward(model, part, at, held)
         yield logits
+        if at + chunk >= ids.shape[1]:
+            return
         held = []
         for layer, (own, asked) in enumerate(zip(cache, queries, strict=True)):
             keys, values = (x.detach() for x in own)
