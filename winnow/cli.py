@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from winnow import __version__, cli_bench, cli_tune
 from winnow.cli_options import Device, DeviceMap, Dtype, Json, Model, Positions, Quantization, Revision, Trust
 from winnow.cli_streams import flush, forgiving, mistake, print_json, say, warn
-from winnow.cli_train import Trainable, lococo, toc3d
+from winnow.cli_train import Trainable, toc3d
 from winnow.core.errors import WinnowError
 
 
@@ -54,7 +54,6 @@ world = typer.Typer(
 train = typer.Typer(cls=Trainable, no_args_is_help=True, help="Train what winnow ships, or its like for your model.")
 app.add_typer(world, name="world")
 app.add_typer(train, name="train")
-train.command("lococo")(lococo)
 train.command("toc3d")(toc3d)
 cli_bench.register(app)
 cli_tune.register(app)

@@ -13,9 +13,9 @@ import winnow
 from winnow.cli import app
 from winnow.core.errors import WinnowError
 from winnow.core.kv_budget import KVBudget
-from winnow.learn import lococo
-from winnow.learn.lococo import CHUNK, SHIPPED, Recipe, read, row_of, train
 from winnow.learn.pruners import fit as fitting
+from winnow.learn.pruners.text import lococo
+from winnow.learn.pruners.text.lococo import CHUNK, SHIPPED, Recipe, read, row_of, train
 from winnow.methods.lococo import LoCoCo
 from winnow.parts.learned import untrained
 from winnow.reference import text

@@ -14,7 +14,7 @@ import winnow
 from tests import kvhand
 from winnow.contract import KVBudget, KVReduce, KVView, ModelInfo, Observe, Reduction, State
 from winnow.core.errors import UnsupportedError, WinnowError
-from winnow.learn import lococo as learning
+from winnow.learn.pruners.text import lococo as learning
 from winnow.methods.h2o import H2O
 from winnow.methods.lococo import LoCoCo
 from winnow.parts.convolved import SHARPNESS, mixtures
@@ -104,9 +104,9 @@ def test_the_card_fails_for_other_settings(changes) -> None:
 def test_the_card_fails_for_stubs() -> None:
     def backwards(view: KVView, method: LoCoCo) -> KVReduce:
         """The places are right, and what is mixed there is not."""
-        slots = method.evict(view, State())[0].k.representatives
+        slots, scores = method.evict(view, State())[0].k.representatives, method.score(view)
         x, mixer = (view.keys.flip(2), view.values.flip(2)), view.module[view.layer]
-        matrix = mixtures(mixer, method.alpha, *x, slots, slots[..., : slots.shape[2] // 2])
+        matrix = mixtures(mixer, method.alpha, *x, scores, slots, slots.shape[2] // 2)
         chosen = Reduction.mix(matrix, representative=slots)
         return KVReduce(chosen, chosen)
 

@@ -13,9 +13,11 @@ mixtures are not behind the heavy hitters; attention is the same. α is a sigmoi
 begins at 0.95 with sharp weights: keys that are blends of many get no attention from a sharp head, and then nothing to
 learn from. Query heads of one KV head are averaged (the paper's models have as many of both). Where more slots are
 mixed than the convolution was made for, the rest are heavy hitters; where there are fewer, its first kernels are used.
-Departs from the released code: a prefill longer than a chunk is compressed at once, where its scripts read it chunk by
-chunk; do so with `prefill_chunk_size`, or turn by turn. While decoding, its 16 spare slots are `every`; between chunks
-they are `buffer`, which the paper does not have.
+Departs from the released code: `released` is its cache; weights that its authors trained were not at hand. It scores
+slots by query head, and so takes models with as many KV heads alone. A prefill longer than a chunk is compressed at
+once, where its scripts read it chunk by chunk; do so with `prefill_chunk_size`, or turn by turn. Its 16 spare slots,
+which the paper does not have, are `buffer` between chunks and `every` while decoding, where it looks at the query of
+the latest token alone.
 """
 
 from typing import Annotated
@@ -24,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 import winnow.contract as wn
-from winnow.core.kv_select import top_slots
 from winnow.parts.convolved import Mixer, mixtures
 from winnow.parts.learned import learned
 
@@ -45,6 +46,7 @@ class LoCoCo(wn.CacheMethod):
     """
 
     recent = 64
+    released = {"keep": 128, "buffer": 16}
 
     keep: wn.KVBudget = wn.KVBudget(512)
     verbatim: wn.Share = 0.5
@@ -80,15 +82,16 @@ class LoCoCo(wn.CacheMethod):
         if view.n <= count + (self.buffer if view.moment == "prefill" else 0):
             return None
         with torch.no_grad():
-            scores = wn.comparable(self.score(view).flatten(0, 1)).unflatten(0, (view.b, view.heads))
+            scores = self.score(view)
         scores[..., view.n - last :] = torch.inf
-        chosen = top_slots(scores, count)
+        chosen = wn.best_slots(scores, wn.KVBudget(count), view)
         mixer = self._mixer(view)
         heavy = count if mixer is None else max(self._heavy(count), count - mixer.conv.out_channels, last)
-        if mixer is None or heavy == count:
-            return wn.keep_slots(wn.Reduction.select(chosen, view.n))
-        matrix = mixtures(mixer, self.alpha, view.keys, view.values, chosen, top_slots(scores, heavy))
-        return wn.keep_slots(wn.Reduction.mix(matrix, representative=chosen))
+        if mixer is None or heavy == count or chosen is None:
+            return chosen
+        slots = chosen.k.representatives
+        matrix = mixtures(mixer, self.alpha, view.keys, view.values, scores, slots, heavy)
+        return wn.keep_slots(wn.Reduction.mix(matrix, representative=slots))
 
     def _heavy(self, count: int) -> int:
         return int(count * self.verbatim + 1e-9)

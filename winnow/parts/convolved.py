@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from winnow.core.kv_select import top_slots
+from winnow.core.select import comparable
 from winnow.parts.learned import in_fp32
 
 SHARPNESS = 3.0  # of logits: a mixture begins with few slots
@@ -31,8 +33,9 @@ def mixtures(
     alpha: float | None,
     keys: Float[Tensor, "b g n d"],
     values: Float[Tensor, "b g n d"],
+    scores: Float[Tensor, "b g n"],
     chosen: Int[Tensor, "b g k"],
-    whole: Int[Tensor, "b g h"],
+    heavy: int,
 ) -> Float[Tensor, "b g k n"]:
     """Weights of all slots in each output, which are at least 0 and sum to 1.
 
@@ -41,10 +44,13 @@ def mixtures(
 
     Args:
         alpha: in the place of the mixer's own.
+        scores: of all slots.
         chosen: ascending slots, one for each output.
-        whole: those of them that stay as they are; the first of the others is that of the first mixture.
+        heavy: the best of them, so many, stay as they are; the first of the others is that of the first mixture.
     """
     b, g, n = keys.shape[:3]
+    best = comparable(scores.gather(2, chosen).flatten(0, 1)).view_as(chosen)
+    whole = chosen.gather(2, top_slots(best, heavy))
     taken = torch.zeros(b, g, n, dtype=torch.bool, device=keys.device).scatter(2, whole, True)
     others = (~taken).nonzero()[:, 2].view(b, g, -1)
     x = torch.cat([keys, values], 3)
