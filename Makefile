@@ -146,6 +146,9 @@ recall: $(STAMP) ## Train the text model of the recall tasks (2 GB of memory), a
 	@mkdir -p $(RECALL)
 	install -m 644 $(RUNS)/recall/model/* $(RUNS)/recall/curves.png $(RECALL)
 	install -m 644 $(RUNS)/recall/log.jsonl $(RECALL)/training.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/winnow train lococo --resume --out $(RUNS)/lococo
+	@mkdir -p $(RECALL)/learned
+	install -m 644 $(RUNS)/lococo/lococo.safetensors $(RUNS)/lococo/lococo.json $(RECALL)/learned
 	OMP_NUM_THREADS=1 $(BIN)/python -m winnow.learn.recall_card $(RECALL) --log $(RECALL)/training.jsonl
 
 images: $(STAMP) ## Draw the pictures of the documentation

@@ -10,21 +10,22 @@ from typer.core import TyperGroup
 
 from winnow.cli_options import Device, Dtype, Model
 from winnow.cli_streams import say
-from winnow.learn.pruners import trainable
+from winnow.learn.pruners import text, trainable
 
 _one = typer.Typer(add_completion=False)
+_of_text = typer.Typer(add_completion=False)
 
 
 class Trainable(TyperGroup):
     """A group in which each learned method is a command too."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), *trainable()]
+        return [*super().list_commands(ctx), *trainable(), *text.trainable()]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in trainable():
+        if cmd_name not in (*trainable(), *text.trainable()):
             return super().get_command(ctx, cmd_name)
-        command = typer.main.get_command(_one)
+        command = typer.main.get_command(_one if cmd_name in trainable() else _of_text)
         command.name = cmd_name
         return command
 
@@ -50,6 +51,27 @@ def method(
     quiet()
     settings: dict[str, Any] = {"model": model, "resume": resume, "seed": seed, "scale": scale, "data": data}
     say(fit(str(ctx.info_name), out, **settings, device=device, dtype=dtype))
+
+
+@_of_text.command()
+def method_of_text(
+    ctx: typer.Context,
+    model: Annotated[
+        Path | None, typer.Option(help="The folder of a text model.", show_default="the recall model")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of the run.", show_default="runs/SLUG")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Decides everything.")] = 0,
+    scale: Annotated[float, typer.Option(help="Share of the texts and steps of the recipe.")] = 1.0,
+) -> None:
+    """Train this learned method of the cache on recall texts, on a frozen text model of `winnow train recall`."""
+    import importlib
+
+    from winnow.models.load import quiet
+
+    quiet()
+    train = importlib.import_module(f"winnow.learn.pruners.text.{str(ctx.info_name).replace('-', '_')}").train
+    say(train(out, model=None if model is None else str(model), resume=resume, seed=seed, scale=scale))
 
 
 def toc3d(

@@ -25,6 +25,7 @@ class ModelInfo:
         merge: patches of one side that make one token (2: a token is 2 × 2 patches).
         vision_width: width of the tower's output at `features`.
         heads: query heads of an LM layer.
+        head_dim: width of a key of one head.
         fingerprint: gives a word that tells the model's weights from others of its shape; None where there is no model.
     """
 
@@ -40,6 +41,7 @@ class ModelInfo:
     merge: int = 1
     vision_width: int = 1
     heads: int = 1
+    head_dim: int = 1
     fingerprint: Callable[[], str] | None = field(default=None, compare=False, repr=False)
 
     def lm_layer(self, layer: int, what: str = "layer") -> int:

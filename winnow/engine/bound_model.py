@@ -77,7 +77,8 @@ class BoundModel:
         # Where layers differ, the first stands for all: learned methods that need heads are trained for a model anyway.
         own = lm.config.per_layer_config[0] if getattr(lm.config, "is_heterogeneous", False) else lm.config
         heads = getattr(own, "num_attention_heads", 1)
-        info = replace(family.info(model), heads=heads, fingerprint=partial(fingerprint, model))
+        width = getattr(own, "head_dim", None) or getattr(own, "hidden_size", heads) // heads
+        info = replace(family.info(model), heads=heads, head_dim=width, fingerprint=partial(fingerprint, model))
         info = replace(info, points=(*info.points, "kv"))
         tower, blocks, projector = parts
         device = device_of(model.get_input_embeddings())

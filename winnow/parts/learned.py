@@ -15,7 +15,9 @@ from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 
 UNTRAINED = "untrained"
-SHIPPED = Path(__file__).resolve().parents[1] / "reference" / "small" / "learned"
+_REFERENCE = Path(__file__).resolve().parents[1] / "reference"
+SHIPPED = _REFERENCE / "small" / "learned"
+SHIPPED_TEXT = _REFERENCE / "recall" / "learned"
 
 
 def learned(slug: str, weights: str | None, info: ModelInfo, make: Callable[..., nn.Module]) -> nn.Module:
@@ -23,7 +25,7 @@ def learned(slug: str, weights: str | None, info: ModelInfo, make: Callable[...,
 
     Args:
         weights: a file in safetensors that `winnow train` wrote, with its JSON beside it; `"untrained"` for random
-            weights; None for those that winnow ships for its reference model (on plain tensors, random ones).
+            weights; None for those that winnow ships for one of its reference models (on plain tensors, random ones).
         make: builds the module from the sizes that the JSON names, which have defaults.
 
     Raises:
@@ -31,10 +33,11 @@ def learned(slug: str, weights: str | None, info: ModelInfo, make: Callable[...,
     """
     if weights == UNTRAINED or (weights is None and info.fingerprint is None):
         return untrained(make)
-    path = SHIPPED / f"{slug}.safetensors" if weights is None else Path(weights)
-    own = None if info.fingerprint is None else info.fingerprint()
+    own = [folder / f"{slug}.safetensors" for folder in (SHIPPED, SHIPPED_TEXT)]
+    path = Path(weights) if weights is not None else next(filter(Path.exists, own), own[0])
+    model = None if info.fingerprint is None else info.fingerprint()
     facts = None if weights is None and not path.exists() else facts_of(path, slug)
-    if facts is None or own not in (None, facts["model"]):
+    if facts is None or model not in (None, facts["model"]):
         raise WinnowError(
             f"{slug}: the weights {'that winnow ships' if weights is None else f'in {weights}'} were trained for "
             f"another model than this {info.model}; train with `winnow train {slug} --model …` and pass weights=…"

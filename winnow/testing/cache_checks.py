@@ -116,9 +116,10 @@ def check_identity(subject: Subject) -> None:
 def check_memory(subject: Subject) -> None:
     """Nothing of heads × N × N is made."""
     settings = {"keep": 32} if subject.has_keep else {}
-    for step, _ in _cases(subject, 48, **settings):
+    for step, view in _cases(subject, 48, **settings):
         layer = step.at.index or 0
-        small, large = (_largest(step, view_of(layer, n, b=1, depth=layer + 1)) for n in (400, 800))
+        views = (replace(view_of(layer, n, b=1, depth=layer + 1), module=view.module) for n in (400, 800))
+        small, large = (_largest(step, own) for own in views)
         expect(
             large < 3 * max(small, 1) or small < 400 * 400,
             f"{subject.kind.slug}: {small} elements for 400 slots, {large} for twice as many",

@@ -17,6 +17,7 @@ WITH_CLS = ModelInfo(
     feature_layer=-2,
     has_cls=True,
     points=("blocks", "blocks.mlp", "features", "projected", "layers", "kv"),
+    head_dim=16,
 )
 WITHOUT_CLS = ModelInfo(
     "a model without [CLS]",
@@ -27,6 +28,7 @@ WITHOUT_CLS = ModelInfo(
     points=("projected", "layers", "kv"),
     mrope=True,
     merge=2,
+    head_dim=16,
 )
 
 
