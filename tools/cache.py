@@ -59,6 +59,9 @@ A budget is slots of a head, a share of what was read; a later turn adds its sha
 text, as shares of the plain one. A figure is the share of right answers; in bold where the paired 95 % interval of its
 difference to the full cache includes 0. Methods have their default settings, but for windows that fit texts of this
 length ({", ".join(f"`{slug}:" + ",".join(f"{k}={v}" for k, v in own.items()) + "`" for slug, own in FITTED.items())}).
+The first word of an answer is said by the forward that reads the question, whose layers are cut behind it: the answer
+to a pair is one word, so that with the question known only a method that cuts before a layer attends (ZipVL) can lose
+it.
 RazorAttention was calibrated on the model; CompressKV was not, so all its heads vote. The model is small and its words
 are few: what fails here says where not to take a claim for granted. `make cache-table` remakes this page.
 """

@@ -89,6 +89,14 @@ def test_a_scorer_on_a_model_keeps_what_snapkv_keeps(presses, build, ragged):
         assert torch.equal(gone, found[1][layer])
 
 
+def test_what_a_later_turn_reads_stays():
+    model, inputs = kvhand.text_model("llama"), kvhand.prompt((20,))
+    with winnow.compress(model, "kvpress:keep=8"), torch.no_grad():
+        cache = model(**inputs).past_key_values
+        model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    assert cache.layers[0].store.length == 8 + 3
+
+
 def test_what_a_scorer_does_wrong_is_said(presses):
     class Wrong:
         def score(self, *args):

@@ -12,7 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-from winnow.contract import CacheMethod, KVBudget, KVStep, KVView, ModelInfo, WinnowError, register
+from winnow.contract import (
+    Action,
+    CacheMethod,
+    KVBudget,
+    KVStep,
+    KVView,
+    ModelInfo,
+    Observe,
+    State,
+    WinnowError,
+    register,
+)
 
 
 class KeyNorm:
@@ -70,13 +81,13 @@ class KVPress(CacheMethod):
             )
         return tuple(KVStep(step.at, self.evict, calls=True) for step in super().steps(info))
 
+    def evict(self, view: KVView, state: State) -> tuple[Action, State]:
+        """The prompt is cut as it is read; what later turns read stays, as in kvpress."""
+        return super().evict(view, state) if view.fresh == view.n else (Observe(), state)
+
     def score(self, view: KVView) -> Tensor:
         module, called = view.call or (None, {})
         hidden = called.get("hidden_states")
-        if hidden is not None and view.n != hidden.shape[1]:
-            raise WinnowError(
-                f"kvpress scores a prompt that is read at once; {view.n} slots are held, {hidden.shape[1]} of them new."
-            )
         try:
             scores = _presses[self.press].score(module, hidden, view.keys, view.values, None, called)
         except Exception as error:
