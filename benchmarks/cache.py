@@ -21,6 +21,7 @@ from winnow.bench.clock import clocked
 from winnow.cache.layer import held_bytes
 
 DENSE = ("snapkv:keep=20%", "streaming-llm:keep=20%")
+MEMORY = 10**9  # bytes: how many requests fit into so many, counting their caches alone
 RAGGED = ("adakv:base=snapkv,keep=20%",)
 CODECS = ("kv-quantized:bits=4", "gear")
 
@@ -56,7 +57,9 @@ def measure(model: Any, plan: str, batch: int, context: int, steps: int) -> dict
             shares.append(spent / theirs)
     handle.detach()
     value, low, high = interval(np.array(shares))
-    return {"time": value, "low": low, "high": high, "bytes": held_bytes(ours) / held_bytes(plain)}
+    held = held_bytes(ours)
+    share = held / held_bytes(plain)
+    return {"time": value, "low": low, "high": high, "bytes": share, "fit": int(MEMORY // (held / batch))}
 
 
 def late(plan: str, found: dict[str, Any], batch: int, context: int) -> bool:
@@ -77,7 +80,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, results, broken = build(options.layers), {}, False
-    print(f"{'plan':32}{'context':>8}{'batch':>6}  time of a token          bytes")
+    print(f"{'plan':32}{'context':>8}{'batch':>6}  time of a token          bytes  fit in 1 GB")
     with torch.inference_mode():
         for context in options.contexts:
             for batch in options.batches:
@@ -87,7 +90,9 @@ def main() -> int:
                     fails = late(plan, found, batch, context)
                     broken |= fails
                     interval_ = f"{found['time']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
-                    print(f"{plan:32}{context:8}{batch:6}  {interval_:24}{found['bytes']:6.1%}{'  FAIL' * fails}")
+                    print(
+                        f"{plan:32}{context:8}{batch:6}  {interval_:24}{found['bytes']:6.1%}{found['fit']:12,}{'  FAIL' * fails}"
+                    )
     if options.json:
         options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
     return int(broken)
