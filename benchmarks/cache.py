@@ -90,6 +90,7 @@ def main() -> int:
                     fails = late(plan, found, batch, context)
                     broken |= fails
                     interval_ = f"{found['time']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+                    space = f"{found['bytes']:6.1%}{found['fit']:12,}"
                     print(
                         f"{plan:32}{context:8}{batch:6}  {interval_:24}{found['bytes']:6.1%}{found['fit']:12,}{'  FAIL' * fails}"
                     )
