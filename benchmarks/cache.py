@@ -91,9 +91,7 @@ def main() -> int:
                     broken |= fails
                     interval_ = f"{found['time']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
                     space = f"{found['bytes']:6.1%}{found['fit']:12,}"
-                    print(
-                        f"{plan:32}{context:8}{batch:6}  {interval_:24}{found['bytes']:6.1%}{found['fit']:12,}{'  FAIL' * fails}"
-                    )
+                    print(f"{plan:32}{context:8}{batch:6}  {interval_:24}{space}{'  FAIL' * fails}")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
     return int(broken)
