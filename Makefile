@@ -30,7 +30,7 @@ SMALL   := winnow/reference/small
 RECALL  := winnow/reference/recall
 RUNS    := runs
 SEED    := 1
-LEARNED := covipal deep-forcing diffrate dyvte explainability-compression toc3d
+LEARNED := covipal diffrate dyvte explainability-compression frames toc3d
 
 .DEFAULT_GOAL := help
 .PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean

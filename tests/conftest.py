@@ -33,9 +33,10 @@ if CHECKED and os.environ.get("WINNOW_CHECK_SHAPES", "1") != "0":
 
 @pytest.fixture(scope="session", autouse=True)
 def _default_configurations():
-    from quick import remember_default_configurations  # here, so that only who runs tests imports transformers
+    if CHECKED:
+        from quick import remember_default_configurations  # here, so that only who runs tests imports transformers
 
-    remember_default_configurations()
+        remember_default_configurations()
 
 
 def pytest_addoption(parser):

@@ -233,6 +233,7 @@ MAY_NAME = {
     "winnow/engine/compress.py": "the default method, the one constant",
     "winnow/core/plan.py": "an example of a plan, in messages",
     "winnow/cli_run.py": "an example of a Hub id, in the help",
+    "winnow/learn/generation/deep_forcing.py": "the toy that writes frames is what one method is tried on",
     "winnow/learn/controls.py": "an experiment of the reference model's card is about one method",
 }
 

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from winnow import __version__, cli_bench, cli_tune
 from winnow.cli_options import Device, DeviceMap, Dtype, Json, Model, Positions, Quantization, Revision, Trust
 from winnow.cli_streams import flush, forgiving, mistake, print_json, say, warn
-from winnow.cli_train import Trainable, deep_forcing, toc3d
+from winnow.cli_train import Trainable, frames, toc3d
 from winnow.core.errors import WinnowError
 
 
@@ -55,7 +55,7 @@ train = typer.Typer(cls=Trainable, no_args_is_help=True, help="Train what winnow
 app.add_typer(world, name="world")
 app.add_typer(train, name="train")
 train.command("toc3d")(toc3d)
-train.command("deep-forcing")(deep_forcing)
+train.command("frames")(frames)
 cli_bench.register(app)
 cli_tune.register(app)
 

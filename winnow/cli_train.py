@@ -86,8 +86,8 @@ def toc3d(
     say(train(out, resume=resume, seed=seed, scale=scale))
 
 
-def deep_forcing(
-    out: Annotated[Path | None, typer.Option(help="The folder of the run.", show_default="runs/deep-forcing")] = None,
+def frames(
+    out: Annotated[Path | None, typer.Option(help="The folder of the run.", show_default="runs/frames")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Decides everything.")] = 0,
     scale: Annotated[float, typer.Option(help="Share of the clips and steps of the recipe.")] = 1.0,

@@ -10,7 +10,7 @@ import zoo
 
 import winnow
 from winnow.core import registry
-from winnow.core.registry import entries, method_class, picture_methods
+from winnow.core.registry import built_in, method_class, picture_methods
 from winnow.testing import CHECKS, WITH_CLS, Picture, Subject, check_method, run
 
 SLUGS = [entry.slug for entry in picture_methods()]
@@ -22,7 +22,7 @@ def test_every_method(slug, check):
     check(Subject(method_class(slug)))
 
 
-@pytest.mark.parametrize("slug", [entry.slug for entry in entries() if entry.of_cache])
+@pytest.mark.parametrize("slug", [entry.slug for entry in built_in().values() if entry.of_cache])
 def test_every_method_of_the_cache(slug):
     check_method(method_class(slug))
 

@@ -105,7 +105,7 @@ def test_a_language_model_comes_with_its_tokenizer_and_its_cache_is_compressed(t
     cache = model(**inputs).past_key_values
     assert handle.last.kv_slots == (2 * 8,) * 3
     assert cache.get_seq_length() == 20
-    with pytest.raises(UnsupportedError, match="does not offer"):
+    with pytest.raises(UnsupportedError, match="is a language model"):
         winnow.load(tmp_path, plan="divprune:keep=4", device="cpu")
 
 

@@ -251,16 +251,17 @@ class HeldLayer(CacheLayerMixin):
 
 
 def held_bytes(cache: Any) -> int:
-    """Bytes of all distinct storages that a cache holds, whatever its layers are."""
+    """Bytes of all distinct storages that compressed layers hold, and of the keys and values of the other layers.
+
+    A window of transformers is a view of a longer tensor, of which the window counts.
+    """
     found: dict[int, int] = {}
+    plain = 0
     for layer in getattr(cache, "layers", ()):
-        for x in _tensors(layer):
-            storage = x.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
-
-
-def _tensors(layer: Any) -> list[Tensor]:
-    if isinstance(layer, HeldLayer):
-        return layer.tensors()
-    return [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None]
+        if isinstance(layer, HeldLayer):
+            storages = (x.untyped_storage() for x in layer.tensors())
+            found |= {storage.data_ptr(): storage.nbytes() for storage in storages}
+        else:
+            own = (getattr(layer, "keys", None), getattr(layer, "values", None))
+            plain += sum(x.nbytes for x in own if x is not None)
+    return sum(found.values()) + plain

@@ -12,6 +12,7 @@ from torch import nn
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.kv import KVStep
+from winnow.core.kv_method import CacheMethod
 from winnow.core.plan import Plan
 from winnow.core.signal import Signal, Site, block_index
 from winnow.core.step import Step
@@ -65,6 +66,7 @@ class BoundPlan:
         Raises:
             UnsupportedError, WinnowError: a method cannot run on this model, or sees something too late.
         """
+        _check_of_cache(plan, info)
         resolved, bound = plan.bind(info)
         steps = _without_idle(plan, bound, info)
         at: dict[str, list[tuple[int, Step]]] = {"features": [], "projected": []}
@@ -159,6 +161,17 @@ class BoundPlan:
     def tower_signals(self) -> tuple[Signal, ...]:
         """What is read of the encoder."""
         return tuple(signal for site, own in self.listeners.items() if site.stack != "lm" for signal in own)
+
+
+def _check_of_cache(plan: Plan, info: ModelInfo) -> None:
+    """A language model has nothing but its cache."""
+    other = [method.slug for method in plan.methods if not isinstance(method, CacheMethod)]
+    if other and info.points == ("kv",):
+        raise UnsupportedError(
+            f"{info.model} is not supported: it is a language model, which reads no pictures, and {other[0]} acts on "
+            "their tokens; use a method of the cache, such as those that `winnow methods` lists with the stage cache. "
+            "`winnow families` lists models with pictures; see the page 'Add a model family' of the documentation."
+        )
 
 
 def _listen(

@@ -1,4 +1,4 @@
-"""Expected Attention (arXiv:2510.00636): keeps the cache slots that queries to come are expected to attend to.
+"""Expected Attention (arXiv 2510.00636): keeps the cache slots that queries to come are expected to attend to.
 
 Looks at: queries of the prompt (while decoding, of the last 128 tokens), keys, values. Cost: the mean and the
 covariance of the queries, and one d × d form of each key for each query head.

@@ -1,4 +1,4 @@
-"""H2O (arXiv:2306.14048): keeps the cache slots that have got most attention so far, and the newest ones.
+"""H2O (arXiv 2306.14048): keeps the cache slots that have got most attention so far, and the newest ones.
 
 Looks at: attention of all queries, summed over them in chunks of rows. Cost: the attention weights of each layer once
 more, and two rows of numbers beside the cache.

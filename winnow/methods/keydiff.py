@@ -1,4 +1,4 @@
-"""KeyDiff (arXiv:2504.15364): keeps the cache slots whose keys differ most from the mean key.
+"""KeyDiff (arXiv 2504.15364): keeps the cache slots whose keys differ most from the mean key.
 
 Looks at: keys. Cost: two norms and one product for each slot; with `block`, again for what is kept at each block.
 

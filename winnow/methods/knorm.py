@@ -1,4 +1,4 @@
-"""L2 norm of keys (arXiv:2406.11430): keeps the cache slots whose keys are short.
+"""L2 norm of keys (arXiv 2406.11430): keeps the cache slots whose keys are short.
 
 Looks at: keys. Cost: one norm for each slot.
 

@@ -54,8 +54,8 @@ class Scissorhands(CacheMethod):
         for limit in self.limits:
             if limit < 1 or self._left(limit) < self.recent_slots:
                 raise WinnowError(
-                    f"scissorhands: limit={limit} and drop={self.drop} leave less than the {self.recent_slots} newest "
-                    "slots, which stay; raise limit, or lower drop or recent_slots."
+                    f"scissorhands: limit={self.limit!r} and drop={self.drop} leave less than {self.recent_slots} "
+                    "newest slots, which stay; allowed: a larger limit, or a smaller drop or recent_slots."
                 )
 
     @property

@@ -1,4 +1,4 @@
-"""StreamingLLM (arXiv:2309.17453): keeps the first slots of the cache and the newest ones.
+"""StreamingLLM (arXiv 2309.17453): keeps the first slots of the cache and the newest ones.
 
 Looks at: how many slots there are. Cost: none; with `shift`, a rotation of the sinks at each eviction.
 

@@ -26,7 +26,7 @@ from winnow.learn.pruners.fit import LEAST, MAX_SEED, Phase, Record, Run
 from winnow.methods.deep_forcing import DeepForcing
 from winnow.parts.learned import SHIPPED, learned
 
-SLUG = "deep-forcing"
+SLUG = "frames"
 CLIPS = 1600
 TRAINED = 16  # frames that are seen in training
 GIVEN, WRITTEN, LATE = 4, 160, 120  # frames to begin with, frames in all, and the first of the late ones
@@ -46,7 +46,7 @@ def load(weights: str | Path | None = None) -> FrameWriter:
     """The model with trained weights.
 
     Args:
-        weights: a file that `winnow train deep-forcing` wrote, or `untrained`; default: those that winnow ships.
+        weights: a file that `winnow train frames` wrote, or `untrained`; default: those that winnow ships.
     """
     given = SHIPPED / f"{SLUG}.safetensors" if weights is None else weights
     module: Any = learned(SLUG, str(given), ModelInfo(), FrameWriter)

@@ -102,7 +102,7 @@ def test_a_run_is_its_seed_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 
 def test_it_has_a_command():
-    assert "deep-forcing" in CliRunner().invoke(app, ["train", "--help"]).output
+    assert "frames" in CliRunner().invoke(app, ["train", "--help"]).output
 
 
 @functools.cache
@@ -187,9 +187,9 @@ def test_that_fails_for_what_does_not_look(stub):
 
 
 def test_what_is_shipped_says_how_it_was_made():
-    facts = json.loads((SHIPPED / "deep-forcing.json").read_text(encoding="utf-8"))
-    assert facts["command"] == "winnow train deep-forcing"
-    assert (SHIPPED / "deep-forcing.safetensors").stat().st_size < 1_000_000
+    facts = json.loads((SHIPPED / "frames.json").read_text(encoding="utf-8"))
+    assert facts["command"] == "winnow train frames"
+    assert (SHIPPED / "frames.safetensors").stat().st_size < 1_000_000
     trained, untrained = facts["measured"]["trained"], facts["measured"]["untrained"]
     assert trained["error"] < 0.2 * untrained["error"]
     assert np.isfinite(list(trained.values())).all()
