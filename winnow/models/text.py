@@ -2,6 +2,8 @@
 
 from typing import Any, ClassVar
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
 from winnow.core.info import ModelInfo
 from winnow.models.family import Family, decoder_of
 
@@ -24,6 +26,8 @@ class Text(Family):
     def fits(model: Any) -> bool:
         """Whether a model is a decoder that says words, and encodes nothing. Whether it can run says `why_not`."""
         config = getattr(model, "config", None)
+        if getattr(config, "model_type", None) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            return False
         if getattr(config, "is_encoder_decoder", True) or not hasattr(model, "get_decoder"):
             return False
         base = getattr(model, "base_model", model)
