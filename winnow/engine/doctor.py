@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from winnow.engine.doctor_checks import CHECKS, Run, Subject
 from winnow.models.acceptance import accept_points
 from winnow.models.families import family_of, unwrap
 from winnow.models.inputs import model_inputs
-from winnow.models.supported_versions import NEWEST, accept, is_untested, trying
+from winnow.models.supported_versions import NEWEST, accept, installed, is_untested, trying
 
 GENERIC = "the generic adapter on this class"
 
@@ -109,7 +108,7 @@ def _judged(model: str, checks: Sequence[Check]) -> Check:
         accept(model)
     verdict = f"accepted for {model} in this process" if green else "not accepted, because a check failed"
     newest = ".".join(map(str, NEWEST))
-    told = f"{transformers.__version__} is newer than {newest}, the newest that winnow is tested with; {verdict}"
+    told = f"{installed()} is newer than {newest}, the newest that winnow is tested with; {verdict}"
     return Check("an untested version of transformers", green, told)
 
 

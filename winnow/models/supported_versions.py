@@ -27,7 +27,7 @@ def check_version(model: str) -> None:
     Raises:
         UnsupportedError: with what to install, or how to check a newer version.
     """
-    version = transformers.__version__
+    version = installed()
     if _read(version) < OLDEST:
         raise UnsupportedError(f"transformers {version} is outside the range that winnow knows; install {RANGE}.")
     if is_untested() and not _trying.get() and (version, model) not in _accepted:
@@ -37,9 +37,14 @@ def check_version(model: str) -> None:
         )
 
 
+def installed() -> str:
+    """The installed version."""
+    return transformers.__version__
+
+
 def is_untested() -> bool:
     """Whether the installed version is newer than all that winnow is tested with."""
-    return _read(transformers.__version__) > NEWEST
+    return _read(installed()) > NEWEST
 
 
 @contextmanager
@@ -59,7 +64,7 @@ def is_trying() -> bool:
 
 def accept(model: str) -> None:
     """From now on the installed version passes for this class of model, in this process."""
-    _accepted.add((transformers.__version__, model))
+    _accepted.add((installed(), model))
 
 
 def _read(version: str) -> tuple[int, int]:
