@@ -210,6 +210,12 @@ def test_a_question_that_is_empty_or_holds_control_tokens_is_refused(checkpoint,
     assert winnow("run", foreign, question, "--model", checkpoint, code=2).stderr.count("\n") == 1
 
 
+def test_what_the_cache_alone_saves_is_said(checkpoint):
+    said = winnow("run", SCENE, "--model", checkpoint, "--method", "snapkv:keep=25%,window=4", "--runs", 1).stdout
+    assert "snapkv:keep=25%,window=4: the cache alone is smaller" in said
+    assert "nothing was dropped" in winnow("run", SCENE, "--model", checkpoint, "--method", "full", "--runs", 1).stdout
+
+
 def test_an_overlay_that_cannot_be_written_says_so_and_leaves_nothing(checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
     arguments = (SCENE, "--model", checkpoint, "--runs", 1, "--overlay", tmp_path / "file" / "kept.png")

@@ -61,7 +61,9 @@ def comparison(result: dict[str, Any]) -> None:
     if "note" in result:
         out.print(escape(f"note: {result['note']}"), soft_wrap=True)
     for method in result["methods"]:
-        steps = "; ".join(f"{p['point']} {p['from']} → {p['to']}" for p in method["points"]) or "nothing was dropped"
+        steps = "; ".join(f"{p['point']} {p['from']} → {p['to']}" for p in method["points"])
+        smaller = method["kv_bytes"] < result["plain"]["kv_bytes"]
+        steps = steps or ("the cache alone is smaller" if smaller else "nothing was dropped")
         out.print(escape(f"{method['method']}: {steps}"))
         if "overlay" in method:
             out.print(escape(f"  kept tokens drawn in {method['overlay']}"), soft_wrap=True)
