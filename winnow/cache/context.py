@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.ledger import add_notes
 from winnow.core.packing import Packing
+from winnow.signals.tap import UNREAD
 
 
 @dataclass(eq=False)
@@ -38,10 +40,7 @@ class Context:
     reads: Callable[[int], tuple[Packing, Tensor | None]] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     layers: list[Any] = field(default_factory=list)
-    _memo: tuple[Any, dict[Any, Any]] = (None, field(default_factory=dict))
-
-    def __post_init__(self) -> None:
-        self._memo = (None, {})
+    _memo: tuple[Any, dict[Any, Any]] = field(default_factory=lambda: (None, {}))
 
     def check(self) -> None:
         """Refuse to go on when the plan is no longer attached."""
@@ -63,8 +62,7 @@ class Context:
 
     def note(self, notes: dict[str, Any]) -> None:
         """Take what a step recorded: counts add up."""
-        for name, value in notes.items():
-            self.notes[name] = self.notes[name] + value if name in self.notes else value
+        add_notes(self.notes, notes)
 
     def forget(self) -> None:
         """Let go what belongs to the last forward."""
@@ -73,7 +71,7 @@ class Context:
 
     def check_plain(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
         """Refuse attention with caps or sinks where it is computed here."""
-        special = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+        special = [name for name in UNREAD if kwargs.get(name) is not None]
         if special:
             raise UnsupportedError(
                 f"{type(module).__name__} attends with {', '.join(special)}, which heads that hold unequal numbers of "

@@ -147,3 +147,11 @@ class Ledger:
             f"Ledger({self.plan}; content tokens {kept}; LM prefill FLOPs {share} of full; "
             f"KV {self.kv_bytes:,} bytes{how})"
         )
+
+
+def add_notes(known: dict[str, Any], notes: dict[str, Any]) -> None:
+    """Take what a step recorded: counts add up, anything else replaces what was there."""
+    for name, value in notes.items():
+        old = known.get(name)
+        adds = old is not None and isinstance(value, int | Tensor) and not isinstance(value, bool)
+        known[name] = old + value if adds else value

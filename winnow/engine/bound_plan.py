@@ -12,6 +12,7 @@ from torch import nn
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.kv import KVStep
+from winnow.core.kv_budget import KVBudget
 from winnow.core.kv_method import CacheMethod
 from winnow.core.plan import Plan
 from winnow.core.signal import Signal, Site, block_index
@@ -156,6 +157,12 @@ class BoundPlan:
         """What steps at blocks look at."""
         steps = [step for own in (*self.blocks.values(), *self.halves.values()) for _, step in own]
         return frozenset(signal for step in steps for signal in step.needs)
+
+    @functools.cached_property
+    def asks_kinds(self) -> bool:
+        """Whether a budget of the cache depends on what each token is."""
+        found = (getattr(method, name) for method in self.plan.methods for name in method.settings())
+        return any(isinstance(value, KVBudget) and value.is_kinds for value in found)
 
     @property
     def tower_signals(self) -> tuple[Signal, ...]:

@@ -18,14 +18,14 @@ from transformers.cache_utils import Cache
 
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.layout import PAD, SEPARATOR, Layout
-from winnow.core.ledger import ItemLedger, Ledger
+from winnow.core.ledger import ItemLedger, Ledger, add_notes
 from winnow.engine.cache import check_cache
 from winnow.engine.flops import cross_flops
 from winnow.engine.item_tokens import LMTokens, content_mask
 from winnow.engine.ledgers import ledger_of
 from winnow.engine.packed import row_mask
 from winnow.engine.request import Request
-from winnow.engine.runner import Change, StepRunner, add_notes
+from winnow.engine.runner import Change, StepRunner
 
 STATES, MASK = "cross_attention_states", "cross_attention_mask"
 

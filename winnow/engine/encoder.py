@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.layout import CONTENT, Layout
-from winnow.core.ledger import ItemLedger
+from winnow.core.ledger import ItemLedger, add_notes
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal, Site
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.encoding import EncoderRecord, Reading, mark
 from winnow.engine.item_tokens import TowerTokens
-from winnow.engine.notes import add_notes
 from winnow.engine.request import Request
 from winnow.engine.runner import StepRunner
 from winnow.engine.tower_pass import TowerPass

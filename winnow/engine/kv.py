@@ -1,5 +1,6 @@
 """The cache of a request under a plan with steps at `kv`: its layers are put in place before the model runs."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,9 @@ from winnow.cache.context import Context
 from winnow.cache.layer import HeldLayer
 from winnow.cache.rotary import Rotary
 from winnow.core.errors import UnsupportedError
-from winnow.core.kv_budget import KINDS, KVBudget
+from winnow.core.kv_budget import KINDS
 from winnow.core.packing import Packing
 from winnow.engine.bound_model import BoundModel
-from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.cache import check_cache
 from winnow.engine.request import Request
 from winnow.engine.versions import cache_of
@@ -113,7 +113,7 @@ def tell_cache(request: Request, arguments: dict[str, Any]) -> None:
     context = context_of(cache_of(arguments))
     if context is not None:
         context.reads = reads_of(request.lm)
-    if context is not None and asks_kinds(request.plan):
+    if context is not None and request.plan.asks_kinds:
         context.kinds = kinds_of(request.lm, arguments["inputs_embeds"])
 
 
@@ -132,15 +132,14 @@ def context_of(cache: Any) -> Context | None:
     return None if layer is None else layer.context
 
 
+_rotaries: "weakref.WeakKeyDictionary[BoundModel, Rotary | None]" = weakref.WeakKeyDictionary()
+
+
 def rotary_of(bound: BoundModel) -> Rotary | None:
-    """The model's rotation, where it is understood."""
-    return Rotary.of(bound.lm, bound.attention_of(held_layers(bound)[0]))
-
-
-def asks_kinds(plan: BoundPlan) -> bool:
-    """Whether a budget of the plan depends on what each token is."""
-    found = (getattr(method, name) for method in plan.plan.methods for name in method.settings())
-    return any(isinstance(value, KVBudget) and value.is_kinds for value in found)
+    """The model's rotation, where it is understood; compared with the model's own function once."""
+    if bound not in _rotaries:
+        _rotaries[bound] = Rotary.of(bound.lm, bound.attention_of(held_layers(bound)[0]))
+    return _rotaries[bound]
 
 
 def reads_of(lm: Any) -> Callable[[int], tuple[Packing, Tensor | None]] | None:

@@ -3,13 +3,12 @@
 from typing import Any
 
 from winnow.cache.layer import HeldLayer, held_bytes
-from winnow.core.ledger import Ledger
+from winnow.core.ledger import Ledger, add_notes
 from winnow.engine.flops import lm_flops
 from winnow.engine.kv import context_of
 from winnow.engine.lm_pass import LMPass
 from winnow.engine.packed import row_mask
 from winnow.engine.request import Request, padding_mask
-from winnow.engine.runner import add_notes
 
 
 def write_ledger(request: Request, lm: LMPass | None, arguments: dict[str, Any], cache: Any) -> Ledger | None:

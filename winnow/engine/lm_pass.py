@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from winnow.cache.layer import HeldLayer
 from winnow.core.errors import UnsupportedError
-from winnow.core.ledger import ItemLedger
+from winnow.core.ledger import ItemLedger, add_notes
 from winnow.core.packing import Packing
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal, Site
@@ -29,7 +29,7 @@ from winnow.engine.probing import probe_layer
 from winnow.engine.question import Questions
 from winnow.engine.remember import remember_layers, remember_positions
 from winnow.engine.request import Request, padding_mask
-from winnow.engine.runner import Change, StepRunner, add_notes
+from winnow.engine.runner import Change, StepRunner
 from winnow.engine.whole_call import WholeCall
 from winnow.signals.language import LMAttentionInputs, LMEntry, TextSpans, as_visible
 from winnow.signals.tap import AttendsItself, refuse_reading, scaling_of

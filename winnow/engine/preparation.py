@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.generation import utils as generation
 
 from winnow.core.errors import UnsupportedError, WinnowError
-from winnow.core.ledger import Ledger
+from winnow.core.ledger import Ledger, add_notes
 from winnow.core.method import Method
 from winnow.core.packing import Packing
 from winnow.core.plan import Plan
@@ -34,7 +34,7 @@ from winnow.engine.ledgers import ledger_of, why_in_full
 from winnow.engine.prepared import PER_TOKEN, Bucket, Prepared, bucketed, widened
 from winnow.engine.question import Questions
 from winnow.engine.request import Request
-from winnow.engine.runner import StepRunner, add_notes
+from winnow.engine.runner import StepRunner
 from winnow.engine.spans import template_suffix
 from winnow.engine.twin import twin
 from winnow.models.families import family_of, unwrap

@@ -9,9 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from winnow.core.errors import UnsupportedError, WinnowError
-from winnow.core.ledger import Ledger
+from winnow.core.ledger import Ledger, add_notes
 from winnow.engine.features import joined_features
-from winnow.engine.runner import add_notes
 
 Bucket = int | Sequence[int] | None
 

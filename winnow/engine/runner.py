@@ -182,11 +182,3 @@ def _checked(action: Any, view: View, step: Step, slug: str) -> Reduce:
             f"{slug} returned counts {reduction.counts} for {view.b} items of at most {reduction.m} rows."
         )
     return action
-
-
-def add_notes(known: dict[str, Any], notes: dict[str, Any]) -> None:
-    """Take what a step recorded: counts add up."""
-    for name, value in notes.items():
-        old = known.get(name)
-        adds = old is not None and isinstance(value, int | Tensor) and not isinstance(value, bool)
-        known[name] = old + value if adds else value

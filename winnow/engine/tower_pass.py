@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.layout import CONTENT
-from winnow.core.ledger import ItemLedger
+from winnow.core.ledger import ItemLedger, add_notes
 from winnow.core.reduction import Reduction
 from winnow.core.side_by_side import side_by_side
 from winnow.core.signal import Signal, Site
@@ -23,7 +23,6 @@ from winnow.core.step import State
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan, Steps
 from winnow.engine.item_tokens import TowerTokens
-from winnow.engine.notes import add_notes
 from winnow.engine.runner import Change, StepRunner
 from winnow.engine.tower_slots import PackedSlots, TileSlots, TileTokens
 from winnow.models.family import Encoding
