@@ -14,7 +14,7 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,45 +26,59 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 import winnow
 from winnow.bench.clock import clocked
 from winnow.bench.intervals import median
+from winnow.contract import Method
+from winnow.core.registry import method_class, picture_methods
 
 IMAGE, TEXT, SIDE = 500, 32, 24
 CONTENT = SIDE * SIDE
 KEEP = 64
 
 
+# What a method may cost before the LM, where it scores tokens or compares them with one another; and inside the LM.
+GATES = {
+    "score": {"efficiency": 0.97, "selection": 0.01},
+    "pairs": {"efficiency": 0.95, "selection": 0.04},
+    "decoder": {"over_ideal": 1.03},
+}
+# They compare tokens with one another, beside those that build a table of pairs.
+PAIRS = ("aim", "cdpruner", "covipal", "recoverable-compression", "todre", "visiondrop", "vscan")
+SETTINGS = {"fastv": {"layer": 2, "keep": "25%"}}  # of decoder methods, whose own settings are timed otherwise
+
+
 @dataclass(frozen=True)
 class Case:
-    """A plan, what it is compared with, and its gates."""
+    """A method, the class that it is in, and how many of the picture's tokens each layer of the LM reads."""
 
-    plan: str
+    name: str
+    method: Method
     group: str
     layer_tokens: tuple[int, ...]
 
     @property
     def gates(self) -> dict[str, float]:
-        if self.group == "decoder":
-            return {"over_ideal": 1.05}
-        return (
-            {"efficiency": 0.97, "selection": 0.01}
-            if self.group == "score"
-            else {"efficiency": 0.90, "selection": 0.04}
-        )
+        return GATES[self.group]
 
 
-CONNECTOR = {"score": ("fastervlm", "vtc-cls", "hiprune", "visionzip"), "greedy": ("divprune", "todre")}
-
-
-def cases(layers: int) -> list[Case]:
-    """The plans with what each of an LM's `layers` should read."""
-    kept = [
-        Case(f"{slug}:keep={KEEP}", group, (KEEP,) * layers) for group, slugs in CONNECTOR.items() for slug in slugs
-    ]
-    quarters = tuple(CONTENT >> cut for cut in range(4) for _ in range(layers // 4))
-    return [
-        *kept,
-        Case("fastv:layer=2,keep=25%", "decoder", (CONTENT,) * 2 + (CONTENT // 4,) * (layers - 2)),
-        Case("pyramiddrop", "decoder", quarters),
-    ]
+def cases(model: LlavaForConditionalGeneration, pixels: torch.Tensor, only: str) -> Iterator[Case]:
+    """Every method that acts on pictures between the tower and the last layer, with what its layers read."""
+    for entry in picture_methods():
+        if entry.family == "user" or not entry.slug.startswith(only) or not {"connector", "decoder"} & {*entry.stages}:
+            continue
+        inside = "decoder" in entry.stages
+        before = "connector" in entry.stages
+        kind = method_class(entry.slug)
+        learned = {"weights": "untrained"} if "weights" in kind.settings() else {}
+        method = kind(**learned, **SETTINGS.get(entry.slug, {}))
+        try:
+            method = method if inside else method.at_budget(KEEP, CONTENT)
+            with winnow.compress(model, method) as handle:
+                model(input_ids=prompt(CONTENT), pixel_values=pixels, use_cache=True, logits_to_keep=1)
+                read = tuple(layer[0] - TEXT for layer in handle.last.layer_tokens)
+        except winnow.WinnowError as error:
+            print(f"{entry.slug:28s} not timed: {str(error)[:100]}")
+            continue
+        group = "decoder" if not before else "pairs" if entry.slug in PAIRS or kind.pairwise else "score"
+        yield Case(f"{entry.slug}" + ("" if inside else f":keep={KEEP}"), method, group, read)
 
 
 def build(layers: int) -> LlavaForConditionalGeneration:
@@ -118,7 +132,7 @@ def measure(model: LlavaForConditionalGeneration, case: Case, pixels: torch.Tens
     features = model.model.get_image_features(pixels).pooler_output[0]
     natives = {n: native(model, features, n) for n in sorted({CONTENT, *case.layer_tokens})}
     times: dict[str, list[float]] = {"method": [], **{str(n): [] for n in natives}}
-    handle = winnow.compress(model, case.plan)
+    handle = winnow.compress(model, case.method)
     encoded = model.model.get_image_features(pixels)
     handle.detach()
 
@@ -126,7 +140,7 @@ def measure(model: LlavaForConditionalGeneration, case: Case, pixels: torch.Tens
         return model(input_ids=ids, mm_encoder_outputs={"image": encoded}, use_cache=True, logits_to_keep=1)
 
     for turn in range(rounds + 3):
-        handle = winnow.compress(model, case.plan)
+        handle = winnow.compress(model, case.method)
         encoded.winnow.plan = handle._engine.default  # the same plan, attached anew
         _, spent = clocked(method, model.device)
         read = handle.last.layer_tokens
@@ -137,11 +151,11 @@ def measure(model: LlavaForConditionalGeneration, case: Case, pixels: torch.Tens
             for n, t in found.items():
                 times[str(n)].append(t)
     if tuple(t[0] - TEXT for t in read) != case.layer_tokens:
-        raise SystemExit(f"{case.plan} read {read}, expected {case.layer_tokens}")
+        raise SystemExit(f"{case.name} read {read}, expected {case.layer_tokens}")
     t = {name: np.array(values) for name, values in times.items()}
     full, ideal = t[str(CONTENT)], sum(t[str(n)] for n in case.layer_tokens) / len(case.layer_tokens)
     result: dict[str, object] = {
-        "plan": case.plan,
+        "plan": case.name,
         "group": case.group,
         "full_ms": interval(full),
         "method_ms": interval(t["method"]),
@@ -161,7 +175,7 @@ def measure(model: LlavaForConditionalGeneration, case: Case, pixels: torch.Tens
 def selection(model: LlavaForConditionalGeneration, case: Case, pixels: torch.Tensor, rounds: int) -> np.ndarray:
     """Milliseconds spent in taps, scores, choice and packing, over encoder and prefill."""
     spent = []
-    with winnow.compress(model, case.plan) as handle:
+    with winnow.compress(model, case.method) as handle:
         handle.timing = True
         for turn in range(rounds + 3):
             model(input_ids=prompt(CONTENT), pixel_values=pixels, use_cache=True, logits_to_keep=1)
@@ -174,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--layers", type=int, default=16, choices=range(4, 65, 4), metavar="L", help="of the LM")
-    parser.add_argument("--only", default="", help="plans that start with this")
+    parser.add_argument("--only", default="", help="methods that start with this")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--selection", type=Path, help="the share of each selection alone, for tools/default_method.py")
     options = parser.parse_args()
@@ -187,12 +201,12 @@ def main() -> None:
     heads = f"{'full':>7s} {'method':>7s} {'ideal':>7s} {'speed-up':>8s}  {'efficiency':24s}{'over ideal':22s}selection"
     print(f"{'plan':28s} {heads}")
     with torch.no_grad():
-        for case in (c for c in cases(options.layers) if c.plan.startswith(options.only)):
+        for case in cases(model, pixels, options.only):
             r = measure(model, case, pixels, options.rounds)
             results.append(r)
             e, o, s = r["efficiency"], r["over_ideal"], r["selection"]
             print(
-                f"{case.plan:28s} {r['full_ms'][0]:7.1f} {r['method_ms'][0]:7.1f} {r['ideal_ms'][0]:7.1f} "
+                f"{case.name:28s} {r['full_ms'][0]:7.1f} {r['method_ms'][0]:7.1f} {r['ideal_ms'][0]:7.1f} "
                 f"{r['speedup'][0]:7.2f}×  "
                 f"{e[0]:6.1%} [{e[1]:6.1%}, {e[2]:6.1%}]  {o[0]:.3f} [{o[1]:.3f}, {o[2]:.3f}]  "
                 f"{s[0]:.2%} [{s[1]:.2%}, {s[2]:.2%}]  {'pass' if r['pass'] else 'FAIL'}",

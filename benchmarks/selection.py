@@ -27,8 +27,9 @@ from winnow.testing import WITH_CLS, Picture, Subject
 ITEMS, KEEP, WIDTH, HEADS, MLP = 8, 320, 1024, 16, 4096
 PICTURE = Picture.tiled(24, 2, 2)
 GATES = {"score": 0.15, "pairs": 1.0, "coverage": 2.0}  # of a block
-# Others: pairs where they build a table of them. SparseVLM clusters what it drops.
-GROUPS = {"todre": "pairs", "cdpruner": "pairs", "sparsevlm": "pairs", "mmtok": "coverage"}
+# Others: pairs where they build a table of them. SparseVLM clusters what it drops; CoViPAL's scorer lets all tokens
+# attend to all.
+GROUPS = {"todre": "pairs", "cdpruner": "pairs", "covipal": "pairs", "sparsevlm": "pairs", "mmtok": "coverage"}
 
 
 class Block(nn.Module):

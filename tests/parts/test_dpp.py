@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from winnow.parts.cosine import product, product_rows, table_rows, unit
+from winnow.parts.cosine import TableRows, product, product_rows, unit
 from winnow.parts.dpp import greedy_map, greedy_map_naive
 
 from .test_select import HostReads
@@ -24,7 +24,7 @@ def kernels(b: int, n: int, d: int, seed: int = 0, dtype=torch.float64) -> torch
 
 
 def choose(tables: torch.Tensor, k: int, **more) -> list[list[int]]:
-    return greedy_map(table_rows(tables), tables.diagonal(dim1=1, dim2=2), k, **more).tolist()
+    return greedy_map(TableRows(tables), tables.diagonal(dim1=1, dim2=2), k, **more).tolist()
 
 
 def test_a_kernel_whose_order_and_gains_are_known():
@@ -87,7 +87,7 @@ def test_an_item_is_chosen_from_as_alone_and_nothing_waits_for_the_device():
     x, _ = unit(torch.randn(3, 50, 32, generator=torch.Generator().manual_seed(2)))
     length, weight = torch.ones(3, 50), torch.rand(3, 50, generator=torch.Generator().manual_seed(4))
     with HostReads():
-        together = greedy_map(table_rows(product(x, x)), length, 30, weight=weight)
+        together = greedy_map(TableRows(product(x, x)), length, 30, weight=weight)
     for i in range(3):
-        alone = greedy_map(table_rows(product(x[i : i + 1], x[i : i + 1])), length[:1], 30, weight=weight[i : i + 1])
+        alone = greedy_map(TableRows(product(x[i : i + 1], x[i : i + 1])), length[:1], 30, weight=weight[i : i + 1])
         assert torch.equal(together[i], alone[0])

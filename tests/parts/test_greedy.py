@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from winnow.core.errors import WinnowError
 from winnow.parts import cosine
-from winnow.parts.cosine import cosine_rows, neighbours, product, product_rows, table_rows, unit
+from winnow.parts.cosine import TableRows, cosine_rows, neighbours, product, product_rows, unit
 from winnow.parts.greedy import CRITERIA, greedy, greedy_naive
 
 from .test_select import HostReads
@@ -29,7 +29,7 @@ def test_equals_its_naive_form(found, criterion, data):
     (table,) = found
     n = len(table)
     first, k = data.draw(st.integers(0, n - 1)), data.draw(st.integers(1, n))
-    picks = greedy(table_rows(table[None]), torch.tensor([[first]]), k, criterion=criterion)
+    picks = greedy(TableRows(table[None]), torch.tensor([[first]]), k, criterion=criterion)
     assert picks[0].tolist() == greedy_naive(table.tolist(), first, k, criterion)
 
 
@@ -39,7 +39,7 @@ def test_items_of_a_batch_do_not_mix(criterion):
     tables = torch.randn(4, 11, 11, generator=generator)
     tables = tables + tables.mT
     first = torch.tensor([[0], [3], [10], [5]])
-    picks = greedy(table_rows(tables), first, 7, criterion=criterion)
+    picks = greedy(TableRows(tables), first, 7, criterion=criterion)
     for i in range(4):
         assert picks[i].tolist() == greedy_naive(tables[i].tolist(), first[i].item(), 7, criterion)
 
@@ -47,7 +47,7 @@ def test_items_of_a_batch_do_not_mix(criterion):
 def test_broken_tokens_come_last_each_once():
     table = torch.zeros(1, 5, 5)
     broken = torch.tensor([[True, False, False, True, False]])
-    picks = greedy(table_rows(table), torch.tensor([[1]]), 5, broken=broken)
+    picks = greedy(TableRows(table), torch.tensor([[1]]), 5, broken=broken)
     assert picks[0].tolist() == [1, 2, 4, 0, 3]
 
 
@@ -56,7 +56,7 @@ def test_broken_tokens_come_last_each_once():
 def test_rows_from_a_table_and_computed_rows_choose_the_same(shape, criterion):
     x, _ = unit(torch.randn(3, *shape, generator=torch.Generator().manual_seed(1)))
     first = torch.tensor([[0], [1], [4]])
-    by_table = greedy(table_rows(product(x, x)), first, shape[0], criterion=criterion)
+    by_table = greedy(TableRows(product(x, x)), first, shape[0], criterion=criterion)
     assert torch.equal(greedy(product_rows(x), first, shape[0], criterion=criterion), by_table)
     assert torch.equal(greedy(cosine_rows(x), first, shape[0], criterion=criterion), by_table)
 
@@ -111,4 +111,4 @@ def test_no_host_read_inside_the_loop(criterion):
 
 def test_unknown_criterion():
     with pytest.raises(WinnowError, match="allowed: max, sum"):
-        greedy(table_rows(torch.zeros(1, 2, 2)), torch.zeros(1, 1, dtype=torch.int64), 1, criterion="min")
+        greedy(TableRows(torch.zeros(1, 2, 2)), torch.zeros(1, 1, dtype=torch.int64), 1, criterion="min")

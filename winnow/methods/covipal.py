@@ -47,10 +47,17 @@ class Scorer(nn.Module):
         self.layer, self.norm, self.score = Layer(dim, heads), nn.LayerNorm(dim), nn.Linear(dim, 1)
 
     def forward(self, v: Float[torch.Tensor, "b n w"], t: Float[torch.Tensor, "b t w"]) -> Float[torch.Tensor, "b n"]:
-        """Rows of zeros are not there."""
+        """Rows of zeros, and rows with a NaN or an infinity, are not there."""
+        size = torch.cat([extent(v), extent(t)], 1)
+        seen = size.isfinite() & (size > 0)
         x = torch.cat([self.visual(layer_norm(v, v.shape[-1:])), self.text(layer_norm(t, t.shape[-1:]))], 1)
-        x = self.layer(x, torch.cat([v, t], 1).ne(0).any(-1))
+        x = self.layer(x.masked_fill(~seen[..., None], 0), seen)
         return self.score(self.norm(x[:, : v.shape[1]]))[..., 0]
+
+
+def extent(x: Float[torch.Tensor, "b n w"]) -> Float[torch.Tensor, "b n"]:
+    """0 for a row of zeros, finite for a row of finite numbers: one pass over what is wide."""
+    return torch.linalg.vector_norm(x.detach(), ord=1, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @wn.register("covipal")
@@ -99,8 +106,7 @@ class CoViPAL(wn.Method):
 
     def cut(self, view: wn.View, text: wn.QuestionRows, budget: wn.Budget) -> wn.Reduction:
         """The map of the cut before the layer whose rows of the question are given."""
-        scorer, broken = view.module[str(text.layer)], ~view.tokens.isfinite().all(-1)
-        v = view.tokens.masked_fill(broken[..., None], 0)
-        t = view[text].masked_fill(~view[text].isfinite().all(-1, keepdim=True), 0)
-        logits = torch.cat([in_fp32(scorer, *item) for item in zip(v.split(1), t.split(1), strict=True)])
+        scorer, items = view.module[str(text.layer)], zip(view.tokens.split(1), view[text].split(1), strict=True)
+        logits = torch.cat([in_fp32(scorer, *item) for item in items])
+        broken = ~extent(view.tokens).isfinite()
         return wn.top_k(logits.masked_fill(broken, torch.nan), budget.of(view.n_lm), view)

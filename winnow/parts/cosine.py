@@ -43,17 +43,17 @@ def table(x: list[Float[Tensor, "n d"]]) -> Float[Tensor, "b n n"]:
     return out
 
 
-def table_rows(alike: Float[Tensor, "b n n"]) -> Rows:
+class TableRows:
     """Rows read from a table."""
-    lanes, n, _ = alike.shape
-    flat = alike.reshape(lanes * n, n)
-    start = torch.arange(lanes, device=alike.device)[:, None] * n
-    buffer = alike.new_empty(lanes, n)
 
-    def rows(at: Int[Tensor, "b 1"]) -> Float[Tensor, "b n"]:
-        return torch.index_select(flat, 0, (at + start)[:, 0], out=buffer)
+    def __init__(self, alike: Float[Tensor, "b n n"]) -> None:
+        lanes, n, _ = alike.shape
+        self.alike, self._flat = alike, alike.reshape(lanes * n, n)
+        self._start = torch.arange(lanes, device=alike.device)[:, None] * n
+        self._buffer = alike.new_empty(lanes, n)
 
-    return rows
+    def __call__(self, at: Int[Tensor, "b 1"]) -> Float[Tensor, "b n"]:
+        return torch.index_select(self._flat, 0, (at + self._start)[:, 0], out=self._buffer)
 
 
 def product_rows(x: list[Float[Tensor, "n d"]]) -> Rows:
@@ -71,7 +71,7 @@ def product_rows(x: list[Float[Tensor, "n d"]]) -> Rows:
 def cosine_rows(x: list[Float[Tensor, "n d"]]) -> Rows:
     """Rows from a table where that is no larger than the tokens (N ≤ D), else computed: memory stays O(N · D)."""
     n, d = x[0].shape
-    return table_rows(table(x)) if n <= min(d, TABLE_LIMIT) else product_rows(x)
+    return TableRows(table(x)) if n <= min(d, TABLE_LIMIT) else product_rows(x)
 
 
 def neighbours(x: list[Float[Tensor, "n d"]], block: int = 1024) -> tuple[Rows, Float[Tensor, "b n"]]:
@@ -85,7 +85,7 @@ def neighbours(x: list[Float[Tensor, "n d"]], block: int = 1024) -> tuple[Rows, 
         # Two tokens that are each other's nearest tie exactly, because the table is exactly symmetric.
         alike = table(x)
         alike.diagonal(dim1=1, dim2=2).fill_(-1)
-        return table_rows(alike), alike.amax(2)
+        return TableRows(alike), alike.amax(2)
     closest = x[0].new_full((len(x), n), -1)
     for own, item in zip(closest, x, strict=True):
         for start in range(0, n, block):
