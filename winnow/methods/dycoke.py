@@ -19,7 +19,7 @@ the code numbers them anew.
 from typing import Annotated, Literal
 
 import torch
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 
 import winnow.contract as wn
 from winnow.parts.frames import frame_grid, whole_clip
@@ -70,8 +70,11 @@ class DyCoke(wn.Method):
         broken = ~x.sum(-1).isfinite()
         wn.count_broken(broken, view)
         cut, like = list(pairs), list(pairs.values())
-        alike = cosine_similarity(x[:, cut], x[:, like], dim=-1).masked_fill(broken[:, like], -2)
-        stay = (-alike).masked_fill(broken[:, cut], -torch.inf)
+        # The code takes the lengths off twice where neighbours are compared: its roundings decide among near equals.
+        a, b, near = x[:, cut], x[:, like], frames // 2
+        twice = (normalize(part[:, :near], dim=-1) for part in (a, b))
+        alike = torch.cat([cosine_similarity(*twice, dim=-1), cosine_similarity(a[:, near:], b[:, near:], dim=-1)], 1)
+        stay = (-alike.masked_fill(broken[:, like], -2)).masked_fill(broken[:, cut], -torch.inf)
         best = stay.sort(dim=-1, descending=True, stable=True).indices[..., : int((1 - self.k) * places)]
         whole = torch.arange(places, device=best.device).expand(view.b, -1)
         last = frames - frames % 2 if self.tail == "released" else frames
