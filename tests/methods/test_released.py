@@ -30,6 +30,7 @@ NO_CODE = {
     "token-transforming",
 }
 KEEP_POSITIONS = {"dart", "diffrate", "dyvte", "fastv", "fitprune", "pixelprune", "tome", "v2drop", "vflowopt", "vtw"}
+KEEP_POSITIONS |= {"evs"}
 BUILT_IN = {slug for slug, entry in built_in().items() if not entry.of_cache}
 RELEASED = sorted(BUILT_IN - NO_CODE)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from winnow.cache.few import Few
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.ledger import add_notes
 from winnow.core.packing import Packing
@@ -28,6 +29,7 @@ class Context:
             `[B, L]` which of the slots that it held before are real (None: all); None where all layers read all.
         notes: what methods recorded.
         layers: of the cache.
+        few: what later layers read of the token that is decoded now.
     """
 
     attachment: Any
@@ -40,6 +42,7 @@ class Context:
     reads: Callable[[int], tuple[Packing, Tensor | None]] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     layers: list[Any] = field(default_factory=list)
+    few: Few | None = None
     _memo: tuple[Any, dict[Any, Any]] = field(default_factory=lambda: (None, {}))
 
     def check(self) -> None:
@@ -60,6 +63,12 @@ class Context:
             memo[key] = make()
         return memo[key]
 
+    def few_of(self, layer: int) -> Few | None:
+        """What a layer reads of its slots for the token that is decoded now; None: all."""
+        if self.few is not None and layer <= self.few.layer:
+            self.few = None  # said of an earlier token
+        return self.few
+
     def note(self, notes: dict[str, Any]) -> None:
         """Take what a step recorded: counts add up."""
         add_notes(self.notes, notes)
@@ -67,7 +76,7 @@ class Context:
     def forget(self) -> None:
         """Let go what belongs to the last forward."""
         self._memo = (None, {})
-        self.reads = None
+        self.reads = self.few = None
 
     def check_plain(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
         """Refuse attention with caps or sinks where it is computed here."""

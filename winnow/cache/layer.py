@@ -109,7 +109,7 @@ class HeldLayer(CacheLayerMixin):
             self.store.append(key_states, value_states)  # type: ignore[union-attr]
         self._count(key_states.shape[2])
         moment: Moment = "decode" if key_states.shape[2] == 1 and not first else "prefill"
-        if not self.runner.acts(moment):
+        if not self.runner.acts(moment) and self.context.few_of(self.index) is None:
             return self.store.read()  # type: ignore[union-attr]
         held = Held(self, (key_states, value_states))
         return held, held
@@ -141,7 +141,10 @@ class HeldLayer(CacheLayerMixin):
         moment: Moment = "decode" if n == 1 and self.seen > 1 else "prefill"
         asked = Asked(module, query, mask, kwargs, self.called)
         rest = (args, kwargs)
-        sparse = self.runner.before(asked) if moment == "prefill" and not self.changed else []
+        if moment == "decode":
+            sparse = self.runner.few()
+        else:
+            sparse = [] if self.changed else self.runner.before(asked)
         if sparse:
             output = self.runner.sparse(sparse, plain, asked, rest)
         else:

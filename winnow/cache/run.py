@@ -8,6 +8,7 @@ from torch import Tensor
 
 from winnow.cache.blocks import Coded, Lot, encode
 from winnow.cache.dense import Dense
+from winnow.cache.few import Few, Rows
 from winnow.cache.groups import Group, groups_of, of_group, parts_of, slots_of
 from winnow.cache.joining import Part, joined
 from winnow.cache.masks import real_of
@@ -47,9 +48,9 @@ class Runner:
         """Whether any step looks at this moment, or wants to have seen its queries later."""
         return moment in self._moments or (moment == "prefill" and "before" in self._moments) or self._recent > 0
 
-    def before(self, asked: Asked) -> list[tuple[Group, Reduction | None]]:
+    def before(self, asked: Asked) -> Rows:
         """The rows that are computed in this prefill, where a step says so (None: all of a group); empty: all."""
-        found: list[tuple[Group, Reduction | None]] = []
+        found: Rows = []
         for number, step in self.steps:
             if "before" not in step.when:
                 continue
@@ -61,8 +62,13 @@ class Runner:
                 found.append((group, action.rows if isinstance(action, Attend) else None))
         return found if any(rows is not None for _, rows in found) else []
 
-    def sparse(self, rows: list[tuple[Group, Reduction | None]], plain: Any, asked: Asked, rest: Any) -> Any:
-        """Attention among some rows alone; the others get zeros, and go on with what they are."""
+    def few(self) -> Rows:
+        """The slots that this layer reads for a decoded token, where an earlier layer says so; empty: all."""
+        few = self.layer.context.few_of(self.layer.index)
+        return [] if few is None else few.of_layer(self.layer)
+
+    def sparse(self, rows: Rows, plain: Any, asked: Asked, rest: Any) -> Any:
+        """Attention among some rows alone; queries of the others get zeros, and go on with what they are."""
         args, kwargs = rest
         kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}  # those of all rows
         module, query, mask = asked.module, asked.query, asked.mask
@@ -92,7 +98,11 @@ class Runner:
             self.queries = whole[:, :, -self._recent :].detach()
         for number, step in self.steps:
             if moment in step.when and not self._encoded_by(number):
-                self._apply(number, self._answers(number, step, moment, asked))
+                answers = self._answers(number, step, moment, asked)
+                if moment == "decode" and any(isinstance(action, Attend) for *_, action in answers):
+                    self.layer.context.few = Few.of(self.layer, self._slug(number), answers)
+                else:
+                    self._apply(number, answers)
         self._encode_tail()
 
     def _answers(self, number: int, step: KVStep, moment: Moment, asked: Asked) -> Answers:

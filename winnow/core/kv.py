@@ -29,11 +29,13 @@ class KVStep(Step):
         when: the moments at which it runs.
         recent: queries of earlier forwards that it wants while decoding, beside the one of this token.
         calls: whether it wants what the attention module was called with; it is then given every sample by itself.
+        kinds: whether it wants to know what each slot is; a view then holds samples with as many slots of each kind.
     """
 
     when: tuple[Moment, ...] = ("prefill",)
     recent: int = 0
     calls: bool = False
+    kinds: bool = False
 
 
 @dataclass(frozen=True)

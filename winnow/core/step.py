@@ -75,7 +75,11 @@ class Route(Action):
 
 @dataclass(frozen=True)
 class Attend(Action):
-    """Only these key/value rows are read in this step."""
+    """Only these key/value rows are read in this step.
+
+    Before a layer attends in a prefill: by that layer. For a decoded token: by all later layers, of which each holds
+    what this one does; nothing is dropped, so that other rows can be read for the next token.
+    """
 
     rows: Reduction
 

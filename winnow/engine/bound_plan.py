@@ -160,7 +160,9 @@ class BoundPlan:
 
     @functools.cached_property
     def asks_kinds(self) -> bool:
-        """Whether a budget of the cache depends on what each token is."""
+        """Whether a step at the cache, or a budget of it, depends on what each token is."""
+        if any(getattr(step, "kinds", False) for steps in self.kv.values() for _, step in steps):
+            return True
         found = (getattr(method, name) for method in self.plan.methods for name in method.settings())
         return any(isinstance(value, KVBudget) and value.is_kinds for value in found)
 

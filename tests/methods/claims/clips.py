@@ -1,0 +1,93 @@
+"""Claims of methods for videos, on drawn clips of tokens: there is no video model to ask yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from tests.methods.directional import Sample, at_random
+from winnow.core.layout import Layout
+from winnow.core.reduction import Reduction
+from winnow.core.view import View
+from winnow.methods.dycoke import DyCoke
+from winnow.methods.evs import EVS
+from winnow.methods.vidcom2 import VidCom2
+
+from .finding import Finding, compared
+
+CLIPS, FRAMES, SIDE, WIDTH = 60, 8, 6, 32
+PLACES = SIDE * SIDE
+Clip = tuple[View, set[int]]
+
+
+def background(seed: int, noise: float = 0.1) -> tuple[torch.Generator, torch.Tensor]:
+    """Frames `[t, p, D]` that repeat one another but for a little noise."""
+    generator = torch.Generator().manual_seed(seed)
+    still = torch.randn(1, PLACES, WIDTH, generator=generator)
+    return generator, still + noise * torch.randn(FRAMES, PLACES, WIDTH, generator=generator)
+
+
+def shown(frames: torch.Tensor) -> View:
+    return View.of(frames.flatten(0, 1)[None], layout=Layout.grid(SIDE, SIDE, FRAMES))
+
+
+def moving(seed: int) -> Clip:
+    """A thing of 2 × 2 tokens that walks over a still background, and where it stands behind the first frame."""
+    generator, frames = background(seed)
+    thing = torch.randn(4, WIDTH, generator=generator)
+    row, col = torch.randint(SIDE - 1, (2,), generator=generator).tolist()
+    found = set()
+    for t in range(FRAMES):
+        cells = [(row + r) * SIDE + (col + t) % (SIDE - 1) + c for r in (0, 1) for c in (0, 1)]
+        frames[t, cells] = thing
+        found |= {t * PLACES + cell for cell in cells if t}
+    return shown(frames), found
+
+
+def flash(seed: int) -> Clip:
+    """A thing of 3 × 3 tokens that is there in one frame only, and its tokens."""
+    generator, frames = background(seed)
+    row, col = torch.randint(SIDE - 2, (2,), generator=generator).tolist()
+    t = int(torch.randint(1, FRAMES, (1,), generator=generator))
+    cells = [(row + r) * SIDE + col + c for r in range(3) for c in range(3)]
+    frames[t, cells] = torch.randn(9, WIDTH, generator=generator)
+    return shown(frames), {t * PLACES + cell for cell in cells}
+
+
+def recall(found: Reduction, wanted: set[int]) -> float:
+    return len(wanted & set(found.lane(0).index.tolist())) / len(wanted)  # type: ignore[union-attr]
+
+
+def evs(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    yield beside_random("evs", EVS(keep="25%"))
+
+
+def dycoke(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    yield beside_random("dycoke", DyCoke())
+
+
+def beside_random(slug: str, method: EVS | DyCoke) -> Finding:
+    own, blind = [], []
+    for view, wanted in map(moving, range(CLIPS)):
+        found = method.reduce(view)
+        own.append(recall(found, wanted))
+        blind.append(recall(at_random(view, found.m), wanted))
+    what = f"{CLIPS} clips of {FRAMES} frames, tokens of a thing that walks"
+    claim = "what moves is kept more often than by as many tokens at random"
+    return compared(slug, claim, what, (slug, "random"), np.array(own), np.array(blind))
+
+
+def vidcom2(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    clips = [flash(seed) for seed in range(CLIPS)]
+    own, equal = (
+        np.array([recall(VidCom2(keep="12.5%", temperature=heat).reduce(view), wanted) for view, wanted in clips])
+        for heat in (0.01, 1e6)
+    )
+    what = f"{CLIPS} clips of {FRAMES} frames, tokens of a thing that is there in one"
+    claim = "shares by frame find more of what is in one frame than equal shares"
+    yield compared("vidcom2", claim, what, ("shares by frame", "equal shares"), own, equal)
+
+
+CLAIMS = {"evs": evs, "dycoke": dycoke, "vidcom2": vidcom2}
