@@ -33,6 +33,7 @@ KEEP_POSITIONS = {"dart", "diffrate", "dyvte", "fastv", "fitprune", "pixelprune"
 KEEP_POSITIONS |= {"evs"}
 BUILT_IN = {slug for slug, entry in built_in().items() if not entry.of_cache}
 RELEASED = sorted(BUILT_IN - NO_CODE)
+KEEP_POSITIONS |= {"centerclip"}  # no language model stands behind it
 
 
 def released(text: str):

@@ -11,7 +11,6 @@ Departs from the released code: without [CLS] the code leaves the even tokens th
 (`order=likeness`), so that the next block pairs others; here they keep their own. It has no language model behind it.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -19,9 +18,8 @@ import torch
 from jaxtyping import Int
 
 import winnow.contract as wn
-from winnow.parts.bipartite import bipartite
-from winnow.parts.cosine import unit
-from winnow.parts.merge import weights_by_size
+from winnow.parts.pair_merge import merge_pairs, most_pairs, pairs_to
+from winnow.parts.tower import prefix
 
 
 @wn.register("tome")
@@ -68,16 +66,9 @@ class ToMe(wn.Method):
 
     def pairs(self, view: wn.View, block: int, blocks: int) -> int:
         """Pairs that merge in a block, of those that are there."""
-        tokens = view.n - _prefix(view)
-        if self.left is None:
-            return min(tokens // 2, self.schedule(blocks)[block])
-        start, end = view.n_visual, self.left.of(view)
-        if end << blocks < start:
-            least = -(-start >> blocks)
-            raise wn.WinnowError(f"tome: left={self.left} of {start}; allowed in {blocks} blocks: {least} and more.")
-        # No more may be left over than the blocks behind this one can halve.
-        goal = min(start - (start - end) * (block + 1) // blocks, end << (blocks - 1 - block))
-        return min(tokens // 2, max(0, tokens - goal))
+        if self.left is not None:
+            return pairs_to(view, self.left.of(view), block, blocks, "tome")
+        return min(most_pairs(view), self.schedule(blocks)[block])
 
     def reduce(self, view: wn.View) -> wn.Reduction:
         """The merge of a first block, whose keys are the only signal."""
@@ -88,28 +79,12 @@ class ToMe(wn.Method):
 
     def merge(self, view: wn.View, state: wn.State, keys: wn.VisionKeys, r: int) -> tuple[wn.Reduce, wn.State]:
         """Merge r pairs; `state.summed` holds how many patches each token stands for."""
-        if r == 0:
-            everything = torch.arange(view.n, device=view.tokens.device).expand(view.b, -1)
-            return wn.Reduce(wn.Reduction.select(everything, view.n)), state
-        x, broken = unit(view[keys])
-        wn.count_broken(broken, view)
-        likeness = self.order == "likeness"
-        found = bipartite(x, r, self._turns(view), bool(_prefix(view)), broken=broken, by_likeness=likeness)
-        size = state.summed.get("size", x[0].new_ones(view.b, view.n))
-        weight, total = weights_by_size(found.cluster, size, view.n - r)
-        reduction = wn.Reduction.assign(
-            found.cluster, weight, m=view.n - r, representative=found.representative, ordered=False
-        )
-        after = replace(state, summed={**state.summed, "size": size})
-        return wn.Reduce(reduction, log_bias=total.log() if self.proportional else None), after
+        likeness, turn = self.order == "likeness", self._turn(view)
+        return merge_pairs(view, state, view[keys], r, turn=turn, proportional=self.proportional, by_likeness=likeness)
 
-    def _turns(self, view: wn.View) -> Int[torch.Tensor, " n"]:
-        """The tokens in the order in which they are even and odd; [CLS] stays the first."""
+    def _turn(self, view: wn.View) -> Int[torch.Tensor, " n"] | None:
+        """The tokens in the order in which they are even and odd, where it is not their own; [CLS] stays the first."""
+        if self.split == "even":
+            return None
         places = torch.arange(view.n, device=view.tokens.device)
-        at_random = torch.where(places < _prefix(view), -1.0, view.rand(view.n)[0])
-        return places if self.split == "even" else at_random.argsort()
-
-
-def _prefix(view: wn.View) -> int:
-    """1 where a tile begins with [CLS]."""
-    return int(view.layout.kind[0] == wn.CLS)
+        return torch.where(places < prefix(view), -1.0, view.rand(view.n)[0]).argsort()

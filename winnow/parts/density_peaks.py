@@ -9,45 +9,59 @@ from torch import Tensor
 
 
 def density_peaks(
-    tokens: Float[Tensor, "b n d"], clusters: int, broken: Bool[Tensor, "b n"] | None = None
+    tokens: Float[Tensor, "b n d"],
+    clusters: int,
+    broken: Bool[Tensor, "b n"] | None = None,
+    *,
+    neighbours: int | None = None,
 ) -> tuple[Int[Tensor, "b c"], Int[Tensor, "b n"]]:
     """The centres, best first, and the number of the centre that each token belongs to.
 
-    Density is exp(−mean squared distance to the `clusters` nearest tokens, itself among them), distances are divided by
+    Density is exp(−mean squared distance to the nearest tokens, itself among them), distances are divided by
     √D, and a token is as good a centre as its density × its distance to the nearest denser token (the largest distance
     of all, where none is denser). Tokens go to the nearest centre. Ties go to the lowest index, in distances that are
     summed from differences, so that none is lost beside large norms. One n × n table for each item.
 
     Args:
         broken: tokens that are centres only when no others are left, and belong to none (−1).
+        neighbours: nearest tokens by which density is measured, as far as there are; by default as many as clusters.
     """
-    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    if broken is not None:
-        wide = wide.masked_fill(broken[..., None], 0)
-    found = [_peaks(x, clusters, None if broken is None else broken[i]) for i, x in enumerate(wide)]
+    near = clusters if neighbours is None else neighbours
+    bad = torch.zeros_like(tokens[..., 0], dtype=torch.bool) if broken is None else broken
+    found = [_clustered(*peak_scores(x, near, own), clusters, own) for x, own in zip(tokens, bad, strict=True)]
     centres, owners = zip(*found, strict=True)
     return torch.stack(centres), torch.stack(owners)
 
 
-def _peaks(x: Float[Tensor, "n d"], clusters: int, broken: Bool[Tensor, " n"] | None) -> tuple[Tensor, Tensor]:
-    far = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(x.shape[1])
-    density = (-far.topk(clusters, largest=False).values.square().mean(1)).exp()
+def peak_scores(
+    tokens: Float[Tensor, "n d"], neighbours: int, broken: Bool[Tensor, " n"]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+    """How good a centre each token of one item is (−inf for broken ones), and the distances between them."""
+    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).masked_fill(broken[:, None], 0)
+    far = torch.cdist(wide, wide, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(wide.shape[1])
+    nearest = far.topk(min(neighbours, wide.shape[0]), largest=False).values
+    density = (-nearest.square().mean(1)).exp()
     denser = density > density[:, None]
     score = far.masked_fill(~denser, torch.inf).amin(1).minimum(far.max()) * density
-    if broken is not None:
-        score = score.masked_fill(broken, -torch.inf)
+    return score.masked_fill(broken, -torch.inf), far
+
+
+def _clustered(
+    score: Float[Tensor, " n"], far: Float[Tensor, "n n"], clusters: int, broken: Bool[Tensor, " n"]
+) -> tuple[Int[Tensor, " c"], Int[Tensor, " n"]]:
     centres = score.sort(descending=True, stable=True).indices[:clusters]
-    owner = far[centres].argmin(0)
-    if broken is not None:
-        owner = owner.masked_fill(broken, -1)
-    return centres, owner.scatter(0, centres, torch.arange(clusters, device=x.device))
+    owner = far[centres].argmin(0).masked_fill(broken, -1)
+    return centres, owner.scatter(0, centres, torch.arange(clusters, device=owner.device))
 
 
-def density_peaks_naive(tokens: Sequence[Sequence[float]], clusters: int) -> tuple[list[int], list[int]]:
+def density_peaks_naive(
+    tokens: Sequence[Sequence[float]], clusters: int, neighbours: int | None = None
+) -> tuple[list[int], list[int]]:
     """The same for one item, over lists: the reference that `density_peaks` is tested against."""
     every = range(len(tokens))
     far = [[math.dist(a, b) / math.sqrt(len(a)) for b in tokens] for a in tokens]
-    density = [math.exp(-sum(d * d for d in sorted(row)[:clusters]) / clusters) for row in far]
+    near = min(len(tokens), neighbours or clusters)
+    density = [math.exp(-sum(d * d for d in sorted(row)[:near]) / near) for row in far]
     widest = max(map(max, far))
     apart = [min((far[i][j] for j in every if density[j] > density[i]), default=widest) for i in every]
     centres = sorted(every, key=lambda i: -apart[i] * density[i])[:clusters]

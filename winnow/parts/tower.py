@@ -34,6 +34,11 @@ class Tower(NamedTuple):
     rank: Int[Tensor, " n"]
 
 
+def prefix(view: View) -> int:
+    """1 where a tile begins with [CLS], else 0."""
+    return int(view.layout.kind[0] == CLS)
+
+
 def tower_of(view: View, method: str) -> Tower:
     """The tower's rows that a view at `features` holds.
 
