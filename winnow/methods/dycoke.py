@@ -72,8 +72,9 @@ class DyCoke(wn.Method):
         cut, like = list(pairs), list(pairs.values())
         # The code takes the lengths off twice where neighbours are compared: its roundings decide among near equals.
         a, b, near = x[:, cut], x[:, like], frames // 2
-        twice = (normalize(part[:, :near], dim=-1) for part in (a, b))
-        alike = torch.cat([cosine_similarity(*twice, dim=-1), cosine_similarity(a[:, near:], b[:, near:], dim=-1)], 1)
+        first, second = (normalize(part[:, :near], dim=-1) for part in (a, b))
+        third = cosine_similarity(a[:, near:], b[:, near:], dim=-1)
+        alike = torch.cat([cosine_similarity(first, second, dim=-1), third], 1)
         stay = (-alike.masked_fill(broken[:, like], -2)).masked_fill(broken[:, cut], -torch.inf)
         best = stay.sort(dim=-1, descending=True, stable=True).indices[..., : int((1 - self.k) * places)]
         whole = torch.arange(places, device=best.device).expand(view.b, -1)
