@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from tests.learn.resuming import check_resumes
 from tests.methods.directional import gap
 from winnow.cli import app
-from winnow.learn.detection import detector as parts
-from winnow.learn.detection.detector import TOKENS, Detector, Memory, centers, unwindowed, windowed
+from winnow.learn.detection import blocks
+from winnow.learn.detection.blocks import TOKENS, unwindowed, windowed
+from winnow.learn.detection.detector import Detector, Memory, centers
 from winnow.learn.detection.drives import as_record, precision, recall
 from winnow.learn.detection.toc3d import KEPT, at, followed, load, scores, shown, train
 from winnow.parts.history import MOTION, MotionQueries, QueryScores, moved, waves
@@ -66,7 +67,7 @@ def test_windows_keep_equal_shares_of_one_camera_each(monkeypatch):
         seen.append((x.shape[1], keep))
         return x
 
-    monkeypatch.setattr(parts, "slow_fast", counting)
+    monkeypatch.setattr(blocks, "slow_fast", counting)
     Detector()(images(), remembered())
     assert seen == [(16, 16), (16, 8), (64, 32), (16, 5), (16, 5), (64, 20)]
 
