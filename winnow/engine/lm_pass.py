@@ -23,7 +23,7 @@ from winnow.engine.cache import CacheState, Past, check_cache, held_by, state_of
 from winnow.engine.devices import device_of
 from winnow.engine.encoder import lm_signal, places
 from winnow.engine.encoding import EncoderRecord
-from winnow.engine.item_tokens import LMTokens, Merged, Span, carried, content_mask, content_slots, on_device
+from winnow.engine.item_tokens import LMTokens, Merged, Span, carried, content_mask, content_slots, on_device, rows_of
 from winnow.engine.packed import PackedSequence, check_segments, packed_segments, row_mask
 from winnow.engine.probing import probe_layer
 from winnow.engine.question import Questions
@@ -380,12 +380,7 @@ class LMPass:
                 f"{hidden.ndim - 2} rows for each token; use a method that acts at projected."
             )
 
-        def rows(group: list[LMTokens]) -> Tensor:
-            at = torch.tensor([item.row for item in group], device=hidden.device)
-            slots = torch.stack([item.slots for item in group])
-            return hidden[at[:, None], slots.to(hidden.device)].to(slots.device)
-
-        changes = self.runner.run(number, step, self.items, rows)
+        changes = self.runner.run(number, step, self.items, lambda group: rows_of(group, hidden))
         return self._apply(hidden, changes) if changes else hidden
 
     def _apply(self, hidden: Tensor, changes: list[Change]) -> Tensor:
@@ -395,32 +390,16 @@ class LMPass:
         source = hidden
         for change in changes:
             item: LMTokens = change.item  # type: ignore[assignment]
-            reduction = change.reduction
-            was = item.slots
-            own = was[reduction.representatives]
-            unique = reduction.is_selection or reduction.representative is not None
-            at = own.sort().values if unique else was[: reduction.m]
-            kept[item.row, was] = False
-            kept[item.row, at] = True
-            sizes[item.row] -= was.shape[0] - reduction.m
-            if not change.separators:
-                sizes[item.row] -= self._drop_separators(item, kept)
+            was, reduction = item.slots, change.reduction
+            sizes[item.row] -= item.leave(reduction, change.separators, kept)
+            at = item.slots
             if change.rows is not None:
                 places = self.tokens.packing.source[item.row]
                 self.merged.append(Merged(item.row, places[was], places[at], reduction))
                 source = source.clone() if source is hidden else source
                 source[item.row, at.to(source.device)] = change.rows.to(source)
-                self.tokens.place(item.row, at, own)
-            item.slots = at
+                self.tokens.place(item.row, at, was[reduction.representatives])
         return self._repack(source, kept, tuple(sizes))
-
-    @staticmethod
-    def _drop_separators(item: LMTokens, kept: Tensor) -> int:
-        """Remove an item's separators from `kept`; how many they were."""
-        count = item.separator_slots.shape[0]
-        kept[item.row, item.separator_slots] = False
-        item.separator_slots = item.separator_slots[:0]
-        return count
 
     def _repack(self, hidden: Tensor, kept: Tensor, sizes: tuple[int, ...]) -> Tensor:
         if self.cache is not None and not self.tokens.touched:
@@ -452,7 +431,7 @@ class LMPass:
             kept[item.row, at] = True
             sizes[item.row] -= item.slots.shape[0] - ids.shape[0]
             if not tower.separators or not ids.shape[0]:
-                sizes[item.row] -= self._drop_separators(item, kept)
+                sizes[item.row] -= item.drop_separators(kept)
             item.slots, item.ids = at, ids
         for record in {id(item.encoded): item.encoded for item in reduced}.values():
             self.note(record.notes)

@@ -98,8 +98,17 @@ class Family:
         return getattr(output, "pooler_output", None)
 
     def info(self, model: Any) -> ModelInfo:
-        """What is known of this model before data."""
-        raise NotImplementedError
+        """What is known of this model before data; by default nothing of its tower."""
+        return ModelInfo(
+            model=type(model).__name__,
+            family=self.name,
+            depth=len(decoder_of(model).layers),
+            width=model.config.get_text_config().hidden_size,
+            vision_depth=0,
+            has_cls=False,
+            points=self.points,
+            mrope=self.mrope,
+        )
 
     def lengths(self, model: Any, encoding: Encoding, pooled: Sequence[Tensor]) -> tuple[int, ...]:
         """Tokens of each item in what the encoder pooled; by default each of its elements is an item."""
