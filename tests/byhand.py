@@ -232,10 +232,12 @@ class Reference:
             logits.append(self.model.lm_head(self.lm.norm(hidden)[:, -1]))
         return Trace(torch.cat(logits), seen, prompt, cache)
 
-    def _layer(self, layer: nn.Module, hidden: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    def _layer(
+        self, layer: nn.Module, hidden: Tensor, positions: Tensor, cache: DynamicCache, mask: Tensor | None = None
+    ) -> Tensor:
         rope = self.lm.rotary_emb(hidden, positions)
         held = {_cache_keyword(layer): cache}
-        return layer(hidden, attention_mask=None, position_embeddings=rope, use_cache=True, **held)
+        return layer(hidden, attention_mask=mask, position_embeddings=rope, use_cache=True, **held)
 
     def _at(self, entry: Entry, held: Tensor, compact: bool) -> Tensor:
         return self._numbered(torch.arange(len(held))) if compact else entry.positions[..., held]
@@ -262,26 +264,32 @@ class Reference:
             return self._windowed(sample["pixel_values"], sample["image_grid_thw"])
         if "video_grid_thw" in sample:
             return self._windowed(sample["pixel_values_videos"], sample["video_grid_thw"])
-        return self._tower(sample) if "pixel_values" in sample else Vision([], [], [], [])
+        pixels = "pixel_values" in sample or "pixel_values_videos" in sample
+        return self._tower(sample) if pixels else Vision([], [], [], [])
 
     def _tower(self, sample: dict[str, Tensor]) -> Vision:
-        """CLIP and SigLIP: one attention matrix for each tile."""
+        """CLIP and SigLIP: one attention matrix for each tile, or for each frame, whose cells are pooled."""
         model = self.eager.model
         blocks = model.vision_tower.encoder.layers
         weights: list[Tensor] = []
         keys: list[Tensor] = []
         hooks = [b.self_attn.register_forward_hook(lambda m, a, out: weights.append(out[1])) for b in blocks]
         hooks += [b.self_attn.k_proj.register_forward_hook(lambda m, a, out: keys.append(out)) for b in blocks]
+        videos, sizes = sample.get("pixel_values_videos"), sample.get("image_sizes")
         pictures = {k: v for k, v in sample.items() if k in ("pixel_values", "image_sizes")}
-        out = model.get_image_features(**pictures, return_dict=True)
+        encode = model.get_image_features if videos is None else model.get_video_features
+        out = encode(**(pictures if videos is None else {"pixel_values_videos": videos}), return_dict=True)
         for hook in hooks:
             hook.remove()
-        sizes = sample.get("image_sizes")
-        tiles = [1] * len(sample["pixel_values"]) if sizes is None else [self._tiles(size) for size in sizes]
+        if videos is not None:
+            tiles = [videos.shape[1]] * len(videos)
+        else:
+            tiles = [1] * len(sample["pixel_values"]) if sizes is None else [self._tiles(size) for size in sizes]
         prefix = weights[0].shape[-1] - self.cells
         heads = weights[0].shape[1]
-        received = [w.mean(2)[..., prefix:] for w in weights]
-        cls = [w[:, :, 0, prefix:] for w in weights] if prefix else []
+        pooled = (lambda x: x) if videos is None else self._pooled
+        received = [pooled(w.mean(2)[..., prefix:]) for w in weights]
+        cls = [pooled(w[:, :, 0, prefix:]) for w in weights] if prefix else []
         mean_keys = [k.unflatten(-1, (heads, -1)).mean(-2) for k in keys]
         features = out.hidden_states[self.model.config.vision_feature_layer]
         return Vision(
@@ -290,6 +298,12 @@ class Reference:
             [list(block.split(tiles)) for block in mean_keys],
             list(features.split(tiles)),
         )
+
+    def _pooled(self, values: Tensor) -> Tensor:
+        """`[…, cells]` → `[…, tokens]`: the means of squares of a frame."""
+        side, stride = int(self.cells**0.5), self.model.config.spatial_pool_stride
+        down = values.unflatten(-1, (side // stride, stride, side // stride, stride))
+        return down.mean((-3, -1)).flatten(-2)
 
     def _windowed(self, pixels: Tensor, grids: Tensor) -> Vision:
         """Qwen2.5-VL: patches in window order, one attention matrix for each window, or for each frame."""

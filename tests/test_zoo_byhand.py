@@ -6,6 +6,7 @@ import pytest
 import torch
 import zoo
 from byhand import Reference
+from clips import CLIPS, LENGTHS
 
 STEPS = 6
 
@@ -14,8 +15,19 @@ STEPS = 6
 @pytest.mark.parametrize("build", zoo.BUILDS)
 def test_by_hand_equals_the_plain_model(build, rows):
     """Per-step logits of a left-padded batch against each sample alone; the rows really differ in length."""
-    model, parts = zoo.model(build), zoo.samples(build, rows)
-    inputs = zoo.collate(parts)
+    check_plain(zoo.model(build), zoo.samples(build, rows), zoo.collate)
+
+
+@pytest.mark.parametrize("letter", LENGTHS)
+def test_by_hand_equals_the_plain_model_for_clips(letter):
+    rows = (f"3 {letter} 6", "9", f"2 {letter} 4 {letter} 3")
+    check_plain(zoo.model("qwen2_5_vl"), zoo.samples("qwen2_5_vl", rows), zoo.collate)
+    for build in CLIPS.values():
+        check_plain(build.model(), build.samples(rows), build.collate)
+
+
+def check_plain(model, parts, collate):
+    inputs = collate(parts)
     options = {"do_sample": False, "max_new_tokens": STEPS, "return_dict_in_generate": True, "output_logits": True}
     with torch.no_grad():
         output = model.generate(**inputs, **options)
@@ -51,6 +63,18 @@ def test_entries_have_the_pictures_of_the_row(build):
     assert separators == ([3, 10] if build == "llava_next" else [0, 0])
     for cells in entry.cells:
         assert len(set(cells.tolist())) == len(cells)
+
+
+def test_by_hand_attention_of_a_clip_has_a_value_for_each_token():
+    """Frames are pooled, so what a token receives is the mean over its patches."""
+    for build in CLIPS.values():
+        reference, sample = Reference(build.model()), build.sample("3 W 2 W 6")
+        vision, entry = reference.vision(sample), reference.entry(sample)
+        for block in (*vision.cls, *vision.received):
+            assert [part.shape[1] for part in block] == [len(content) for content in entry.content]
+        for block in vision.cls:
+            frames = block[0].unflatten(1, (LENGTHS["W"][0], -1)).mean(-1) * reference.cells
+            assert ((frames > 0) & (frames < 1)).all()
 
 
 @pytest.mark.parametrize("build", zoo.WITH_CLS)

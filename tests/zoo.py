@@ -2,7 +2,7 @@
 
 A row of a batch is written as a string: `"3 A 6 B 2"` is three text tokens, picture A, six text tokens, picture B and
 two text tokens. The letters differ in size where the class allows it (tiles, unpadding, grids), so rows are ragged;
-V is a video, for Qwen2.5-VL only.
+V, W and X are videos, for Qwen2.5-VL only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from clips import LENGTHS, scenes
 from quick import Mould
 from torch import Tensor, nn
 from transformers import (
@@ -46,7 +47,8 @@ PIXELS = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_values_videos"
 
 # Height and width in tiles: each tile grid once, A and B unpadded; T is B turned, with as many content tokens.
 _TILED = {"A": (2, 1.77), "B": (0.7, 2), "C": (2, 2), "T": (2, 0.7)}
-# Patches. A and B leave windows that are not full, T is B turned; D is a single token, L is 576; V has two frames.
+# Patches. A and B leave windows that are not full, T is B turned; D is a single token, L is 576; V has two frames, and
+# W and X are clips with a cut.
 _GRIDS = {
     "A": (1, 10, 8),
     "B": (1, 4, 14),
@@ -55,7 +57,10 @@ _GRIDS = {
     "D": (1, 2, 2),
     "L": (1, 48, 48),
     "V": (2, 6, 8),
+    "W": (LENGTHS["W"][0], 4, 8),
+    "X": (LENGTHS["X"][0], 4, 6),
 }
+VIDEOS = "VWX"
 
 
 def model(
@@ -193,7 +198,7 @@ def sample(
         if word.isdigit():
             ids += torch.randint(10, 200, (int(word),), generator=generator).tolist()
         else:
-            placeholder = VIDEO if word == "V" else IMAGE
+            placeholder = VIDEO if word in VIDEOS else IMAGE
             ids += [PICTURE_START, *[placeholder] * tokens_of(build, word, side), PICTURE_END]
             picture = _picture(build, word, side, generator)
             pictures.append({k: v.to(dtype) if v.is_floating_point() else v for k, v in picture.items()})
@@ -236,7 +241,7 @@ def tokens_of(build: str, letter: str, side: int = SIDE) -> int:
     """How many tokens a picture has in the LM, separators included; the class itself is asked."""
     picture = _picture(build, letter, side, torch.Generator().manual_seed(0))
     base = model(build, side=side).model  # a copy: a model that has run keeps hooks of transformers
-    encode = base.get_video_features if letter == "V" else base.get_image_features
+    encode = base.get_video_features if letter in VIDEOS else base.get_image_features
     with torch.no_grad():
         return encode(**picture, return_dict=True).pooler_output[0].shape[0]
 
@@ -245,7 +250,11 @@ def _picture(build: str, letter: str, side: int, generator: torch.Generator) -> 
     if build == "qwen2_5_vl":
         grid = torch.tensor([_GRIDS[letter]])
         pixels = torch.randn(int(grid.prod()), 3 * 2 * PATCH * PATCH, generator=generator)
-        if letter == "V":
+        if letter in LENGTHS:
+            frames, cut = LENGTHS[letter]
+            moving = torch.arange(len(pixels) // frames) // 4 % 3 == 0  # every third token; four patches make one
+            pixels = scenes(pixels.unflatten(0, (frames, -1)), moving, cut).flatten(0, 1)
+        if letter in VIDEOS:
             return {"pixel_values_videos": pixels, "video_grid_thw": grid}
         return {"pixel_values": pixels, "image_grid_thw": grid}
     if build == "llava_next":

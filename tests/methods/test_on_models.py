@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import zoo
 from byhand import Entry, Reference, Vision
+from clips import CLIPS
 
 from winnow.core.registry import method_class, picture_methods
 from winnow.testing import Build, Worked, check_on_models
@@ -57,7 +58,7 @@ def written(sample) -> tuple[tuple[str, bytes], ...]:
 
 @functools.cache
 def of_build(build: str) -> Remembering:
-    return Remembering(zoo.model(build))
+    return Remembering(CLIPS[build].model() if build in CLIPS else zoo.model(build))
 
 
 @functools.lru_cache(maxsize=1)
@@ -81,13 +82,16 @@ def worked(slug, plain, sample, forced, **settings) -> Worked:
 
 
 def of_zoo(build, rows) -> Build:
+    if build in CLIPS:
+        return Build(CLIPS[build].model, CLIPS[build].samples(rows), CLIPS[build].collate)
     return Build(partial(zoo.model, build), zoo.samples(build, rows), zoo.collate)
 
 
 @pytest.mark.parametrize(("slug", "build"), proofs())
 def test_a_method_on_a_model(slug, build):
+    first = getattr(hand(slug), "ROWS", {}).get(build, ROWS)
     more = getattr(hand(slug), "EXTRA", {}).get(build, ())
-    builds = {f"{build} {rows}": of_zoo(build, rows) for rows in (ROWS, *more)}
+    builds = {f"{build} {rows}": of_zoo(build, rows) for rows in (first, *more)}
     by = partial(by_hand_on, slug, build)
     check_on_models(method_class(slug), by, settings=hand(slug).SETTINGS, builds=builds)
 

@@ -2,7 +2,9 @@
 
 A file says `SETTINGS` of the method, and `by_hand(reference, sample, entry, **settings)`, which gives what
 `Reference.run` needs: lists and loops over eager attentions or hidden states, for one sample. `BUILDS` are those that
-the method runs on, where these are not all, and `EXTRA` more batches of a build that it must be tried on.
+the method runs on, where these are not all; `ROWS` the batch of a build, where it is not the one that all methods are
+given (`{"qwen2_5_vl": ("3 W 6", "9")}`), and `EXTRA` more batches of a build that it must be tried on.
+Methods for videos run on `qwen2_5_vl` and `llava_next_video` (see `clips`).
 Nothing here imports winnow.
 """
 
@@ -12,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import zoo
 from byhand import Entry, Reference, top
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -24,6 +27,23 @@ def shares(total: int, sizes: Sequence[int]) -> list[int]:
         open_groups = [i for i, size in enumerate(sizes) if given[i] < size]
         least = min(given[i] for i in open_groups)
         given[next(i for i in open_groups if given[i] == least)] += 1
+    return given
+
+
+def dealt(total: int, wanted: list[float], sizes: list[int]) -> list[int]:
+    """In proportion, none beyond its size; what rounding down leaves goes to the largest remainders."""
+    level, full = 1.0, set()
+    while True:
+        rest = [i for i in range(len(sizes)) if i not in full]
+        level = (total - sum(sizes[i] for i in full)) / sum(wanted[i] for i in rest)
+        more = {i for i in rest if wanted[i] * level > sizes[i]}
+        if not more:
+            break
+        full |= more
+    exact = [sizes[i] if i in full else wanted[i] * level for i in range(len(sizes))]
+    given = [int(x) for x in exact]
+    for i in sorted(range(len(sizes)), key=lambda i: given[i] - exact[i])[: total - sum(given)]:
+        given[i] += 1
     return given
 
 
@@ -79,6 +99,19 @@ def grid_of(reference: Reference, sample: dict[str, Tensor], picture: int) -> Ca
         return down * side + row, right * side + col
 
     return spot
+
+
+def frames_of(sample: dict[str, Tensor], entry: Entry, picture: int) -> tuple[int, int]:
+    """The frames of an item and the tokens of each; a picture is one frame. Tokens come frame by frame, in raster."""
+    first = [int(sample["input_ids"][0, content[0]]) for content in entry.content]
+    tokens = len(entry.content[picture])
+    if first[picture] != zoo.VIDEO:
+        return 1, tokens
+    if "video_grid_thw" in sample:
+        frames = int(sample["video_grid_thw"][first[:picture].count(zoo.VIDEO), 0])
+    else:
+        frames = sample["pixel_values_videos"].shape[1]
+    return frames, tokens // frames
 
 
 def glorot(shapes: Sequence[Sequence[int]], seed: int = 0) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from byhand import Entry, Hand, Reference, keeping, share, top
 from torch import Tensor
 
-from methods.byhand import grid_of, tiles_of
+from methods.byhand import dealt, grid_of, tiles_of
 
 SETTINGS = {"keep": "30%", "temperature": 0.5}
 BUILDS = ("llava_clip", "llava_next")  # those with [CLS]
@@ -30,7 +30,7 @@ def by_hand(
             down, across = (-(-int(side) // reference.tile) for side in size)
             seen = own[tiles[0]]
             ratios = _ratios(seen, down, across, total / len(cells), temperature)
-            quota = _dealt(total, [r * len(tile) for r, tile in zip(ratios, tiles, strict=True)], [*map(len, tiles)])
+            quota = dealt(total, [r * len(tile) for r, tile in zip(ratios, tiles, strict=True)], [*map(len, tiles)])
             where = [grid_of(reference, sample, picture)(int(cell)) for cell in cells[len(tiles[0]) :]]
             there = _there(seen, where)
             chosen = [top(seen, quota[0])]
@@ -70,23 +70,6 @@ def _ratios(seen: Tensor, down: int, across: int, share: float, temperature: flo
     powers = [math.exp((s - max(sums)) / temperature) for s in sums]
     p = [power / sum(powers) for power in powers]
     return [share] + [min(1.0, share * (1 + one - sum(p) / len(p))) for one in p]
-
-
-def _dealt(total: int, wanted: list[float], sizes: list[int]) -> list[int]:
-    """In proportion, none beyond its size; what rounding down leaves goes to the largest remainders."""
-    level, full = 1.0, set()
-    while True:
-        rest = [i for i in range(len(sizes)) if i not in full]
-        level = (total - sum(sizes[i] for i in full)) / sum(wanted[i] for i in rest)
-        more = {i for i in rest if wanted[i] * level > sizes[i]}
-        if not more:
-            break
-        full |= more
-    exact = [sizes[i] if i in full else wanted[i] * level for i in range(len(sizes))]
-    given = [int(x) for x in exact]
-    for i in sorted(range(len(sizes)), key=lambda i: given[i] - exact[i])[: total - sum(given)]:
-        given[i] += 1
-    return given
 
 
 def _there(seen: Tensor, where: list[tuple[int, int]]) -> Tensor:
