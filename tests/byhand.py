@@ -227,7 +227,7 @@ class Reference:
         for step, token in enumerate(forced):
             hidden = self.model.get_input_embeddings()(torch.tensor([[token]]))
             for layer, was in zip(self.lm.layers, seen, strict=True):
-                start = len(was.held) if compact else int(entry.positions.max()) + 1
+                start = len(was.held) if compact else int(entry.positions[..., -1].max()) + 1
                 hidden = self._layer(layer, hidden, self._numbered(torch.tensor([start + step])), cache)
             logits.append(self.model.lm_head(self.lm.norm(hidden)[:, -1]))
         return Trace(torch.cat(logits), seen, prompt, cache)
