@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import zoo
 from torch.nn.functional import cosine_similarity
 
+import winnow
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
@@ -328,6 +330,29 @@ def test_steps_are_where_the_paper_has_them():
     assert len(PruneVid(cache=False).bind(info)[1]) == 2
     assert len(PruneVid().bind(ModelInfo("small", depth=1))[1]) == 1
     assert [str(step.at) for step in PruneVid().bind(ModelInfo("two", depth=2))[1]] == ["projected", "layers[1]"]
+
+
+@pytest.mark.system("prunevid", "exact")
+def test_layers_up_to_the_cut_keep_the_tokens_that_are_left_behind_it():
+    model, (sample,) = zoo.model("qwen2_5_vl"), zoo.samples("qwen2_5_vl", ("3 W 6",))
+    plan = "prunevid:small=3,layer=1"
+    with winnow.compress(model, plan) as handle, torch.no_grad():
+        output = model(**sample)
+        held = [layer.store.slots[0][0].tolist() for layer in output.past_key_values.layers[:2]]
+        (item,) = handle.last.items
+    assert 0 < len(item.kept) < item.n_visual
+    with winnow.compress(model, f"{plan},alpha=1.0") as handle, torch.no_grad():
+        model(**sample)
+        merged = handle.last.items[0].kept.tolist()
+    # Layers count what they have read: text, merged tokens, text.
+    ids = sample["input_ids"][0]
+    start, text = int((ids == zoo.VIDEO).nonzero()[0]), int((ids != zoo.VIDEO).sum())
+    behind = list(range(start + len(merged), text + len(merged)))
+    want = [*range(start), *(start + merged.index(token) for token in item.kept.tolist()), *behind]
+    assert held == [want, want]
+    with winnow.compress(model, f"{plan},cache=false"), torch.no_grad():
+        whole = model(**sample)
+    assert torch.equal(whole.logits, output.logits)
 
 
 def test_settings_that_make_no_sense_are_refused():
