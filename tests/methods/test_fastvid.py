@@ -316,6 +316,8 @@ def test_settings_that_make_no_sense_and_models_without_the_head_are_refused():
     for settings in ({"every": 0}, {"segments": 0}, {"beta": 1.5}, {"context": -0.1}, {"remainder": "kept"}):
         with pytest.raises(WinnowError, match="fastvid"):
             FastVID(**settings)
+    with pytest.raises(WinnowError, match="3 vectors of frames, and 4 frames"):
+        FastVID.as_released(keep="50%").reduce(_view(_noise(0, 1, 4, 9, 8), vectors=_noise(1, 1, 3, 8)))
     (step,) = FastVID.as_released().bind(ModelInfo("SigLIP"))[1]
     for signal in step.needs:
         with pytest.raises(UnsupportedError, match=r"pooling head; use head=false"):

@@ -98,6 +98,10 @@ class FastVID(wn.Method):
             return wn.Reduction.select(seen.flatten(1).gather(1, slot), counts=(sum(salient),) * view.b)
         tokens = view.tokens.gather(1, order[..., None].expand_as(view.tokens)).unflatten(1, (frames, places))
         vectors = view[PooledFrames()] if self.head else tokens.float().masked_fill(broken[..., None], 0).mean(2)
+        if vectors.shape[1] != frames:
+            raise wn.WinnowError(
+                f"fastvid: {vectors.shape[1]} vectors of frames, and {frames} frames; give one of each."
+            )
         segment = cut_where_unlike(neighbour_cosine(vectors), self.tau, self.segments)
         room, each = places - max(salient), per_frame(context, slot.device)
         quota = anchor_quotas(segment, each, self.every, room, exact)
