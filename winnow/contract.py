@@ -47,6 +47,7 @@ from winnow.signals.language import (
     LMSignal,
 )
 from winnow.signals.layers import KeyNorm, LayerChange, LayerStates, PageRank, RowStates, TokenTransition
+from winnow.signals.peaks import TextPeak
 from winnow.signals.question import Question, QuestionCosine, QuestionSignal, QuestionTokens
 from winnow.signals.vision import HiddenStates, Pixels, TowerAttention, VisionAttention, VisionKeys, VisionSignal
 from winnow.signals.words import TextAttention, TextKeyNorm, TextRaters, WordAttention
@@ -111,6 +112,7 @@ __all__ = [
     "Step",
     "TextAttention",
     "TextKeyNorm",
+    "TextPeak",
     "TextRaters",
     "TextSummary",
     "TokenTransition",

@@ -29,11 +29,13 @@ NO_CODE = {
     *("covipal", "efficientvla", "explainability-compression", "fopru", "todre", "token-correlation-compression"),
     "token-transforming",
 }
-KEEP_POSITIONS = {"dart", "diffrate", "dyvte", "fastv", "fitprune", "pixelprune", "tome", "v2drop", "vflowopt", "vtw"}
-KEEP_POSITIONS |= {"evs"}
+KEEP_POSITIONS = {
+    *("dart", "diffrate", "dyvte", "evs", "fastv", "fastvid", "fitprune", "pixelprune", "tome", "v2drop", "vflowopt"),
+    "centerclip",  # no language model stands behind it
+    "vtw",
+}
 BUILT_IN = {slug for slug, entry in built_in().items() if not entry.of_cache}
 RELEASED = sorted(BUILT_IN - NO_CODE)
-KEEP_POSITIONS |= {"centerclip"}  # no language model stands behind it
 
 
 def released(text: str):

@@ -111,3 +111,20 @@ def whole_clip(view: View, owner: str) -> Clip:
         f"{owner} needs a token at each of {grid.places} places of {grid.frames} frames, and the item has {view.n}: "
         f"{why}. Put {owner} before methods that remove tokens, or choose a method that does not compare places."
     )
+
+
+def frame_slots(view: View, owner: str) -> tuple[int, Int[Tensor, "b n"]]:
+    """How many frames a view has, and where each of its tokens stands, frame by frame and place by place.
+
+    The places of a picture are not compared with others, so that some may be empty.
+
+    Args:
+        owner: the slug of the method that asks.
+
+    Raises:
+        WinnowError: of a video that `whole_clip` refuses.
+    """
+    frames = frame_grid(view.layout, view.ids.device).frames
+    if frames > 1:
+        return frames, whole_clip(view, owner).slot
+    return 1, torch.arange(view.n, device=view.ids.device).expand(view.b, -1)
