@@ -302,6 +302,7 @@ class Engine:
         spans = None if override is None else override.spans
         made = Request(self.bound, self.attachment, self.active(), spans, self.suffix, clock, train=self.train)
         made.placeholders = None if override is None else override.placeholders
+        made.videos = None if override is None else override.videos
         if made.plan.text_signals:
             made.reader = self.reader
         return made
