@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -269,7 +270,7 @@ class Writer:
 
 def serve(asked: dict[str, Any], writer: Writer) -> None:
     """Scan, choose and decode as was asked."""
-    import av
+    av = importlib.import_module("av")
 
     av.logging.set_level(None)
     source = Source(av, asked)
