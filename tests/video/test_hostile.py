@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import signal
 import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -242,7 +245,52 @@ def test_memory_is_the_limit_of_the_child_and_not_of_this_process():
     assert len(open_video(clip(frames(2)))) == 2
 
 
+def test_a_frame_that_needs_more_memory_than_is_allowed():
+    """As many pixels as a frame may have, where the process may hold half of what they take."""
+    data = clip(np.zeros((3, 2304, 4096, 3), np.uint8), codec="mjpeg", container="mov")
+    assert open_video(data, sampling=Sampling.count(1)).frames.shape == (1, 2304, 4096, 3)
+    said = str(refused(data, "too_large", VideoLimits(max_memory=150 * 2**20, timeout=30.0)))
+    assert "memory" in said or "bytes that are allowed" in said
+
+
+LIMITED = """
+import sys, time
+from winnow.video import decoder
+decoder.limit({"seconds": 0.5, "memory": 2**29})
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "ends"),
+    [
+        ("while True: pass", {-signal.SIGXCPU, -signal.SIGALRM, -signal.SIGKILL}),
+        ("time.sleep(600)", {-signal.SIGALRM}),
+        ("bytearray(2**30)", {1}),
+        ("file = open(sys.argv[1], 'w'); file.write('x'); file.flush()", {1}),
+        ("pass", {0}),
+    ],
+)
+def test_the_system_holds_the_child_to_its_limits_also_without_its_parent(code, ends, tmp_path):
+    path = tmp_path / "written"
+    done = subprocess.run([sys.executable, "-c", LIMITED + code, path], check=False, capture_output=True, timeout=60)
+    assert done.returncode in ends
+    assert not path.exists() or path.stat().st_size == 0
+
+
 def test_without_pyav_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(process, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"tokenwinnow\[video\]"):
         open_video(clip(frames(2)))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("container", ["mp4", "webm", "gif"])
+def test_files_with_bytes_changed_are_opened_or_refused(container, seed):
+    codec = {"mp4": "libx264", "webm": "libvpx", "gif": "gif"}[container]
+    data = bytearray(clip(frames(12), codec=codec, container=container, faststart=container == "mp4"))
+    random = np.random.default_rng(seed)
+    reach = 200 if seed % 2 else len(data)  # every second time, headers alone
+    for at in random.integers(4, reach, 1 + seed):
+        data[at] = random.integers(256)
+    with contextlib.suppress(MediaError):  # whatever else it raises, and a child that stays, is a failure
+        assert 1 <= len(open_video(bytes(data), limits=VideoLimits(timeout=20.0))) <= 12

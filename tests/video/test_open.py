@@ -23,8 +23,11 @@ KINDS = {
     "mpeg4": {"codec": "mpeg4", "container": "mp4"},
     "webm": {"codec": "libvpx-vp9", "container": "webm"},
     "mkv": {"codec": "libx264", "container": "matroska"},
+    "hevc": {"codec": "libx265", "container": "mp4"},
+    "av1": {"codec": "libsvtav1", "container": "mp4", "ticks": 200},
     "gif": {"codec": "gif", "container": "gif"},
 }
+CONTAINERS = {"mov": "mp4", "mpeg4": "mp4", "mkv": "webm", "hevc": "mp4", "av1": "mp4"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -38,9 +41,7 @@ def test_frames_and_times_of_every_container(kind, tmp_path):
     assert video.times == pytest.approx([n / 8 for n in video.sampled.numbers], abs=0.011)
     assert (video.sampled.given, video.sampled.kept, video.sampled.broken) == (24, 6, False)
     assert video.sampled.fps == pytest.approx(8, rel=0.02)
-    assert (
-        container_of(path) == video.sampled.container == {"mov": "mp4", "mpeg4": "mp4", "mkv": "webm"}.get(kind, kind)
-    )
+    assert container_of(path) == video.sampled.container == CONTAINERS.get(kind, kind)
 
 
 @pytest.mark.parametrize("how", ["path", "text", "bytes", "file", "pipe"])

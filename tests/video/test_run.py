@@ -9,16 +9,21 @@ import numpy as np
 import pytest
 import zoo
 from PIL import Image
+from probes import Pick
 from typer.testing import CliRunner
 from video_assets import clip, frames
 from video_processor import VideoProcessor
 
 from winnow import cli_run
 from winnow.cli import app
+from winnow.core.budget import Budget
 from winnow.core.errors import WinnowError
 from winnow.core.layout import Layout
+from winnow.core.plan import Plan
 from winnow.video import Sampling, Video
 from winnow.video.overlay import contact_sheet, film, save_film
+
+from .test_frames_point import Novel
 
 QUESTION = "what is this ?"
 
@@ -112,6 +117,21 @@ def test_a_damaged_video_is_answered_with_a_warning(tiny, tmp_path):
     cut.write_bytes(whole[: len(whole) // 2])
     result = run(cut, QUESTION, "--runs", 1, "--max-new-tokens", 2, "--model", "tiny", "--method", "full")
     assert "warning: the video is damaged" in result.stderr
+
+
+def test_frames_that_a_plan_chooses_have_a_row_and_the_plain_answer_sees_all(tiny, path, tmp_path):
+    asked = cli_run.subject(str(path), QUESTION, Sampling.count(8))
+    wanted = [Plan((Novel(Budget(4)),)), Plan((Novel(Budget(4)), Pick(Budget(5))))]
+    out = tmp_path / "kept.png"
+    said = cli_run.compare(*tiny, asked, wanted, max_new_tokens=2, runs=1, picture=out)
+    assert said["plain"]["tokens"]["visual"] == 4 * 12
+    rows = [{"point": "frames", "method": "novel", "from": 8, "to": 4}]
+    assert said["methods"][0]["points"] == rows
+    assert said["methods"][1]["points"] == [*rows, {"point": "projected", "method": "pick", "from": 24, "to": 5}]
+    assert [method["tokens"]["visual"] for method in said["methods"]] == [24, 5]
+    costs = [said["plain"]["flops"], *(method["flops"] for method in said["methods"])]
+    assert costs == sorted(costs, reverse=True)
+    assert all(Image.open(method["overlay"]).width > 480 for method in said["methods"])
 
 
 @pytest.mark.parametrize("name", ["kept.png", "kept.gif", "kept.mp4"])

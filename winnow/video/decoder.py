@@ -97,6 +97,8 @@ class Source:
         }
         try:
             container = self.av.open(self.file, "r", format=asked["demuxer"], options=options, metadata_errors="ignore")
+        except MemoryError:
+            raise
         except (self.av.FFmpegError, ValueError, OverflowError, UnicodeError):
             container = None
         if container is None:
@@ -149,6 +151,8 @@ def scan(source: Source) -> dict[str, Any]:
                     raise Refused("times")
                 frames[packet.pts] = frames.get(packet.pts, False) or packet.is_keyframe
                 last = max(last, packet.pts + (packet.duration or 0))
+        except MemoryError:
+            raise
         except (source.av.FFmpegError, ValueError, OverflowError):
             broken = True
     if not frames:
@@ -222,6 +226,8 @@ def _pass(
                     give(left.pop(frame.pts), frame)
                 if frame.pts is not None and frame.pts >= end:
                     return not left, True
+    except MemoryError:
+        raise
     except source.av.FFmpegError:
         return False, True
     return not left, True
