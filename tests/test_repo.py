@@ -24,7 +24,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OM
 RANKS = [
     {"core", "children", "media_headers", "_version", "__version__"},
     {"media", "overlay", "parts", "signals", "systems", "model_classes", "world"},
-    {"contract", "reference"},
+    {"contract", "reference", "video"},
     {"methods", "models", "cache"},
     {"engine"},
     {"bench", "testing"},

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from winnow.models.families import register_family
     from winnow.tuning.result import Tuned
     from winnow.tuning.search import tune
+    from winnow.video import Sampling, Video, VideoLimits, open_video
 
     plan = Plan.of
 
@@ -52,13 +53,17 @@ _LAZY = {
     "Plan": "winnow.core.plan:Plan",
     "Prepared": "winnow.engine.prepared:Prepared",
     "Reduction": "winnow.core.reduction:Reduction",
+    "Sampling": "winnow.video:Sampling",
     "Tuned": "winnow.tuning.result:Tuned",
+    "Video": "winnow.video:Video",
+    "VideoLimits": "winnow.video:VideoLimits",
     "View": "winnow.core.view:View",
     "calibrate": "winnow.engine.calibrate:calibrate",
     "compress": "winnow.engine.compress:compress",
     "handle_of": "winnow.engine.handle:handle_of",
     "list_methods": "winnow.core.registry:entries",
     "load": "winnow.engine.load:load",
+    "open_video": "winnow.video:open_video",
     "plan": "winnow.core.plan:Plan.of",
     "prepare": "winnow.engine.prepare:prepare",
     "prepare_many": "winnow.engine.prepare:prepare_many",
@@ -89,9 +94,12 @@ __all__ = [
     "Prepared",
     "PyramidDrop",
     "Reduction",
+    "Sampling",
     "ToDRE",
     "Tuned",
     "UnsupportedError",
+    "Video",
+    "VideoLimits",
     "View",
     "VisionZip",
     "VtcCls",
@@ -103,6 +111,7 @@ __all__ = [
     "handle_of",
     "list_methods",
     "load",
+    "open_video",
     "plan",
     "prepare",
     "prepare_many",

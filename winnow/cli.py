@@ -77,7 +77,9 @@ def _root(
 
 @app.command()
 def run(
-    picture: Annotated[str, typer.Argument(help="A picture file, or world:SEED for a scene of the reference world.")],
+    picture: Annotated[
+        str, typer.Argument(help="A picture, a video, or world:SEED for a scene of the reference world.")
+    ],
     question: Annotated[
         str | None, typer.Argument(help="The question; a scene has its own.", show_default=False)
     ] = None,
@@ -94,7 +96,15 @@ def run(
         str | None, typer.Option(help="Visual tokens to keep: 64, 0.25 or 25%.", show_default="as the method says")
     ] = None,
     positions: Positions = None,
-    overlay: Annotated[Path | None, typer.Option(help="Draw the kept tokens into this picture file.")] = None,
+    overlay: Annotated[
+        Path | None,
+        typer.Option(help="Draw the kept tokens into this picture file; of a video also into an .mp4 or .gif."),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option("--frames", help="Of a video: this many frames, evenly.", show_default="8")
+    ] = None,
+    fps: Annotated[float | None, typer.Option("--fps", help="Of a video: this many frames a second.")] = None,
+    keyframes: Annotated[bool, typer.Option("--keyframes", help="Of a video: the frames stored whole.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Length of the answer.")] = 16,
     runs: Annotated[int, typer.Option(min=1, max=1000, help="Timed runs after a warm-up; medians are shown.")] = 3,
     device: Device = None,
@@ -105,7 +115,7 @@ def run(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Answer a question about a picture, with and without compression, and say what each answer cost."""
+    """Answer a question about a picture or a video, with and without compression, and say what each answer cost."""
     import torch
 
     from winnow import cli_run
@@ -116,8 +126,8 @@ def run(
     quiet()
     wanted = cli_run.plans(method or [DEFAULT], keep, positions)
     paths = cli_run.overlay_paths(overlay, wanted)
-    asked = cli_run.subject(picture, question)
-    cli_run.check_overlays(paths, asked.image.size)
+    asked = cli_run.subject(picture, question, cli_run.sampling_of(count, fps, keyframes))
+    cli_run.check_overlays(paths, asked)
     reason = busy()
     if model is None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # the bundled model gains little from more, and loses much when a core is taken
@@ -130,7 +140,9 @@ def run(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    warnings = cli_run.warnings(asked) if model is None else []
+    warnings = cli_run.warnings(asked) if model is None and asked.video is None else []
+    if asked.video is not None and asked.video.sampled.broken:
+        warnings.append("the video is damaged or cut off, and frames at its end are missing.")
     for warning in warnings:
         warn(f"warning: {warning}")
     result = cli_run.compare(

@@ -5,6 +5,7 @@ from winnow.contract import Budget, Method, View, VisionAttention, register
 
 from winnow.core.budget import Budget, split_evenly
 from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.frames_view import FramesView
 from winnow.core.info import ModelInfo
 from winnow.core.kv import Codec, KVStep, KVView
 from winnow.core.kv_budget import KVBudget
@@ -71,6 +72,7 @@ __all__ = [
     "Count",
     "Emit",
     "Follow",
+    "FramesView",
     "HiddenStates",
     "KVBudget",
     "KVReduce",

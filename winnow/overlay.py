@@ -128,30 +128,42 @@ def overlay(
     found = levels(layout, kept)
     place = layout.place[layout.content]
     panels = [
-        _panel(image, layout.boxes[layout.content][chosen], found[chosen], tuple(evidence), shown)
+        token_panel(image, layout.boxes[layout.content][chosen], found[chosen], tuple(evidence), shown)
         for panel in np.unique(place[:, :2], axis=0)
         for chosen in [(place[:, :2] == panel).all(1)]
     ]
-    return _sheet(panels or [_panel(image, np.zeros((0, 4)), found, tuple(evidence), shown)], caption)
+    return _sheet(panels or [token_panel(image, np.zeros((0, 4)), found, tuple(evidence), shown)], caption)
 
 
-def panel_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Width and height of a panel of the overlay; size: those of the picture."""
-    zoom = _zoom(size)
+def panel_size(size: tuple[int, int], smallest: int = SMALLEST) -> tuple[int, int]:
+    """Width and height of a panel of the overlay; size: those of the picture, smallest: of the shorter side."""
+    zoom = _zoom(size, smallest)
     return max(1, round(size[0] * zoom)), max(1, round(size[1] * zoom))
 
 
-def _zoom(size: tuple[int, int]) -> float:
-    zoom = SMALLEST / min(size)
+def _zoom(size: tuple[int, int], smallest: int) -> float:
+    zoom = smallest / min(size)
     zoom = round(zoom) if zoom > 1.5 else zoom  # whole pixels stay crisp
     return max(1.0, min(zoom, math.isqrt(LARGEST // (size[0] * size[1]))))
 
 
-def _panel(
-    image: Image.Image, boxes: np.ndarray, found: np.ndarray, evidence: tuple[Box, ...], shown: Box | None
+def token_panel(
+    image: Image.Image,
+    boxes: np.ndarray,
+    found: np.ndarray,
+    evidence: tuple[Box, ...] = (),
+    shown: Box | None = None,
+    smallest: int = SMALLEST,
 ) -> Image.Image:
-    """One grid of tokens over the picture."""
-    zoom, size = _zoom(image.size), panel_size(image.size)
+    """One grid of tokens over the picture.
+
+    Args:
+        boxes: `[n, 4]` of the tokens, as fractions of what the model was shown.
+        found: `[n]` of `levels`.
+        evidence, shown: as in `overlay`.
+        smallest: pixels of the shorter side, to which smaller pictures are scaled up.
+    """
+    zoom, size = _zoom(image.size, smallest), panel_size(image.size, smallest)
     clear = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
     x0, y0, x1, y1 = (zoom * edge for edge in shown or (0, 0, *image.size))
     seen, level = np.zeros(clear.shape[:2], bool), np.zeros(clear.shape[:2], np.int64)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from winnow.core.layout import Layout
 from winnow.core.reduction import Reduction
+from winnow.core.sampled import Sampled
 
 
 @dataclass
@@ -22,6 +23,7 @@ class ItemLedger:
         reductions: (point, slug, map) in the order in which they were applied; the first map takes the item's content
             tokens, each later one the rows of the one before.
         ids: `[M]` content ids of what is left (a merged token: its representative), on the device that made them.
+        frames: of a video: how its frames were chosen, where the caller said it (`handle.using(videos=…)`).
     """
 
     row: int
@@ -30,6 +32,7 @@ class ItemLedger:
     n_visual: int
     reductions: list[tuple[str, str, Reduction]] = field(default_factory=list)
     ids: Tensor | None = None
+    frames: Sampled | None = None
 
     @property
     def kept(self) -> Tensor:

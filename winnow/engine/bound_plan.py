@@ -30,7 +30,8 @@ class BoundPlan:
         resolved: with settings that depend on the model made definite.
         blocks, halves: vision block → steps before it, and between its attention and its MLP. Those behind the block
             whose output feeds the projector are left out: nothing would read what they did.
-        features, projected: (number of the method, step) at the tower's output, and at the LM's input.
+        frames: (number of the method, step) on the frames of a video, which are chosen ahead (`Handle.frames`).
+        features, projected: the same at the tower's output, and at the LM's input.
         layers: LM layer → steps before it.
         kv: LM layer → steps at its cache.
         listeners: site → signals that are read there.
@@ -57,6 +58,7 @@ class BoundPlan:
     text_signals: tuple[Signal, ...] = ()
     text_encoder: Any = None
     kv: Mapping[int, Steps] = field(default_factory=dict)
+    frames: Steps = ()
 
     @staticmethod
     def of(
@@ -70,7 +72,7 @@ class BoundPlan:
         _check_of_cache(plan, info)
         resolved, bound = plan.bind(info)
         steps = _without_idle(plan, bound, info)
-        at: dict[str, list[tuple[int, Step]]] = {"features": [], "projected": []}
+        at: dict[str, list[tuple[int, Step]]] = {"frames": [], "features": [], "projected": []}
         layers: dict[int, list[tuple[int, Step]]] = defaultdict(list)
         kv: dict[int, list[tuple[int, Step]]] = defaultdict(list)
         blocks: dict[int, list[tuple[int, Step]]] = defaultdict(list)
@@ -95,8 +97,8 @@ class BoundPlan:
                 at[step.at.name].append((number, step))
             else:
                 raise UnsupportedError(
-                    f"steps at {step.at} are not built yet; this version acts at blocks[i], blocks[i].mlp, features, "
-                    "projected, layers[k] and kv[k]."
+                    f"steps at {step.at} are not built yet; this version acts at frames, blocks[i], blocks[i].mlp, "
+                    "features, projected, layers[k] and kv[k]."
                 )
             for signal in step.needs:
                 _listen(signal, step, plan.methods[number].slug, info, listeners, probed)
@@ -121,6 +123,7 @@ class BoundPlan:
             any(signal.reads_question for _, step in steps for signal in step.needs),
             tuple(sorted({s for _, step in steps for s in step.needs if s.site(info).stack == "text"}, key=repr)),
             kv={k: tuple(v) for k, v in kv.items()},
+            frames=tuple(at["frames"]),
         )
 
     @property
@@ -132,7 +135,14 @@ class BoundPlan:
     @property
     def needs_cache(self) -> bool:
         """Whether a method acts at the cache alone."""
-        others = (self.features, self.projected, *self.blocks.values(), *self.halves.values(), *self.layers.values())
+        others = (
+            self.frames,
+            self.features,
+            self.projected,
+            *self.blocks.values(),
+            *self.halves.values(),
+            *self.layers.values(),
+        )
         elsewhere = {number for steps in others for number, _ in steps}
         return any(number not in elsewhere for steps in self.kv.values() for number, _ in steps)
 
@@ -193,6 +203,11 @@ def _listen(
 ) -> None:
     """The layer that is about to run is probed; everything else is read when it runs, which must be earlier."""
     site = signal.site(info)
+    if step.at.name == "frames":
+        raise WinnowError(
+            f"{slug} acts at frames and cannot see {signal}: frames are chosen before any model runs. A step there "
+            "sees small pixels, times, and features that are handed over."
+        )
     if site.stack == "text":
         if step.at.name in ("blocks", "features"):
             raise WinnowError(

@@ -298,10 +298,9 @@ class Engine:
                 yield request
 
     def _request(self, clock: Clock) -> Request:
-        override = self.override
-        spans = None if override is None else override.spans
-        made = Request(self.bound, self.attachment, self.active(), spans, self.suffix, clock, train=self.train)
-        made.placeholders = None if override is None else override.placeholders
+        made = Request(self.bound, self.attachment, self.active(), None, self.suffix, clock, train=self.train)
+        if (override := self.override) is not None:
+            made.spans, made.placeholders, made.videos = override.spans, override.placeholders, override.videos
         if made.plan.text_signals:
             made.reader = self.reader
         return made

@@ -14,6 +14,7 @@ from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.cache import CacheState, check_cache, state_of
 from winnow.engine.encoding import EncoderRecord, is_marked, record_of
+from winnow.engine.frames import tell_videos
 from winnow.engine.item_tokens import Span, find_spans, join_runs
 from winnow.engine.lm_pass import LMPass
 from winnow.engine.merged import merged_items
@@ -82,7 +83,9 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
         return LMPass(request, arguments)
     ids = _token_ids(request)
     spans, ends = _spans(request, ids)
-    return LMPass(request, arguments, spans, questions_of(request, arguments, ids, ends), ends, ids)
+    made = LMPass(request, arguments, spans, questions_of(request, arguments, ids, ends), ends, ids)
+    tell_videos(request.plan, request.videos, made.items)
+    return made
 
 
 PIXELS = {"image": ("pixel_values", "pixel_values_images", "image_patches"), "video": ("pixel_values_videos",)}

@@ -15,10 +15,12 @@ from winnow.engine import saving
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.engine import Engine, overrides
+from winnow.engine.frames import chosen_frames
 from winnow.engine.merged import checked_placeholders
 from winnow.engine.request import Override
 from winnow.engine.spans import checked_spans
 from winnow.models.families import unwrap
+from winnow.video import Video
 
 
 class Handle:
@@ -81,6 +83,21 @@ class Handle:
         """
         return self._engine.bind(Plan.of(plan))
 
+    def frames(self, video: Video, *, features: Tensor | None = None) -> Video:
+        """The frames of a video that the steps of the plan at `frames` let in; the whole video where it has none.
+
+        They are chosen before a processor makes inputs of them. Name the result in `using(videos=…)`, so that the
+        ledger says what was chosen.
+
+        Args:
+            features: `[T, D]` what is known of each frame, for methods that ask for it.
+
+        Raises:
+            WinnowError: a step chose no frame, or frames that are not there.
+            UnsupportedError: a step asked for anything but a selection.
+        """
+        return chosen_frames(self._engine.active(), video, features)
+
     @contextmanager
     def using(
         self,
@@ -88,6 +105,7 @@ class Handle:
         *,
         spans: Sequence[tuple[int, int]] | None = None,
         placeholders: Tensor | None = None,
+        videos: Sequence[Video] | None = None,
     ) -> Iterator["Handle"]:
         """Another plan in this context only: this thread, this task. A thread that is started inside does not see it.
 
@@ -97,12 +115,15 @@ class Handle:
                 behind the last picture, less what the chat template adds) is not the question.
             placeholders: `[B, S]` booleans, for `inputs_embeds` that have pictures in them already: where their rows
                 are. Each unbroken run is one picture; nothing is known of its grid, nor of the tower.
+            videos: of the requests in this context, in the order of their prompts, as `frames` or `open_video` returned
+                them: the ledger then says of each how its frames were chosen. Plans that choose frames need it.
         """
         engine = self._engine
         if not engine.attached:
             raise WinnowError("this handle is detached; call winnow.compress again.")
         bound = engine.bind(Plan.of(FULL if plan is None else plan))
-        override = Override(bound, checked_spans(spans), checked_placeholders(placeholders))
+        named = None if videos is None else tuple(video.sampled for video in videos)
+        override = Override(bound, checked_spans(spans), checked_placeholders(placeholders), named)
         token = overrides.set({**overrides.get(), id(engine.attachment): override})
         try:
             yield self

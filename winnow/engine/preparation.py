@@ -358,6 +358,11 @@ def _check_class(model: Any) -> None:
 
 
 def _check_plan(plan: BoundPlan) -> None:
+    if plan.frames:
+        raise UnsupportedError(
+            f"{plan.plan} chooses frames, which happens before a processor makes inputs: use winnow.compress, whose "
+            "handle has frames(video)."
+        )
     inside = [step.at for steps in plan.layers.values() for _, step in steps]
     if inside:
         raise UnsupportedError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from winnow.core.ledger import Ledger
+from winnow.core.sampled import Sampled
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.clock import Clock
@@ -35,6 +36,7 @@ class Override:
     plan: BoundPlan
     spans: Spans | None
     placeholders: Tensor | None = None
+    videos: tuple[Sampled, ...] | None = None
 
 
 def _backward_now() -> int:
@@ -63,6 +65,7 @@ class Request:
         positions: with which it was called.
         outputs: modality → what the encoder gave in this forward.
         placeholders: `[B, S]` where the caller's embeddings hold pictures.
+        videos: how the frames of its videos were chosen, where the caller says it.
         question_from: where the question of a conversation that is read again begins at the earliest.
         uses_layers: whether the layers of the LM are hooked for this request.
         checkpointed: the LM layer that was last changed before its checkpoint.
@@ -87,6 +90,7 @@ class Request:
     positions: Any = None
     outputs: dict[str, Any] = field(default_factory=dict)
     placeholders: Tensor | None = None
+    videos: tuple[Sampled, ...] | None = None
     question_from: int = 0
     uses_layers: bool = False
     checkpointed: int | None = None
