@@ -88,14 +88,16 @@ def run(slug: str, budget: str, plan: str, cell: Cell, questions: int) -> Found:
 def _answered(slug: str, plan: str, cell: Cell, questions: int) -> Found:
     if cell.pictures:
         model, processor = picture_model()
-        fitted, task, where = _fitted(slug, model, plan), cast(Task, cell.task), {"blind": cell.blind, "seed": FIRST}
-        asked = measure_pictures(model, processor, fitted, task, questions, cell.pictures, cell.aware, **where)
+        fitted, task = _fitted(slug, model, plan), cast(Task, cell.task)
+        asked = measure_pictures(
+            model, processor, fitted, task, questions, cell.pictures, cell.aware, blind=cell.blind, seed=FIRST
+        )
         return {"right": [answer.right for answer in asked]}
     model = text_model()
     plan = _fitted(slug, model, plan)
     if cell.task == "bytes":
         return {"bytes": _share_of_bytes(model, plan)}
-    given = {"asks": 1} if cell.task == "several" else {}
+    given: Found = {"asks": 1} if cell.task == "several" and cell.aware else {}
     answers = measure(model, plan, cell.task, questions, LENGTH, cell.aware, seed=FIRST, **given)
     return {"right": [answer.right for answer in answers]}
 
@@ -114,7 +116,7 @@ def _share_of_bytes(model: Any, plan: str) -> float:
     with winnow.compress(model, plan) as handle, torch.no_grad():
         model(input_ids=ids, use_cache=True)
         ledger = handle.last
-    return float(ledger.kv_bytes / ledger.kv_bytes_full)  # type: ignore[union-attr,operator]
+    return float(ledger.kv_bytes / ledger.kv_bytes_full)  # type: ignore[union-attr]
 
 
 def code() -> str:

@@ -168,7 +168,7 @@ def reads_of(lm: Any) -> Callable[[int], tuple[Packing, Tensor | None]] | None:
 def places_of(request: Request, arguments: dict[str, Any]) -> Callable[[int], Tensor]:
     """What gives `[B, n]`, or `[B, n, 3]` on three axes, where each token stands that a layer reads now."""
     lm, rows, axes = request.lm, arguments["inputs_embeds"].shape[0], request.bound.family.axes
-    given = arguments.get("position_ids")
+    given: Any = arguments.get("position_ids")
     if lm is None and given is None:
         length = arguments["inputs_embeds"].shape[1]
         cache = cache_of(arguments)
