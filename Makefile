@@ -33,7 +33,7 @@ SEED    := 1
 LEARNED := covipal diffrate dyvte explainability-compression frames toc3d
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean
+.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -90,7 +90,10 @@ bench: $(STAMP) ## Speed against the plain model and against the same model with
 bench-cache: $(STAMP) ## Decoding from compressed caches against the plain one, and bytes held
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cache.py
 
-cache-table: $(STAMP) ## Measure every method of the cache on long texts for docs/cache.md
+bench-cache-memory: $(STAMP) ## Memory of decoding from compressed caches, against the requests in a batch (Linux)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cache_memory.py --out docs/results/cache-memory.txt
+
+cache-table: $(STAMP) ## Measure every method of the cache on long texts and on several pictures for docs/cache.md
 	OMP_NUM_THREADS=1 $(BIN)/python tools/cache.py
 
 bench-select: $(STAMP) ## Selection alone against one block of a vision tower on the same tokens

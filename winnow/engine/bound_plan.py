@@ -176,6 +176,11 @@ class BoundPlan:
         found = (getattr(method, name) for method in self.plan.methods for name in method.settings())
         return any(isinstance(value, KVBudget) and value.is_kinds for value in found)
 
+    @functools.cached_property
+    def asks_places(self) -> bool:
+        """Whether a step of the cache wants to know where slots stand."""
+        return any(step.places for steps in self.kv.values() for _, step in steps)  # type: ignore[attr-defined]
+
     @property
     def tower_signals(self) -> tuple[Signal, ...]:
         """What is read of the encoder."""

@@ -16,6 +16,7 @@ from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.engine import Engine, overrides
 from winnow.engine.frames import chosen_frames
+from winnow.engine.kv import BoundedCache
 from winnow.engine.merged import checked_placeholders
 from winnow.engine.request import Override
 from winnow.engine.spans import checked_spans
@@ -129,6 +130,22 @@ class Handle:
             yield self
         finally:
             overrides.reset(token)
+
+    def bounded_cache(self, max_new_tokens: int) -> Any:
+        """An empty cache for `past_key_values=`, whose keys and values are allocated once, behind the prompt.
+
+        A head gets room for what the plan leaves of the prompt and `max_new_tokens` more, or for what the plan's
+        `limit` lets it hold, if that is less; a decoded token is written in place. Later turns allocate again.
+
+        Raises:
+            WinnowError: the plan leaves the cache alone, or `max_new_tokens` is below 1.
+            UnsupportedError: when the cache is filled: heads hold unequal numbers of slots, or a codec stores them.
+        """
+        if not self._engine.active().kv:
+            raise WinnowError(f"{self.plan} leaves the cache alone; name a method of the cache, such as snapkv.")
+        if max_new_tokens < 1:
+            raise WinnowError(f"max_new_tokens={max_new_tokens}; make room for at least 1.")
+        return BoundedCache(self.bound.lm.config, max_new_tokens)
 
     def train(self, on: bool = True) -> "Handle":
         """Let gradients flow through the steps of learned methods, and set what they built to training mode."""
