@@ -77,16 +77,16 @@ def stages(scale: float = 1.0) -> list[Stage]:
         return max(4, round(count * scale))
 
     return [
-        Stage("tower", steps(400), Mix(((3, CROWDED), (1, FULL))), batch=64, tower=True, decay=True),
+        Stage("tower", steps(320), Mix(((3, CROWDED), (1, FULL))), batch=64, tower=True, decay=True),
         Stage(
             "one",
-            steps(500),
+            steps(220),
             Mix(((3, ONE), (1, TWO)), EVENTS),
             {"when": 0.8, "motion": 0.85, "color": 0.85},
-            least=steps(100),
+            least=steps(60),
         ),
-        Stage("two", steps(500), Mix(((3, TWO), (1, ONE)), EVERY), {"order": 0.85, "count": 0.8}, least=steps(100)),
-        Stage("all", steps(600), Mix(((3, FULL), (1, TWO)), EVERY), dropped=0.2, decay=True),
+        Stage("two", steps(220), Mix(((3, TWO), (1, ONE)), EVERY), {"order": 0.85, "count": 0.8}, least=steps(60)),
+        Stage("all", steps(400), Mix(((3, FULL), (1, TWO)), EVERY), dropped=0.2, decay=True),
     ]
 
 
