@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from winnow.bench.baselines import BASELINES
+from winnow.bench.baselines import BASELINES, OF_CLIPS
 from winnow.bench.clips import clip_task
 from winnow.bench.environment import code_hash
 from winnow.bench.plans import FULL_JOB
@@ -62,6 +62,8 @@ class Sweep:
 
     def task(self, model: Any) -> Task:
         if self.clips is not None:
+            if self.data is not None:
+                raise WinnowError("--clips asks about winnow's own clips; leave --data out.")
             return clip_task(self.questions or 400, frames=self.clips, split=self.split, seed=self.start)
         if self.data is not None:
             return data_task(self.data, self.questions)
@@ -74,19 +76,23 @@ class Sweep:
             torch.set_num_threads(self.threads)
         if self.clips is not None:
             model, processor = video.load(self.model)
-            return model.to(device_of(self.device)), processor
+            return model.to(device_of(self.device)), processor  # type: ignore[arg-type]
         return load(self.model, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
 
     @property
     def name(self) -> str:
         return self.model or f"bundled {'video ' if self.clips is not None else ''}reference model"
 
+    @property
+    def all_baselines(self) -> tuple[str, ...]:
+        return self.baselines if self.clips is None else (*self.baselines, *OF_CLIPS)
+
     def answer_length(self) -> int:
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         from winnow.reference import MAX_NEW_TOKENS
 
-        return MAX_NEW_TOKENS if self.model is None else NEW_TOKENS
+        return MAX_NEW_TOKENS if self.model is None or self.clips is not None else NEW_TOKENS
 
 
 def run(sweep: Sweep, *, progress: bool = False, say: Callable[[str], None] = lambda text: None) -> str:
@@ -97,7 +103,7 @@ def run(sweep: Sweep, *, progress: bool = False, say: Callable[[str], None] = la
     with Store(sweep.store, create=True) as store:
         return bench(
             model, processor, sweep.methods, sweep.budgets, sweep.task(model), store,
-            name=sweep.name, baselines=sweep.baselines, batch=sweep.batch,
+            name=sweep.name, baselines=sweep.all_baselines, batch=sweep.batch,
             seed=sweep.seed, max_new_tokens=sweep.answer_length(), positions=sweep.positions, checked=sweep.checked,
             shard=sweep.shard, resume=sweep.resume, progress=progress, say=say,
         )  # fmt: skip

@@ -96,8 +96,7 @@ def under(model: Qwen2_5_VLForConditionalGeneration, sample: Sample, condition: 
     if condition not in CONDITIONS:
         raise WinnowError(f"unknown condition {condition!r}; the conditions are {', '.join(CONDITIONS)}")
     shown = [seen_under(drawn, condition) for drawn in sample.clips]
-    none = (lambda drawn, question: []) if condition == "blind" else None
-    return _marks(model, sample, shown, none)
+    return _marks(model, sample, shown, _nothing if condition == "blind" else None)
 
 
 def with_tokens(model: Qwen2_5_VLForConditionalGeneration, sample: Sample, choice: str, share: float) -> Marks:
@@ -116,6 +115,10 @@ def with_tokens(model: Qwen2_5_VLForConditionalGeneration, sample: Sample, choic
 def layout_of(drawn: Clip) -> Layout:
     cells = drawn.side // (PATCH * MERGE)
     return Layout.grid(cells, cells, drawn.seconds)
+
+
+def _nothing(drawn: Clip, question: ClipQuestion) -> list[int]:
+    return []
 
 
 def _at_random(drawn: Clip, question: ClipQuestion, layout: Layout, count: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +123,7 @@ def merge(model: Qwen2_5_VLForConditionalGeneration, hidden: Tensor) -> Tensor:
     return out.view(len(hidden), -1, out.shape[-1])
 
 
-def _turns(tower: nn.Module, count: int) -> tuple[Tensor, Tensor]:
+def _turns(tower: Any, count: int) -> tuple[Tensor, Tensor]:
     """Rotations of a square grid of `count` patches, unit by unit."""
     units = round(count**0.5) // MERGE
     place = torch.arange(units * MERGE).view(units, MERGE)
@@ -133,7 +134,7 @@ def _turns(tower: nn.Module, count: int) -> tuple[Tensor, Tensor]:
     return cos, sin
 
 
-def _attended(attention: nn.Module, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+def _attended(attention: Any, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
     batch, tokens, width = x.shape
     q, k, v = attention.qkv(x).view(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     q, k = (_turned(part, *turns) for part in (q, k))

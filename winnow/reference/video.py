@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -119,7 +121,7 @@ def make_model(sizes: Qwen2_5_VLConfig | None = None, seed: int = 0) -> Qwen2_5_
 
 
 @torch.no_grad()
-def take_language(model: Qwen2_5_VLForConditionalGeneration, pictures: torch.nn.Module) -> None:
+def take_language(model: Qwen2_5_VLForConditionalGeneration, pictures: LlavaForConditionalGeneration) -> None:
     """Begin with the language model of a reference model for pictures: its layers and the words that both know."""
     source = pictures.model.language_model
     own = model.model.language_model
@@ -220,7 +222,6 @@ def answer(
     model: Qwen2_5_VLForConditionalGeneration, processor: ClipProcessor, frames: np.ndarray, question: str
 ) -> str:
     """Greedy decoding of one answer."""
-    given = {name: value.to(model.device) for name, value in processor(frames, question).items()}
+    given: dict[str, Any] = {name: value.to(model.device) for name, value in processor(frames, question).items()}
     ids = model.generate(**given, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)  # type: ignore[misc]
-    said: str = processor.tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
-    return said.strip()
+    return str(processor.tokenizer.decode(ids[0, given["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
