@@ -97,7 +97,7 @@ def test_accuracies_are_read_by_type_and_level(sample):
     assert found["presence"] == found["order"] == 1
     assert found["perception"] == 0.5
     assert found["relation"] == pytest.approx(1 / 3)
-    assert found["overall"] == pytest.approx(0.2)
+    assert found["overall"] == pytest.approx(2 / 11)
     assert relation_gap({"perception": 0.8, "relation": 0.8}, {"perception": 0.8, "relation": 0.4}) == 0.5
     assert majority(sample)["presence"] >= 0.5
 

@@ -141,8 +141,8 @@ def page(card: dict[str, Any]) -> str:
             ],
         ),
         _not_learned(weak),
-        "Levels are those of the protocol: perception (presence, needle), event (motion, change, count, cuts, when), "
-        f"relation (color, order, cause). Averaging all frames has a relation gap of "
+        "Levels are those of the protocol: perception (presence, needle), event (motion, camera, change, count, cuts, "
+        f"when), relation (color, order, cause). Averaging all frames has a relation gap of "
         f"{card['averaged_relation_gap']:.2f} (share of perception kept less share of relations kept). "
         f"`generate` and the packed pass agree on {card['through_generate']:.0%} of the questions that were asked "
         "both ways.",

@@ -61,13 +61,13 @@ class Stage:
 
 
 CROWDED = ClipSpec(things=(3, 3), still=6, visit=0, repeat=0, cross=4, word=4, hit=3, cuts=(0.7, 0.2, 0.1), pan=0.3)
-ONE = ClipSpec(things=(1, 1), still=0.5, cuts=(1.0,))
-TWO = ClipSpec(things=(2, 2), cuts=(1.0,))
-FULL = ClipSpec()
+ONE = ClipSpec(things=(1, 1), still=0.5, repeat=3, word=2.5, cuts=(1.0,), pan=0.3)
+TWO = ClipSpec(things=(2, 2), still=1, repeat=3, word=2, cuts=(1.0,), pan=0.3)
+FULL = ClipSpec(word=2)
 
-EVENTS = {"presence": 2, "when": 3, "motion": 2, "count": 1, "change": 2, "color": 2, "cause": 2, "needle": 1}
+EVENTS = {"presence": 2, "when": 3, "motion": 2, "count": 2, "change": 2, "color": 2, "cause": 2, "needle": 2}
 EVERY = {"presence": 1, "when": 3, "motion": 2, "count": 2, "change": 2, "color": 3, "cause": 3, "needle": 1}
-EVERY |= {"order": 4, "cuts": 1}
+EVERY |= {"order": 4, "cuts": 1, "camera": 1}
 
 
 def stages(scale: float = 1.0) -> list[Stage]:
@@ -80,12 +80,18 @@ def stages(scale: float = 1.0) -> list[Stage]:
         Stage("tower", steps(320), Mix(((3, CROWDED), (1, FULL))), batch=64, tower=True, decay=True),
         Stage(
             "one",
-            steps(220),
+            steps(300),
             Mix(((3, ONE), (1, TWO)), EVENTS),
-            {"when": 0.8, "motion": 0.85, "color": 0.85},
+            {"when": 0.85, "motion": 0.9, "count": 0.8},
             least=steps(60),
         ),
-        Stage("two", steps(220), Mix(((3, TWO), (1, ONE)), EVERY), {"order": 0.85, "count": 0.8}, least=steps(60)),
+        Stage(
+            "two",
+            steps(250),
+            Mix(((3, TWO), (1, ONE)), EVERY),
+            {"order": 0.9, "count": 0.85, "when": 0.9},
+            least=steps(60),
+        ),
         Stage("all", steps(400), Mix(((3, FULL), (1, TWO)), EVERY), dropped=0.2, decay=True),
     ]
 
@@ -101,7 +107,7 @@ def train(
     pictures: str | None = "small",
     plan: Sequence[Stage] | None = None,
     every: int = 20,
-    save: int = 50,
+    save: int = 25,
     quiet: bool = False,
     stop_after: int | None = None,
     stop_at: float | None = None,

@@ -15,12 +15,13 @@ CLIP_COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 CLIP_WORDS = WORDS[:16]
 DIRECTIONS = (("left", "right"), ("up", "down"))  # by axis: against it, along it
 
-TYPES = ("presence", "change", "color", "order", "count", "cuts", "motion", "cause", "when", "needle")
+TYPES = ("presence", "change", "color", "order", "count", "cuts", "motion", "camera", "cause", "when", "needle")
 # What a type asks for; by the protocol accuracies are read level by level.
 LEVELS = {
     "presence": "perception",
     "needle": "perception",
     "motion": "event",
+    "camera": "event",
     "change": "event",
     "count": "event",
     "cuts": "event",

@@ -105,14 +105,18 @@ def _cuts(view: View, rng: random.Random) -> Draft | None:
 
 def _motion(view: View, rng: random.Random) -> Draft | None:
     moving = [track for track in view.things if track.direction]
+    if not moving:
+        return None
+    track = rng.choice(moving)
+    end = track.partner.changes if track.partner else track.visits[0][1]
+    return f"where is the {track.name} going?", track.direction, track.sights(track.start, end or 0)
+
+
+def _camera(view: View, rng: random.Random) -> Draft | None:
     axis, way = view.story.pan
-    if moving:
-        track = rng.choice(moving)
-        end = track.partner.changes if track.partner else track.visits[0][1]
-        return f"where is the {track.name} going?", track.direction, track.sights(track.start, end or 0)
-    if way:
-        return "where is the view going?", DIRECTIONS[axis][way > 0], view.whole((0, view.seconds - 1))
-    return None
+    if not way:
+        return None
+    return "where is the view going?", DIRECTIONS[axis][way > 0], view.whole((0, view.seconds - 1))
 
 
 def _cause(view: View, rng: random.Random) -> Draft | None:
@@ -158,6 +162,7 @@ _MAKERS: dict[str, Callable[[View, random.Random], Draft | None]] = {
     "count": _count,
     "cuts": _cuts,
     "motion": _motion,
+    "camera": _camera,
     "cause": _cause,
     "when": _when,
     "needle": _needle,
