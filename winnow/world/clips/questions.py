@@ -182,8 +182,3 @@ def ask(
                 text, answer, seen = draft
                 questions.setdefault(text, ClipQuestion(kind, text, answer, tuple(sorted(set(seen)))))
     return tuple(questions.values())
-
-
-def is_seen(track: Track) -> bool:
-    """Whether something of the thing is in the picture in every second in which it is said to be there."""
-    return all(track.sights(second, second + 1) for start, end in track.visits for second in range(start, end))
