@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from winnow.world.clips.names import CLIP_GLYPHS, CLIP_SHAPES, DIRECTIONS, FPS, TYPES
-from winnow.world.clips.records import ClipQuestion, Sight, Track
+from winnow.world.clips.records import ClipQuestion, Sight
 from winnow.world.clips.story import Story
 from winnow.world.items import Box
 
