@@ -28,12 +28,13 @@ MEASURE := $(BIN)/winnow bench --keep 64,32,13 --questions 2000 --processes 2 --
 TRAIN   := $(BIN)/winnow train reference --preset small --processes 2 --resume
 SMALL   := winnow/reference/small
 RECALL  := winnow/reference/recall
+VIDEO   := winnow/reference/video
 RUNS    := runs
 SEED    := 1
 LEARNED := covipal diffrate dyvte explainability-compression frames toc3d
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean
+.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean video
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -153,6 +154,13 @@ recall: $(STAMP) ## Train the text model of the recall tasks (2 GB of memory), a
 	@mkdir -p $(RECALL)/learned
 	install -m 644 $(RUNS)/lococo/lococo.safetensors $(RUNS)/lococo/lococo.json $(RECALL)/learned
 	OMP_NUM_THREADS=1 $(BIN)/python -m winnow.learn.recall_card $(RECALL) --log $(RECALL)/training.jsonl
+
+video: $(STAMP) ## Train the reference model of clips (an hour of one core), and measure it for its card
+	OMP_NUM_THREADS=1 $(BIN)/winnow train video --resume --out $(RUNS)/video
+	@mkdir -p $(VIDEO)
+	install -m 644 $(RUNS)/video/model/* $(RUNS)/video/curves.png $(VIDEO)
+	install -m 644 $(RUNS)/video/log.jsonl $(VIDEO)/training.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m winnow.learn.video_card $(VIDEO) --log $(VIDEO)/training.jsonl
 
 images: $(STAMP) ## Draw the pictures of the documentation
 	$(RUN) world:54 "where is the motorcycle?" --method fastervlm:keep=32 --overlay docs/images/kept.png

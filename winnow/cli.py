@@ -345,6 +345,30 @@ def train_recall(
     say(fit(out, resume=resume, device=device, seed=seed, scale=scale))
 
 
+@train.command("video")
+def train_video(
+    out: Annotated[Path, typer.Option(help="The folder of the run.")] = Path("runs/video"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    scale: Annotated[float, typer.Option(help="Share of the full schedule.")] = 1.0,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so long, to go on later.", show_default="at the end")
+    ] = None,
+) -> None:
+    """Train the reference model of winnow's clips, which begins with the words of the one of its pictures."""
+    import time
+
+    from winnow.learn.recipes.video import train as fit
+    from winnow.learn.workers import keep_memory
+    from winnow.models.load import quiet
+
+    quiet()
+    keep_memory()
+    stop = None if minutes is None else time.time() + 60 * minutes
+    say(fit(out, resume=resume, device=device, seed=seed, scale=scale, stop_at=stop))
+
+
 def main() -> None:
     """The `winnow` command."""
     try:

@@ -4,6 +4,7 @@
 - `random`: M tokens drawn at random, for each question anew.
 - `uniform`: M tokens evenly spread over the grid.
 - `downsample`: the grid average-pooled to at most M cells, which is the picture made smaller after the tower.
+- `seconds`: of a clip, whole frames of tokens evenly spread over time: what sampling fewer frames does.
 - `ceiling`: the tokens of the question's evidence, then tokens of other things in the picture, then any: what a method
   could do if it knew where to look.
 - `oracle`: the evidence and nothing else. A diagnostic, not a ceiling: without distractors the task is easier.
@@ -99,19 +100,35 @@ class Downsample(Method):
         return Reduction.mix(weights, representative=representative.to(view.tokens.device).expand(view.b, -1))
 
 
+@dataclass(frozen=True)
+class Seconds(Method):
+    """Keep whole frames of tokens, evenly spread over time; of the last as many as are left, spread over it."""
+
+    keep: Budget = Budget(64)
+
+    slug: ClassVar[str] = "baseline-seconds"
+
+    def reduce(self, view: View) -> Reduction:
+        ids = torch.tensor(whole_frames(view.layout, self.keep.of(view)), device=view.tokens.device)
+        return Reduction.select(ids.expand(view.b, -1), view.n)
+
+
 BASELINES = ("random", "uniform", "downsample", "ceiling", "oracle")
-LABELS = {"random": "random-M", "uniform": "uniform-M", "downsample": "downsample-M"}
+OF_CLIPS = ("seconds",)
+LABELS = {"seconds": "seconds-M", "random": "random-M", "uniform": "uniform-M", "downsample": "downsample-M"}
 PER_QUESTION = ("random", "ceiling", "oracle")
 NEED_EVIDENCE = ("ceiling", "oracle")
 
 
 def baseline_plan(name: str, budget: int | float | str) -> Plan:
     """The plan of a baseline at a budget; `Chosen` ones also need `choosing` around each request."""
-    if name not in BASELINES:
-        raise WinnowError(f"Unknown baseline {name!r}; baselines are full, {', '.join(BASELINES)}.")
+    if name not in (*BASELINES, *OF_CLIPS):
+        raise WinnowError(f"Unknown baseline {name!r}; baselines are full, {', '.join((*BASELINES, *OF_CLIPS))}.")
     keep = Budget(budget)
     if name == "uniform":
         return Plan((Uniform(keep),))
+    if name == "seconds":
+        return Plan((Seconds(keep),))
     if name == "downsample":
         return Plan((Downsample(keep),))
     return Plan((Chosen(name, keep),))
@@ -153,6 +170,20 @@ def uniform_ids(layout: Layout, m: int) -> tuple[int, ...]:
             row = ids[int((i + 0.5) * h / rows)]
             found += [int(row[int((j + 0.5) * w / own)]) for j in range(own)]
     return tuple(sorted(found))
+
+
+@lru_cache(maxsize=256)
+def whole_frames(layout: Layout, m: int) -> tuple[int, ...]:
+    """M content ids: all of evenly spaced frames, and of one more what is left, evenly spread over it."""
+    frames = _grids(layout)
+    if len(frames) < 2:
+        raise WinnowError("This item has one frame, so no frames can be left out; use `uniform`.")
+    size = frames[0].size
+    number = -(-m // size)
+    chosen = [frames[int((i + 0.5) * len(frames) / number)].reshape(-1) for i in range(number)]
+    left = m - size * (number - 1)
+    last = [int(chosen[-1][int((i + 0.5) * size / left)]) for i in range(left)]
+    return tuple(sorted([*(int(i) for ids in chosen[:-1] for i in ids), *last]))
 
 
 def _grids(layout: Layout) -> list[np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -82,28 +82,41 @@ class Layout:
         """The tile of each content token, numbered from 0 without gaps."""
         return np.unique(self.tile[self.content], return_inverse=True)[1]
 
-    def covering(
-        self, boxes: Iterable[tuple[float, float, float, float]], share: float = 0.15
-    ) -> Bool[np.ndarray, " v"]:
+    def covering(self, boxes: Iterable[Sequence[float]], share: float = 0.15) -> Bool[np.ndarray, " v"]:
         """Which content tokens lie on any of these boxes (fractions of the picture).
 
         A token counts when the boxes cover at least `share` of it; for each box that covers no token so far, the one
         that it covers most counts, so that no evidence is without a token.
+
+        Args:
+            boxes: x0, y0, x1, y1; with t0, t1 behind them (fractions of a clip) only tokens of that stretch of time
+                count, otherwise those of all frames.
         """
         at = self.boxes[self.content]
         area = np.maximum((at[:, 2] - at[:, 0]) * (at[:, 3] - at[:, 1]), 1e-12)
         found = np.zeros(len(at), dtype=bool)
-        for x0, y0, x1, y1 in boxes:
+        for x0, y0, x1, y1, *when in boxes:
             if not (x0 < x1 and y0 < y1):
                 raise WinnowError(f"Box {(x0, y0, x1, y1)} is empty; expected x0 < x1 and y0 < y1, as fractions.")
             wide = np.clip(np.minimum(at[:, 2], x1) - np.maximum(at[:, 0], x0), 0, None)
             high = np.clip(np.minimum(at[:, 3], y1) - np.maximum(at[:, 1], y0), 0, None)
             cover = wide * high / area
+            if when:
+                cover = cover * self._during(*when)
             hit = cover >= share
             if not hit.any() and cover.max(initial=0) > 0:
                 hit = cover >= cover.max()
             found |= hit
         return found
+
+    def _during(self, start: float, end: float) -> Bool[np.ndarray, " v"]:
+        """Which content tokens show something of a stretch of time, [start, end) as fractions of the clip."""
+        if not 0 <= start < end <= 1:
+            raise WinnowError(f"The stretch {(start, end)} is empty; expected 0 ≤ t0 < t1 ≤ 1, as fractions of a clip.")
+        frame = self.place[self.content, 1]
+        count = frame.max(initial=0) + 1
+        slack = 1e-6  # of rounding, so that no neighbour counts
+        return (frame < end * count - slack) & (frame + 1 > start * count + slack)
 
 
 def grid_rows(
