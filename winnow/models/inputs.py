@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,25 +26,51 @@ def model_inputs(model: Any, processor: Any, image: Image.Image, question: str) 
         raise WinnowError("The question is empty; ask something.")
     if any("\ud800" <= char <= "\udfff" for char in question):
         raise WinnowError("The question holds bytes that are not text in this terminal's encoding; write it in UTF-8.")
+    check_text(processor, question, "The question")
+    made = processed(processor, prompt(processor, question), [image], lambda: wrong_settings(model, processor))
+    inputs = moved(made, model)
+    check_placeholders(model, processor, inputs)
+    return inputs
+
+
+def check_text(processor: Any, text: str, what: str) -> None:
+    """Refuse control tokens in a text of the user's, because the tokenizer would obey them.
+
+    Args:
+        what: the text, for the error.
+    """
     for token in sorted(_control_tokens(processor)):
-        if token in question:
-            raise WinnowError(f"The question holds the control token {token!r}; leave it out.")
-    text, made = prompt(processor, question), None
+        if token in text:
+            raise WinnowError(f"{what} holds the control token {token!r}; leave it out.")
+
+
+def processed(
+    processor: Any, text: str, images: Sequence[Image.Image], reason: Callable[[], str] = str
+) -> dict[str, Any]:
+    """What the processor makes of a prompt and its pictures, on the CPU.
+
+    Args:
+        reason: says which setting of the processor may be wrong, where it fails.
+
+    Raises:
+        WinnowError: it cannot prepare them.
+    """
+    given: dict[str, Any] = {"images": images[0] if len(images) == 1 else [list(images)]} if images else {}
     try:
-        made = dict(processor(images=image, text=text, return_tensors="pt"))
+        return dict(processor(text=text, return_tensors="pt", **given))
     except MemoryError:
         raise
     except Exception as error:
-        reason = type(error).__name__
-    if made is None:
-        how = wrong_settings(model, processor) or "try another size, or a complete checkpoint"
-        raise WinnowError(
-            f"{type(processor).__name__} cannot prepare a picture of {image.width} × {image.height} pixels with this "
-            f"question ({reason}): {how}."
-        )
-    inputs = {name: _moved(value, model) for name, value in made.items()}
-    check_placeholders(model, processor, inputs)
-    return inputs
+        kind = type(error).__name__
+    sizes = [f"{image.width} × {image.height}" for image in images]
+    what = f"a picture of {sizes[0]} pixels with this question" if len(sizes) == 1 else "these pictures and this text"
+    how = reason() or "try another size, or a complete checkpoint"
+    raise WinnowError(f"{type(processor).__name__} cannot prepare {what} ({kind}): {how}.")
+
+
+def moved(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Inputs on the model's device and in its dtype."""
+    return {name: _moved(value, model) for name, value in inputs.items()}
 
 
 def prompt(processor: Any, question: str) -> str:
@@ -65,11 +92,14 @@ def prompt(processor: Any, question: str) -> str:
             f"The chat template of {type(processor).__name__} does not give a prompt with the question and exactly "
             f"one {image!r} in it; mend chat_template.jinja, or remove it to use LLaVA's prompt."
         )
-    # A tokenizer that adds the start token would double the one that a template has written.
-    tokenizer = processor.tokenizer
+    return without_start(processor.tokenizer, text)
+
+
+def without_start(tokenizer: Any, text: str) -> str:
+    """A prompt without the start token that a template has written, where the tokenizer would add it once more."""
     start = tokenizer.bos_token
     if start and text.startswith(start) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
-        text = text.removeprefix(start)
+        return text.removeprefix(start)
     return text
 
 
