@@ -89,28 +89,25 @@ def serve(
     if missing := [own for own in NEEDS if find_spec(own) is None]:
         raise WinnowError(f"winnow serve needs {', '.join(missing)}: pip install 'tokenwinnow[serve]'")
 
-    from winnow.cli_run import plans
     from winnow.core.budget import Budget
+    from winnow.serve.listening import listen
+
+    keys, bounds, called = _keys(key_file), (Budget(min_keep), Budget(max_keep)), name or _name(model)
+    listener = listen(host, port)  # before torch and the model: a port that is taken costs nothing
+
+    from winnow.cli_run import plans
     from winnow.engine.compress import DEFAULT
     from winnow.models.load import load, quiet
-    from winnow.serve.server import listen
     from winnow.serve.server import serve as answer
     from winnow.serve.settings import LOOPBACK, MIB, Settings
     from winnow.serve.start import context_of, make_service
 
     quiet()
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="winnow: %(message)s")
-    logging.getLogger("winnow.serve").setLevel(logging.INFO)
-    keys = _keys(key_file)
-    plan = plans([method or DEFAULT], keep, positions)[0]
-    methods = _allowed(allow)
-    bounds = Budget(min_keep), Budget(max_keep)
-    called = name or _name(model)
-    listener = listen(host, port)  # before the model: a port that is taken costs no loading
+    plan, methods = plans([method or DEFAULT], keep, positions)[0], _allowed(allow)
     if model is None and "OMP_NUM_THREADS" not in os.environ:
         import torch
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # the bundled model gains little from more
     loaded, processor = load(
         model, device=device, device_map=device_map, dtype=dtype, quantization=quantization, revision=revision,
         trust_remote_code=trust_remote_code,
@@ -123,6 +120,8 @@ def serve(
         max_tokens=max_tokens, temperature=temperature, pictures=max_pictures, body=max_body * MIB,
         buffered=max(8, max_body) * 8 * MIB, batch=batch, waiting=queue, seconds=time_limit, grace=grace,
     )  # fmt: skip
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="winnow: %(message)s")
+    logging.getLogger("winnow.serve").setLevel(logging.INFO)
     service = make_service(loaded, processor, plan, settings)
     if code := answer(service, keys, listener, lambda: _announce(listener, called, str(plan))):
         warn("the device failed, and only a new process can use it again.")

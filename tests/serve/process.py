@@ -8,6 +8,7 @@ import http.client
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -118,13 +119,13 @@ class Server:
         return self.chat(messages=[user(question, *pictures)], **fields)
 
     def raw(self, data: bytes, *, shut: bool = False, timeout: float = 20) -> bytes:
-        """What the server says to bytes, to the end of the connection."""
+        """The answer to bytes, or what came of it before the server closed the connection."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as connection:
             connection.sendall(data)
             if shut:
                 connection.shutdown(socket.SHUT_WR)
             found = bytearray()
-            while part := connection.recv(65_536):
+            while not _is_whole(found) and (part := connection.recv(65_536)):
                 found += part
             return bytes(found)
 
@@ -175,6 +176,12 @@ def running(folder: Path, *options: str, program: str = "winnow.cli") -> Iterato
         yield server
     finally:
         server.stop()
+
+
+def _is_whole(answer: bytearray) -> bool:
+    head, end, body = bytes(answer).partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head)
+    return bool(end) and length is not None and len(body) >= int(length[1])
 
 
 def url(picture: Any) -> str:

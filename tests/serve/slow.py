@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 import winnow.models.load
-from winnow.cli import main
 from winnow.serve.decoding import Chooser, Listener
 
 OUT_OF_MEMORY, FAILS_LATE, DEVICE_LOST = 101, 102, 103  # max_tokens of requests that fail
@@ -40,8 +39,9 @@ def slow(self: Listener, *args: Any, **options: Any) -> Any:
     return listen(self, *args, **options)
 
 
-winnow.models.load.load = endless
-Chooser.__call__, Listener.__call__ = faulty, slow  # type: ignore[method-assign]
-
 if __name__ == "__main__":
+    from winnow.cli import main
+
+    winnow.models.load.load = endless
+    Chooser.__call__, Listener.__call__ = faulty, slow  # type: ignore[method-assign]
     main()

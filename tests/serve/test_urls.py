@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import media_assets as assets
 import pytest
+import transformers.image_utils
 
-from serve.process import MOTORCYCLE, ROOT, Server, check_tells_nothing, drawn, url
+from serve.process import MOTORCYCLE, Server, check_tells_nothing, drawn, url
+from winnow.core.plan import Plan
+from winnow.serve.errors import ApiError
+from winnow.serve.settings import Settings
+from winnow.serve.start import make_service
 
 
 @pytest.fixture
@@ -99,51 +105,40 @@ def test_U4_U5_U6_what_a_far_host_could_do_needs_a_connection(
     assert seen == []
 
 
-AUDIT = """
-import sys
-from PIL import Image
-import transformers.image_utils as utils
-import winnow
-from winnow.core.plan import Plan
-from winnow.serve.errors import ApiError
-from winnow.serve.settings import Settings
-from winnow.serve.start import make_service
+def test_U1_U7_reading_a_request_opens_nothing_and_hands_no_text_to_a_processor(
+    reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the reader runs in the tests' own process, where every file and connection that Python opens is seen."""
+    service = make_service(*reference, Plan.of("hiprune:keep=64"), Settings(name="m", methods=("hiprune",)))
+    good, bad = (request(given) for given in (url(drawn(54).image), "file:///etc/passwd"))
+    service.reader.read(bytearray(good), print, "1")  # what is imported late is imported now
 
-def forbidden(*args, **kwargs):
-    raise RuntimeError("load_image was called")
+    def forbidden(*args: object, **options: object) -> None:
+        raise AssertionError("load_image was called")
 
-model, processor = winnow.load(plan=None)
-service = make_service(model, processor, Plan.of("hiprune:keep=64"), Settings(name="m", methods=("hiprune",)))
-good, bad = sys.stdin.read().split("\\n")
-service.reader.read(bytearray(good.encode()), print, "1")  # what is imported late is imported now
-utils.load_image = forbidden
-opened = []
-sys.addaudithook(lambda event, args: opened.append((event, args)) if event in ("open", "socket.connect") else None)
-request, job = service.reader.read(bytearray(good.encode()), print, "2")
-assert job.sizes == (256,), job.sizes
-try:
-    service.reader.read(bytearray(bad.encode()), print, "3")
-except ApiError as error:
-    print(error.code)
-print(opened)
-"""
+    monkeypatch.setattr(transformers.image_utils, "load_image", forbidden)
+    watching, seen = threading.get_ident(), []
 
+    def watch(event: str, args: tuple[object, ...]) -> None:
+        if event in ("open", "socket.connect", "socket.getaddrinfo") and threading.get_ident() == watching:
+            seen.append((event, args))
 
-def test_U1_U7_reading_a_request_opens_nothing_and_hands_no_text_to_a_processor() -> None:
-    import json
-
-    def body(given: str) -> str:
-        part = {"type": "image_url", "image_url": {"url": given}}
-        return json.dumps({"model": "m", "messages": [{"role": "user", "content": [part]}]})
-
-    given = body(url(drawn(54).image)) + "\n" + body("file:///etc/passwd")
-    command = [sys.executable, "-P", "-W", "ignore", "-c", AUDIT]
-    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=120, cwd=ROOT, env=_path())
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:2] == ["invalid_image_url", "[]"]
+    sys.addaudithook(watch)
+    try:
+        _, job = service.reader.read(bytearray(good), print, "2")
+        with pytest.raises(ApiError) as raised:
+            service.reader.read(bytearray(bad), print, "3")
+        found = list(seen)
+        with open(__file__, "rb"):  # the hook does see
+            pass
+        assert len(seen) == len(found) + 1
+    finally:
+        watching = 0  # a hook stays for good: this one sleeps
+    assert job.sizes == (256,)
+    assert raised.value.code == "invalid_image_url"
+    assert found == []
 
 
-def _path() -> dict[str, str]:
-    import os
-
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+def request(given: str) -> bytes:
+    part = {"type": "image_url", "image_url": {"url": given}}
+    return json.dumps({"model": "m", "messages": [{"role": "user", "content": [part]}]}).encode()

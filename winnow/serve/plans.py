@@ -22,6 +22,7 @@ from winnow.core.registry import method_class
 from winnow.core.settings import types_of
 from winnow.core.signal import Signal
 from winnow.serve.errors import ApiError, invalid, told
+from winnow.serve.schema import SEED
 from winnow.serve.settings import Settings
 
 LONGEST = 500  # characters of a plan
@@ -104,6 +105,8 @@ def _below(kind: type) -> Iterator[type]:
 
 
 def _check_sizes(plan: Plan) -> None:
+    if plan.seed >= SEED:
+        raise _refused(f"winnow.plan: the seed must be below {SEED}")
     for value in (value for method in plan.methods for value in _values(method)):
         if isinstance(value, int | float) and abs(value) > LARGEST:
             raise _refused(f"winnow.plan: a number beyond {LARGEST} is not taken from a request")

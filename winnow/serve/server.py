@@ -1,4 +1,4 @@
-"""One server process: the socket first, then the model, then requests until a signal, and a clean end."""
+"""One server process: requests until a signal, and a clean end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import uvicorn
 
-from winnow.core.errors import WinnowError
 from winnow.serve.app import Service, make_app
 from winnow.serve.errors import where
 from winnow.serve.protocol import bounded
@@ -21,25 +20,6 @@ log = logging.getLogger("winnow.serve")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SLACK = 5.0  # seconds that an end takes beyond the grace: one step of the model, and the last bytes
 BROKEN = 3  # exit code: the device has failed, a supervisor should start a new process
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
-
-    Raises:
-        WinnowError: the port is taken, or the host is not of this machine.
-    """
-    problem = ""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen(1024)
-        return found
-    except (OSError, OverflowError) as error:
-        problem = getattr(error, "strerror", None) or type(error).__name__
-    raise WinnowError(f"Cannot listen on {host}, port {port} ({problem}); give another --port or --host.")
 
 
 class Server(uvicorn.Server):
