@@ -48,11 +48,12 @@ def check(server: Server, count: int, seed: int) -> None:
     run(server, 300, seed + 1)  # what is imported or made once is there before memory is measured
     before, start = server.memory(), time.monotonic()
     found, told = run(server, count, seed)
-    seconds, after = time.monotonic() - start, server.memory()
+    seconds, after, most = time.monotonic() - start, server.memory(), server.memory("VmHWM")
     statuses = Counter[int]()
     for name, times in found.items():
         statuses[int(name.split()[1])] += times
-    print(f"\n{count} requests, {seconds:.0f} s; RSS {before / 2**20:.0f} → {after / 2**20:.0f} MiB")
+    sizes = " → ".join(f"{size / 2**20:.0f}" for size in (before, after))
+    print(f"\n{count} requests, {seconds:.0f} s; RSS {sizes} MiB, at most {most / 2**20:.0f}")
     print(dict(sorted(statuses.items())))
     for name, times in sorted(found.items()):
         print(f"{times:6d} {name}")
@@ -60,6 +61,7 @@ def check(server: Server, count: int, seed: int) -> None:
     assert not [status for status in statuses if status >= 500]
     assert found["good 200"] == -(-count // EVERY)
     assert after - before < 64 * 2**20
+    assert most - before < 256 * 2**20
     assert not re.search("|".join(map(re.escape, FORBIDDEN)), "\n".join(server.log))
     assert "internal" not in "\n".join(server.log)
 

@@ -178,7 +178,7 @@ def test_W6_requests_in_flight_end_and_a_second_signal_cuts_them(tests_importabl
 
 def test_W6_the_grace_ends(tests_importable: None, tmp_path: Path) -> None:
     with running(tmp_path, "--method", "hiprune:keep=64", "--grace", "1", **SLOW) as server:
-        stream = server.open(**ASKED, max_tokens=1500)  # 45 seconds
+        stream = server.open(**ASKED, max_tokens=1000)  # 30 seconds
         read_chunks(stream, 2)
         server.signal(signal.SIGINT)
         assert b'"code": "stopping"' in stream.read()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from serve.process import KEY, MOTORCYCLE, NAME, Server, drawn, user
+from serve.process import KEY, MOTORCYCLE, NAME, ROOT, Server, drawn, user
+from winnow.world.export import export
 
 openai = pytest.importorskip("openai", reason="the client is a development requirement")
 
@@ -35,6 +38,19 @@ def test_a_plan_in_the_extra_body(client: Any) -> None:
     answer = ask(client, extra_body={"winnow": {"plan": "divprune:keep=32"}})
     assert answer.choices[0].message.content == "yes"
     assert answer.usage.winnow == {"given": 256, "kept": 32, "plan": "divprune:keep=32"}
+
+
+def test_the_code_of_the_page_says_what_the_page_says(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    export(tmp_path / "scenes", 1, seed=54)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WINNOW_API_KEY", KEY)
+    exec(compile(code.replace(":8000/", f":{server.port}/"), "serving.md", "exec"), {})  # noqa: S102
+    said = [line.partition("  # ")[2] for line in code.splitlines() if line.startswith("print(")]
+    assert capsys.readouterr().out.splitlines() == said
 
 
 def test_a_stream(client: Any) -> None:

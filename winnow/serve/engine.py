@@ -16,7 +16,7 @@ from winnow.serve import errors
 from winnow.serve.decoding import Chooser, Listener, Row
 from winnow.serve.errors import ApiError
 from winnow.serve.job import Failed, Job
-from winnow.serve.runners import Ready, Runners, batch_inputs, empty_cache, started
+from winnow.serve.runners import Ready, Runners, batch_inputs, empty_cache, model_of, started
 
 log = logging.getLogger("winnow.serve")
 
@@ -142,11 +142,9 @@ class Engine:
     def _decode(self, batch: Sequence[Ready]) -> None:
         rows = [Row(ready.job, self.tokenizer, self._ends) for ready in batch]
         sampling = [row.job.sampling for row in rows]
-        first = batch[0]
-        given = batch_inputs(list(batch)) if first.handle is None else first.inputs
-        model = self.runners.model if first.handle is None else first.handle.model
+        given = batch_inputs(batch)
         self.on_batch(len(rows))
-        model.generate(
+        model_of(batch[0], self.runners).generate(
             **given,
             do_sample=False,  # the chooser samples, row by row
             num_beams=1,

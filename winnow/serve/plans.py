@@ -99,7 +99,8 @@ def _takes_words(hint: Any) -> bool:
 
 
 def _below(kind: type) -> Iterator[type]:
-    for own in kind.__subclasses__():
+    below: list[type] = kind.__subclasses__()
+    for own in below:
         yield own
         yield from _below(own)
 

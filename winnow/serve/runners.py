@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Ready:
     plan: Plan
     prepared: Prepared | None = None
     handle: Handle | None = None
-    inputs: dict[str, Any] | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
     width: int = 0
 
 
@@ -90,14 +90,21 @@ def _kept(known: OrderedDict[str, Any], key: str, make: Callable[[], Any]) -> An
     return known[key]
 
 
-def batch_inputs(batch: list[Ready]) -> dict[str, Any]:
-    """The inputs of a batch of prepared jobs, all rows as wide; a single one as it is.
+def batch_inputs(batch: Sequence[Ready]) -> dict[str, Any]:
+    """What `generate` takes for jobs of one width: rows padded to it, or a single job as it is.
 
     Raises:
         UnsupportedError: they cannot be one batch.
     """
     parts = [ready.prepared for ready in batch if ready.prepared is not None]
+    if not parts:
+        return batch[0].inputs
     return parts[0].inputs if len(parts) == 1 else joined(parts, batch[0].width).inputs
+
+
+def model_of(ready: Ready, runners: Runners) -> Any:
+    """The model that answers a job: the one that is served, or its twin with hooks."""
+    return runners.model if ready.handle is None else ready.handle.model
 
 
 def started(ready: Ready, ledger: Ledger) -> Started:

@@ -38,7 +38,7 @@ class Server(uvicorn.Server):
         self.ready()
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self.stop)
@@ -88,7 +88,11 @@ def serve(service: Service, keys: list[str], listener: socket.socket, ready: Cal
 async def _run(server: Server, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: _log(context))
-    server.service.engine.on_broken = lambda: loop.call_soon_threadsafe(server.stop)
+
+    def broken() -> None:
+        loop.call_soon_threadsafe(server.stop)
+
+    server.service.engine.on_broken = broken
     server.service.engine.start()
     await server.serve([listener])
 

@@ -18,7 +18,7 @@ from winnow.serve.job import Job
 from winnow.serve.metrics import Metrics
 from winnow.serve.prompting import Prompter
 from winnow.serve.reading import Reader
-from winnow.serve.runners import Runners, placeholder_tokens
+from winnow.serve.runners import Runners, batch_inputs, model_of, placeholder_tokens
 from winnow.serve.schema import Sampling
 from winnow.serve.settings import Settings
 
@@ -29,7 +29,7 @@ def make_service(model: Any, processor: Any, plan: Plan, settings: Settings) -> 
     Raises:
         WinnowError: the model cannot be served, or the plan does not run on it.
     """
-    inner = unwrap(model)
+    inner: Any = unwrap(model)
     family = family_of(inner)
     if isinstance(family, Text) or not hasattr(processor, "image_processor"):
         raise UnsupportedError("winnow serve answers with vision-language models; this is a language model.")
@@ -46,7 +46,8 @@ def make_service(model: Any, processor: Any, plan: Plan, settings: Settings) -> 
 
 def context_of(model: Any) -> int | None:
     """Tokens that a model was made for; None: it does not say."""
-    found = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
+    inner: Any = unwrap(model)
+    found = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 
 
@@ -56,6 +57,4 @@ def _try(model: Any, processor: Any, runners: Runners) -> None:
     job = Job(inputs, (), None, Sampling(1, 0.0), lambda event: None)
     with torch.no_grad():
         ready = runners.ready(job)
-        given = ready.inputs if ready.prepared is None else ready.prepared.inputs
-        run = runners.model if ready.handle is None else ready.handle.model
-        run.generate(**given, max_new_tokens=1, do_sample=False)
+        model_of(ready, runners).generate(**batch_inputs([ready]), max_new_tokens=1, do_sample=False)
