@@ -16,7 +16,7 @@ class ItemLedger:
 
     Attributes:
         row: its sample in the batch.
-        modality: image or video.
+        modality: image, video or audio.
         layout: of its tokens as they stand in the LM's sequence.
         n_visual: content tokens as the encoder gave them.
         reductions: (point, slug, map) in the order in which they were applied; the first map takes the item's content

@@ -30,7 +30,7 @@ class EncoderMethod:
 
     Args:
         open_request: the request that is running in this context, or a new one.
-        base, name: the method.
+        base, name: the module and its method.
         modality: what it encodes.
 
     A copy or a pickle of the model gets the plain method back.
@@ -51,7 +51,8 @@ class EncoderMethod:
             if request is None or request.encoding is not None:  # an encoder may call another one for its own work
                 return self.plain(*args, **kwargs)
             given = inspect.signature(self.plain).bind_partial(*args, **kwargs).arguments
-            record = EncoderRecord(self.modality, {**given, **given.pop("kwargs", {})}, plan=request.plan)
+            beside = {n: request.called[n] for n in request.bound.family.beside if n in request.called}
+            record = EncoderRecord(self.modality, {**beside, **given, **given.pop("kwargs", {})}, plan=request.plan)
             request.encoding = record
             try:
                 with request.clock.phase("encoder"):

@@ -35,7 +35,7 @@ from winnow.engine.tower_hooks import TowerHooks
 from winnow.engine.turns import Rereading, Turns, finish_turn, is_turn, shortened
 from winnow.engine.versions import cache_of
 from winnow.engine.watch import LayerWatch
-from winnow.models.family import Family
+from winnow.models.family import Family, seam
 from winnow.signals.clip import NEEDED
 from winnow.signals.tap import Tap
 
@@ -187,13 +187,17 @@ class Engine:
 
     def stand_in(self, owner: nn.Module, method: Any) -> None:
         """Put a method in the place of one of the model's, until detach."""
+        was = owner.__dict__.get(method.name)  # somebody else's, such as the forward that accelerate puts there
         setattr(owner, method.name, method)
-        self._removers.append(functools.partial(owner.__dict__.pop, method.name, None))
+        put_back = functools.partial(owner.__dict__.pop, method.name, None)
+        self._removers.append(put_back if was is None else functools.partial(setattr, owner, method.name, was))
 
     def _install(self) -> None:
         bound = self.bound
-        for name, modality, _ in bound.family.encoders:
-            self.stand_in(bound.base, encoder.EncoderMethod(self._encoding, bound.base, name, modality))
+        for path, modality, _ in bound.family.encoders:
+            part, _, name = path.rpartition(".")
+            owner = seam(bound.base, part, bound.model) if part else bound.base
+            self.stand_in(owner, encoder.EncoderMethod(self._encoding, owner, name, modality))
         self._forward = ForwardMethod(self._run_forward, bound.base)
         bound.base.forward = self._forward
         self._removers.append(self._forward.remove)

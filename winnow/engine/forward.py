@@ -85,7 +85,11 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
     return LMPass(request, arguments, spans, questions_of(request, arguments, ids, ends), ends, ids)
 
 
-PIXELS = {"image": ("pixel_values", "pixel_values_images", "image_patches"), "video": ("pixel_values_videos",)}
+PIXELS = {
+    "image": ("pixel_values", "pixel_values_images", "image_patches"),
+    "video": ("pixel_values_videos",),
+    "audio": ("input_features",),
+}
 
 
 def _refuse_unseen(request: Request) -> None:
