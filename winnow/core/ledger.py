@@ -8,6 +8,7 @@ from torch import Tensor
 
 from winnow.core.layout import Layout
 from winnow.core.reduction import Reduction
+from winnow.core.sounds import longest_dropped, times_of
 
 
 @dataclass
@@ -47,6 +48,14 @@ class ItemLedger:
         if total is None:
             return Reduction.select(self.kept, self.n_visual)
         return total.cpu()
+
+    def times(self) -> Tensor:
+        """`[M]` when each token of a sound that is left is heard, in seconds; a merged one at its sources' mean."""
+        return times_of(self.provenance(), self.layout)
+
+    def longest_dropped(self) -> float:
+        """The longest span of a sound, in seconds, of which nothing is left."""
+        return longest_dropped(self.provenance(), self.layout)
 
     def to_content(self, content: Tensor, layout: Layout) -> None:
         """Turn maps from the tower's tokens into maps from the content tokens of the LM's sequence.

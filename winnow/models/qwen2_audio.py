@@ -8,11 +8,12 @@ sounds: its encoder is called from the forward, and its own forward is listened 
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from winnow.core.errors import UnsupportedError
 from winnow.core.layout import Layout
-from winnow.models.family import Encoding, Family
+from winnow.models.family import Encoding, Family, token_starts
 
 HOP = 0.01  # seconds from one mel frame to the next, in Whisper's feature extractor
 FRAMES = 4  # mel frames of a token: the second convolution and the pooling each halve them
@@ -42,3 +43,13 @@ class Qwen2Audio(Family):
 
     def layouts(self, model: Any, encoding: Encoding) -> tuple[Layout, ...]:
         return tuple(Layout.sound(n, FRAMES * HOP) for n in encoding.lengths)
+
+    def patches(self, model: Any, encoding: Encoding) -> Tensor:
+        """The mel frames behind each token."""
+        mels = encoding.inputs["input_features"].transpose(1, 2)  # sounds, frames, bands
+        return torch.cat(
+            [own[: n * FRAMES].unflatten(0, (n, FRAMES)) for own, n in zip(mels, encoding.lengths, strict=True)]
+        )
+
+    def cell_starts(self, model: Any, encoding: Encoding) -> tuple[int, ...]:
+        return token_starts(encoding)

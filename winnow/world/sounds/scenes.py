@@ -89,12 +89,14 @@ Asked = Callable[[list[Event]], tuple[Question, ...]]
 
 
 def _tones(rng: np.random.Generator) -> tuple[list[Part], Asked]:
-    names, parts = list(NOTES), []
-    last = ""
-    for _ in range(rng.integers(3, 7)):
-        last = str(rng.choice([name for name in names if name != last]))
+    lower, higher = sorted(map(str, rng.choice(list(NOTES), 2, replace=False)), key=NOTES.__getitem__)
+    names = [lower, higher] if rng.random() < 0.5 else [higher, lower]  # the answer is drawn before the tones
+    for _ in range(rng.integers(1, 5)):
+        names.append(str(rng.choice([name for name in NOTES if name != names[-1]])))
+    parts: list[Part] = []
+    for name in names:
         gap = _grains(rng, 4, 10) if rng.random() < 0.5 else 0.0
-        parts.append((("tone", last), tone(last, _grains(rng, 6, 15)), gap))
+        parts.append((("tone", name), tone(name, _grains(rng, 6, 15)), gap))
 
     def ask(events: list[Event]) -> tuple[Question, ...]:
         first, second = events[0], events[1]
