@@ -12,6 +12,7 @@ from masked import Cut
 from probes import Halve, Pick, forward, generate, new_tokens, step_logits
 
 import winnow
+from winnow.bench.baselines import baseline_plan
 from winnow.core.errors import UnsupportedError, WinnowError
 
 TOLERANCE = 1e-5  # of the largest logit: two orders of the same sums in float32
@@ -128,6 +129,29 @@ def test_the_encoder_alone_has_no_mask_and_is_refused(own):
     model, sample = own.model(), own.sample("3 A 6")
     with winnow.compress(model, Pick(keep=3)), pytest.raises(UnsupportedError, match="feature_attention_mask"):
         model.model.audio_tower(sample["input_features"])
+
+
+def test_the_loudest_tokens_are_those_of_the_loudest_mel_frames(own):
+    model, sample = own.model(), own.sample("2 B 4 C 5")
+    plan = baseline_plan("drop-low-energy", "40%")
+    with winnow.compress(model, plan) as handle:
+        forward(model, sample)
+    for item, mels in zip(handle.last.items, sample["input_features"], strict=True):
+        level = mels[:, : 4 * item.n_visual].mean(0).reshape(-1, 4).mean(1)
+        count = len(item.kept)
+        assert item.kept.tolist() == level.topk(count).indices.sort().values.tolist()
+        assert count < item.n_visual or item.n_visual == 1
+
+
+@pytest.mark.parametrize("plan", ["speechprune:left=40%", "a-tome:keep=40%", "audio-pool:k=2", "audio-segments"])
+def test_what_is_left_of_a_sound_is_in_order_and_its_gaps_are_in_the_ledger(own, plan):
+    model, inputs = own.model(), own.batch(("3 A 6", "2 B 4 C 5"))
+    with winnow.compress(model, plan) as handle:
+        forward(model, inputs)
+    for item in handle.last.items:
+        assert item.times().diff().gt(0).all()
+        assert 0 <= item.longest_dropped() <= 0.04 * (item.n_visual - 1)
+        assert item.longest_dropped() == 0 or plan.startswith("speechprune")
 
 
 def test_methods_that_look_at_a_vision_tower_are_refused(own):

@@ -31,7 +31,8 @@ FADE = 0.005  # seconds in which an event comes and goes, so that its edges do n
 
 def tone(note: str, seconds: float) -> Wave:
     """A tone with two overtones."""
-    return _faded(sum(np.sin(2 * np.pi * NOTES[note] * k * _clock(seconds)) / k for k in (1, 2, 3)) * 0.4)
+    overtones = [np.sin(2 * np.pi * NOTES[note] * k * _clock(seconds)) / k for k in (1, 2, 3)]
+    return _faded(np.sum(overtones, 0) * 0.4)
 
 
 def clicks(count: int, gap: float) -> Wave:
@@ -82,7 +83,7 @@ def _hiss(seconds: float, rng: np.random.Generator) -> Wave:
 
 def _rumble(seconds: float, rng: np.random.Generator) -> Wave:
     t = _clock(seconds)
-    return sum(np.sin(2 * np.pi * hertz * t + rng.uniform(0, 6)) for hertz in (60, 75, 95)) * 0.25
+    return np.sum([np.sin(2 * np.pi * hertz * t + rng.uniform(0, 6)) for hertz in (60, 75, 95)], 0) * 0.25
 
 
 EVENTS: dict[str, Callable[[float, np.random.Generator], Wave]] = {
