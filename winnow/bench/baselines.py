@@ -113,6 +113,7 @@ class DropLowEnergy(Method):
     level: SoundLevel = LEVEL
 
     slug: ClassVar[str] = "baseline-drop-low-energy"
+    modalities: ClassVar[tuple[str, ...]] = ("audio",)
 
     def score(self, view: View) -> Tensor:
         if view.layout.seconds is None:

@@ -25,7 +25,7 @@ from winnow.engine.clock import Clock
 from winnow.engine.cross_pass import CrossPass
 from winnow.engine.encoding import record_of
 from winnow.engine.forward import encodings_of, positions_of_later_turn, start_lm
-from winnow.engine.hooks import ForwardMethod, Hook
+from winnow.engine.hooks import ForwardMethod, Hook, stand_in
 from winnow.engine.kv import check_model, enter_text, held_layers, hold, show_call, tell_cache
 from winnow.engine.ledgers import text_ledger, write_ledger
 from winnow.engine.question import QuestionReader
@@ -35,7 +35,7 @@ from winnow.engine.tower_hooks import TowerHooks
 from winnow.engine.turns import Rereading, Turns, finish_turn, is_turn, shortened
 from winnow.engine.versions import cache_of
 from winnow.engine.watch import LayerWatch
-from winnow.models.family import Family, seam
+from winnow.models.family import Family
 from winnow.signals.clip import NEEDED
 from winnow.signals.tap import Tap
 
@@ -187,17 +187,12 @@ class Engine:
 
     def stand_in(self, owner: nn.Module, method: Any) -> None:
         """Put a method in the place of one of the model's, until detach."""
-        was = owner.__dict__.get(method.name)  # somebody else's, such as the forward that accelerate puts there
-        setattr(owner, method.name, method)
-        put_back = functools.partial(owner.__dict__.pop, method.name, None)
-        self._removers.append(put_back if was is None else functools.partial(setattr, owner, method.name, was))
+        self._removers.append(stand_in(owner, method))
 
     def _install(self) -> None:
         bound = self.bound
-        for path, modality, _ in bound.family.encoders:
-            part, _, name = path.rpartition(".")
-            owner = seam(bound.base, part, bound.model) if part else bound.base
-            self.stand_in(owner, encoder.EncoderMethod(self._encoding, owner, name, modality))
+        for method in encoder.methods_of(bound, self._encoding):
+            self.stand_in(method.base, method)
         self._forward = ForwardMethod(self._run_forward, bound.base)
         bound.base.forward = self._forward
         self._removers.append(self._forward.remove)

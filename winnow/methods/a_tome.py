@@ -34,6 +34,8 @@ class AToMe(wn.Method):
     threshold: Annotated[float, wn.Between(-1, 1)] | None = None
     rounds: wn.Count = 1
 
+    modalities = ("audio",)
+
     def reduce(self, view: wn.View) -> wn.Reduction:
         x, broken = apart(view.tokens)
         wn.count_broken(broken, view)

@@ -29,6 +29,7 @@ class AudioPool(wn.Method):
     k: Annotated[int, wn.Between(1)] = 2
 
     identity = {"k": 1}
+    modalities = ("audio",)
 
     def reduce(self, view: wn.View) -> wn.Reduction:
         _, broken = apart(view.tokens)

@@ -32,6 +32,8 @@ class AudioSegments(wn.Method):
     keep: wn.Budget | None = None
     least: Annotated[float, wn.Between(0, 2)] = 0.0
 
+    modalities = ("audio",)
+
     def reduce(self, view: wn.View) -> wn.Reduction:
         x, broken = apart(view.tokens)
         wn.count_broken(broken, view)

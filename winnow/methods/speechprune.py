@@ -37,6 +37,7 @@ class SpeechPrune(wn.Method):
     window: Annotated[int, wn.Between(1)] = 5
 
     identity = {"left": "100%"}
+    modalities = ("audio",)
 
     def check(self) -> None:
         if self.window % 2 == 0:
