@@ -14,14 +14,14 @@ from builds.qwen_audio import SOUNDS
 from byhand import Entry, Reference, Vision
 from clips import CLIPS
 
-from winnow.core.registry import method_class, picture_methods
+from winnow.core.registry import method_class, token_methods
 from winnow.testing import Build, Worked, check_on_models
 
 ELSEWHERE = CLIPS | SOUNDS  # builds that are not in the zoo
 
 # Three sizes of pictures and of text; one picture, none, and two with text between them.
 ROWS = ("3 A 6", "3 B 9", "3 C 5", "11", "2 B 4 C 5")
-SLUGS = [entry.slug for entry in picture_methods() if entry.family != "user"]
+SLUGS = [entry.slug for entry in token_methods() if entry.family != "user"]
 
 
 def hand(slug):
