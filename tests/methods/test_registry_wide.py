@@ -10,10 +10,10 @@ import zoo
 
 import winnow
 from winnow.core import registry
-from winnow.core.registry import built_in, method_class, picture_methods
+from winnow.core.registry import built_in, method_class, token_methods
 from winnow.testing import CHECKS, WITH_CLS, Picture, Subject, check_method, run
 
-SLUGS = [entry.slug for entry in picture_methods()]
+SLUGS = [entry.slug for entry in token_methods()]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -7,6 +7,8 @@
 - `seconds`: of a clip, whole frames of tokens evenly spread over time: what sampling fewer frames does.
 - `ceiling`: the tokens of the question's evidence, then tokens of other things in the picture, then any: what a method
   could do if it knew where to look.
+- `drop-low-energy`: the M loudest tokens of a sound. Silence is most of a sound, so this must be beaten; quiet parts
+  matter, so it is not hard to.
 - `oracle`: the evidence and nothing else. A diagnostic, not a ceiling: without distractors the task is easier.
 
 Choices that depend on the question come with the request (`Choice`), never from the model or the method.
@@ -26,6 +28,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from winnow.bench.tasks import Ask, Boxes
 from winnow.core.budget import Budget, split_evenly
@@ -35,8 +38,11 @@ from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.reduction import Reduction
 from winnow.core.view import View
+from winnow.signals.sound import SoundLevel
 
 Choice = tuple[Layout, tuple[int, ...]]  # of one sample: its item's layout, and ascending content ids to keep
+
+LEVEL = SoundLevel()
 
 _choices: ContextVar[Sequence[Choice] | None] = ContextVar("winnow_bench_choices", default=None)
 
@@ -113,8 +119,26 @@ class Seconds(Method):
         return Reduction.select(ids.expand(view.b, -1), view.n)
 
 
+@dataclass(frozen=True)
+class DropLowEnergy(Method):
+    """Keep the M loudest tokens of a sound, in their order."""
+
+    keep: Budget = Budget(64)
+    level: SoundLevel = LEVEL
+
+    slug: ClassVar[str] = "baseline-drop-low-energy"
+    modalities: ClassVar[tuple[str, ...]] = ("audio",)
+
+    def score(self, view: View) -> Tensor:
+        if view.layout.seconds is None:
+            raise WinnowError("drop-low-energy is a baseline of sounds; a picture or a video has no energy to drop.")
+        return view[self.level]
+
+
 BASELINES = ("random", "uniform", "downsample", "ceiling", "oracle")
 OF_CLIPS = ("seconds",)
+OF_SOUNDS = ("random", "uniform", "downsample", "drop-low-energy")
+KNOWN = tuple(dict.fromkeys((*BASELINES, *OF_CLIPS, *OF_SOUNDS)))
 LABELS = {"seconds": "seconds-M", "random": "random-M", "uniform": "uniform-M", "downsample": "downsample-M"}
 PER_QUESTION = ("random", "ceiling", "oracle")
 NEED_EVIDENCE = ("ceiling", "oracle")
@@ -122,9 +146,11 @@ NEED_EVIDENCE = ("ceiling", "oracle")
 
 def baseline_plan(name: str, budget: int | float | str) -> Plan:
     """The plan of a baseline at a budget; `Chosen` ones also need `choosing` around each request."""
-    if name not in (*BASELINES, *OF_CLIPS):
-        raise WinnowError(f"Unknown baseline {name!r}; baselines are full, {', '.join((*BASELINES, *OF_CLIPS))}.")
+    if name not in KNOWN:
+        raise WinnowError(f"Unknown baseline {name!r}; baselines are full, {', '.join(KNOWN)}.")
     keep = Budget(budget)
+    if name == "drop-low-energy":
+        return Plan((DropLowEnergy(keep),))
     if name == "uniform":
         return Plan((Uniform(keep),))
     if name == "seconds":

@@ -36,6 +36,8 @@ class Method:
         released: the settings, and the `positions` policy, under which it equals the authors' released code; None if
             no such code is known.
         pairwise: whether it builds one V × V fp32 table for each item.
+        modalities: what it acts on in a model that reads several kinds of items; in one that reads none of these, it
+            acts on all.
         streaming: whether it remembers something in `State.request`; its views then never join samples.
     """
 
@@ -47,6 +49,7 @@ class Method:
     identity: ClassVar[dict[str, Any] | None] = {"keep": "100%"}
     released: ClassVar[dict[str, Any] | None] = None
     pairwise: ClassVar[bool] = False
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     streaming: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -41,6 +41,8 @@ class BoundPlan:
         reads_question: whether any step depends on where the question is.
         text_signals: signals of the question, which are read where the language model is entered.
         text_encoder: the text tower that was handed over, where a step needs one.
+        modalities: of each method, those of the items that it acts on.
+        deaf: whether the model reads sounds beside other items, and no method acts on them: they are no items then.
     """
 
     plan: Plan
@@ -59,6 +61,8 @@ class BoundPlan:
     text_encoder: Any = None
     kv: Mapping[int, Steps] = field(default_factory=dict)
     frames: Steps = ()
+    modalities: tuple[tuple[str, ...], ...] = ()
+    deaf: bool = False
 
     @staticmethod
     def of(
@@ -71,6 +75,9 @@ class BoundPlan:
         """
         _check_of_cache(plan, info)
         resolved, bound = plan.bind(info)
+        acted = tuple(
+            tuple(m for m in info.modalities if m in method.modalities) or info.modalities for method in plan.methods
+        )
         steps = _without_idle(plan, bound, info)
         at: dict[str, list[tuple[int, Step]]] = {"frames": [], "features": [], "projected": []}
         layers: dict[int, list[tuple[int, Step]]] = defaultdict(list)
@@ -124,7 +131,17 @@ class BoundPlan:
             tuple(sorted({s for _, step in steps for s in step.needs if s.site(info).stack == "text"}, key=repr)),
             kv={k: tuple(v) for k, v in kv.items()},
             frames=tuple(at["frames"]),
+            modalities=acted,
+            deaf=len(info.modalities) > 1 and not any("audio" in own for own in acted),
         )
+
+    def acts_on(self, number: int, modality: str) -> bool:
+        """Whether a method acts on items of a modality."""
+        return not self.modalities[number] or modality in self.modalities[number]
+
+    def listens(self, modality: str) -> bool:
+        """Whether items of a modality are seen at all."""
+        return not (self.deaf and modality == "audio")
 
     @property
     def needs_text_encoder(self) -> bool:

@@ -25,7 +25,7 @@ from winnow.engine.clock import Clock
 from winnow.engine.cross_pass import CrossPass
 from winnow.engine.encoding import record_of
 from winnow.engine.forward import encodings_of, positions_of_later_turn, start_lm
-from winnow.engine.hooks import ForwardMethod, Hook
+from winnow.engine.hooks import ForwardMethod, Hook, stand_in
 from winnow.engine.kv import check_model, enter_text, held_layers, hold, show_call, tell_cache
 from winnow.engine.ledgers import text_ledger, write_ledger
 from winnow.engine.question import QuestionReader
@@ -187,13 +187,12 @@ class Engine:
 
     def stand_in(self, owner: nn.Module, method: Any) -> None:
         """Put a method in the place of one of the model's, until detach."""
-        setattr(owner, method.name, method)
-        self._removers.append(functools.partial(owner.__dict__.pop, method.name, None))
+        self._removers.append(stand_in(owner, method))
 
     def _install(self) -> None:
         bound = self.bound
-        for name, modality, _ in bound.family.encoders:
-            self.stand_in(bound.base, encoder.EncoderMethod(self._encoding, bound.base, name, modality))
+        for method in encoder.methods_of(bound, self._encoding):
+            self.stand_in(method.base, method)
         self._forward = ForwardMethod(self._run_forward, bound.base)
         bound.base.forward = self._forward
         self._removers.append(self._forward.remove)

@@ -18,7 +18,7 @@ from winnow.engine.frames import tell_videos
 from winnow.engine.item_tokens import Span, find_spans, join_runs
 from winnow.engine.lm_pass import LMPass
 from winnow.engine.merged import merged_items
-from winnow.engine.request import Request, padding_mask
+from winnow.engine.request import Request, listened, padding_mask
 from winnow.engine.spans import question_span
 
 
@@ -88,14 +88,18 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
     return made
 
 
-PIXELS = {"image": ("pixel_values", "pixel_values_images", "image_patches"), "video": ("pixel_values_videos",)}
+PIXELS = {
+    "image": ("pixel_values", "pixel_values_images", "image_patches"),
+    "video": ("pixel_values_videos",),
+    "audio": ("input_features",),
+}
 
 
 def _refuse_unseen(request: Request) -> None:
     """Pictures that the model encoded by another way than the one that we listen to would be read in full."""
     if not request.plan.plan.methods:
         return
-    for modality in request.bound.token_ids.keys() - request.encodings.keys():
+    for modality in listened(request).keys() - request.encodings.keys():
         given = [name for name in PIXELS.get(modality, ()) if request.called.get(name) is not None]
         if given:
             raise UnsupportedError(
@@ -114,7 +118,7 @@ def _refuse_chunks(request: Request) -> None:
     ids = request.called.get("input_ids")
     if ids is None or ids.shape[1] == 1 or not request.plan.plan.methods:
         return
-    if not any(bool((ids == token).any()) for token in request.bound.token_ids.values()):
+    if not any(bool((ids == token).any()) for token in listened(request).values()):
         return
     frame: Any = sys._getframe(1)
     while frame is not None and "generation_config" not in frame.f_locals:

@@ -348,11 +348,13 @@ class LMPass:
         """What steps of the LM's side want of the encoder."""
         if not self.items:
             return
-        steps = [step for _, step in self.plan.projected]
-        steps += [step for own in self.plan.layers.values() for _, step in own]
+        steps = [*self.plan.projected, *(pair for own in self.plan.layers.values() for pair in own)]
         stacks = ("lm", "text")
-        for signal in {s for step in steps for s in step.needs if s.site(self.bound.info).stack not in stacks}:
+        wanted = {(n, s) for n, step in steps for s in step.needs if s.site(self.bound.info).stack not in stacks}
+        for number, signal in wanted:
             for item in self.items:
+                if signal in item.signals or not self.plan.acts_on(number, item.record.modality):
+                    continue
                 value = lm_signal(self.bound, item.encoded, item.number, signal)
                 item.signals[signal] = value.to(item.ids.device)[item.ids]
 

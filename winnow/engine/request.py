@@ -104,6 +104,11 @@ class Request:
         return self.backward == _backward_now()
 
 
+def listened(request: Request) -> dict[str, int]:
+    """The placeholder of each modality whose items the plan sees."""
+    return {m: token for m, token in request.bound.token_ids.items() if request.plan.listens(m)}
+
+
 def padding_mask(request: Request, arguments: dict[str, Any]) -> Any:
     """`[B, L + S]` what the caller says is padding, or None. Models that make masks outside the LM hide it there."""
     return (arguments if request.bound.short else request.called).get("attention_mask")

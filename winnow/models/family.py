@@ -19,8 +19,9 @@ class Encoding:
     """One call of the encoder, as adapters see it.
 
     Attributes:
-        modality: image or video.
-        inputs: the keyword arguments of the encoder call (sizes and grids are needed for layouts).
+        modality: image, video or audio.
+        inputs: the keyword arguments of the encoder call (sizes and grids are needed for layouts), and what the family
+            reads beside them.
         lengths: tokens of each item in the LM's sequence, once the encoder has run.
         parts: how many of the encoder's items became each item, where the prompt has joined some (`Family.joined`).
     """
@@ -39,7 +40,9 @@ class Family:
         model_types: `config.model_type` values.
         tower, blocks, attention, projector: where the tower, its blocks, a block's attention and the connector are.
         other_blocks: blocks of further towers of the same shape, where each modality has a tower of its own.
-        encoders: (method of the base model, modality, name of the placeholder id in the configuration).
+        encoders: (method of the base model, modality, name of the placeholder id in the configuration). The method of a
+            part of it is written with dots, where the base model has no method of its own for it.
+        beside: arguments of the model's forward that layouts need and the encoder is not given.
         points: where steps can act.
         mrope: whether positions are 3-D.
         axes: of positions, where they have several.
@@ -64,6 +67,7 @@ class Family:
     projector: ClassVar[str | None] = "multi_modal_projector"
     other_blocks: ClassVar[tuple[str, ...]] = ()
     encoders: ClassVar[tuple[tuple[str, str, str], ...]] = (("get_image_features", "image", "image_token_id"),)
+    beside: ClassVar[tuple[str, ...]] = ()
     points: ClassVar[tuple[str, ...]] = ("features", "projected", "layers")
     mrope: ClassVar[bool] = False
     axes: ClassVar[int] = 3
