@@ -36,6 +36,7 @@ class Method:
         released: the settings, and the `positions` policy, under which it equals the authors' released code; None if
             no such code is known.
         pairwise: whether it builds one V × V fp32 table for each item.
+        across_frames: whether it looks across the frames of a video, which a picture has one of.
         streaming: whether it remembers something in `State.request`; its views then never join samples.
     """
 
@@ -47,6 +48,7 @@ class Method:
     identity: ClassVar[dict[str, Any] | None] = {"keep": "100%"}
     released: ClassVar[dict[str, Any] | None] = None
     pairwise: ClassVar[bool] = False
+    across_frames: ClassVar[bool] = False
     streaming: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -79,7 +79,8 @@ class BoundModel:
         heads = getattr(own, "num_attention_heads", 1)
         width = getattr(own, "head_dim", None) or getattr(own, "hidden_size", heads) // heads
         info = replace(family.info(model), heads=heads, head_dim=width, fingerprint=partial(fingerprint, model))
-        videos = ("frames",) if "video" in {modality for _, modality, _ in family.encoders} else ()
+        takes = family.frames_apart or "video" in {modality for _, modality, _ in family.encoders}
+        videos = ("frames",) if takes else ()
         info = replace(info, points=(*videos, *info.points, "kv"))
         tower, blocks, projector = parts
         device = device_of(model.get_input_embeddings())

@@ -20,6 +20,7 @@ from winnow.engine.lm_pass import LMPass
 from winnow.engine.merged import merged_items
 from winnow.engine.request import Request, padding_mask
 from winnow.engine.spans import question_span
+from winnow.engine.video_items import of_videos
 
 
 def encodings_of(called: dict[str, Any], plan: BoundPlan) -> dict[str, EncoderRecord]:
@@ -155,6 +156,7 @@ def _spans(request: Request, ids: Tensor) -> tuple[list[tuple[Span, EncoderRecor
         own, last = find_spans(ids, request.bound.token_ids[modality], record.lengths, modality)
         if request.bound.family.joined:
             own, record = joined_items(request.bound, own, record)
+        own, record = of_videos(request.bound, request.plan, own, record, request.videos)
         found += [(span, record) for span in own]
         ends = [max(a, b) for a, b in zip(ends, last, strict=True)]
     return sorted(found, key=lambda pair: (pair[0].row, int(pair[0].where[0]))), ends

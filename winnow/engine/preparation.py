@@ -37,6 +37,7 @@ from winnow.engine.request import Request
 from winnow.engine.runner import StepRunner
 from winnow.engine.spans import template_suffix
 from winnow.engine.twin import twin
+from winnow.engine.video_items import of_videos
 from winnow.models.families import family_of, unwrap
 
 REFUSED = {
@@ -247,6 +248,7 @@ class Preparation:
                 )
             if self.bound.family.joined:
                 spans, records[modality] = joined_items(self.bound, spans, record)
+            of_videos(self.bound, self.plan, spans, records[modality], None)
             record = records[modality]
             given = by_item(outputs[modality].pooler_output, record.lengths)
             deep = [by_item(layer, record.lengths) for layer in deep_layers(outputs[modality])]
