@@ -128,9 +128,9 @@ def test_prepared_frames_are_told_of():
 )
 def test_what_cannot_be_the_named_videos_is_refused(row, frames, text):
     model, sample = builds.every()["internvl"].model(), builds.every()["internvl"].sample(row)
-    named = [video(n) for n in frames]
     with winnow.compress(model, "evs:keep=50%") as handle:
-        with handle.using(handle.plan, videos=named), pytest.raises(WinnowError, match=text):
+        named = handle.using(handle.plan, videos=[video(n) for n in frames])
+        with named, pytest.raises(WinnowError, match=text):
             forward(model, sample)
 
 
@@ -158,7 +158,7 @@ class First(Method):
 def test_chosen_frames_must_be_named():
     model, sample = builds.every()["internvl"].model(), builds.every()["internvl"].sample("3 V 6")
     with winnow.compress(model, First()) as handle:
-        with pytest.raises(WinnowError, match="chooses frames, and .* is given the frames of a video as pictures"):
+        with pytest.raises(WinnowError, match=r"chooses frames, and .* is given the frames of a video as pictures"):
             forward(model, sample)
         chosen = handle.frames(video(3))
         with handle.using(handle.plan, videos=[chosen]), pytest.raises(WinnowError, match="names 1 videos of 2 frames"):

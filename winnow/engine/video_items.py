@@ -49,9 +49,9 @@ def joined_frames(
         tiles = f" of {record.parts} tiles" if max(record.parts, default=1) > 1 else ""
         raise WinnowError(
             f"videos= names {len(counts)} videos of {', '.join(map(str, counts))} frames, and the request holds "
-            f"{shown} pictures{tiles}. {name} is given each frame as a picture of one tile, so frames cannot be told from "
-            "pictures beside them: name each video with the frames that the processor was given, and ask about other "
-            "pictures in a request of their own."
+            f"{shown} pictures{tiles}. {name} is given each frame as a picture of one tile, so frames cannot be told "
+            "from pictures beside them: name each video with the frames that the processor was given, and ask about "
+            "other pictures in a request of their own."
         )
     ends = tuple(accumulate(counts))
     runs: dict[tuple[int, int], list[Span]] = {}
