@@ -14,6 +14,7 @@ from winnow.core.view import View
 from winnow.methods.dycoke import DyCoke
 from winnow.methods.evs import EVS
 from winnow.methods.vidcom2 import VidCom2
+from winnow.parts.evenly import evenly
 
 from .finding import Finding, compared
 
@@ -90,4 +91,21 @@ def vidcom2(s: Sample, rolled: Sample) -> Iterator[Finding]:
     yield compared("vidcom2", claim, what, ("shares by frame", "equal shares"), own, equal)
 
 
-CLAIMS = {"evs": evs, "dycoke": dycoke, "vidcom2": vidcom2}
+def ts_llava(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    """Of an event of 2 × 2 tokens in one of 50 frames: whether a token of it is sampled, or its frame shown."""
+    frames, side = 50, 24
+    sampled = set(evenly(frames * side**2, 2880).tolist())
+    shown = set(evenly(frames, 6).tolist())
+    generator = torch.Generator().manual_seed(0)
+    alone, both = [], []
+    for _ in range(2000):
+        t, row, col = (int(torch.randint(n, (1,), generator=generator)) for n in (frames, side - 1, side - 1))
+        cells = {(t * side + row + r) * side + col + c for r in (0, 1) for c in (0, 1)}
+        alone.append(float(bool(cells & sampled)))
+        both.append(float(bool(cells & sampled) or t in shown))
+    what = "2000 events of 2 × 2 tokens in one of 50 frames, share of which something is left"
+    claim = "sampled tokens and a thumbnail show more events than sampled tokens alone"
+    yield compared("ts-llava", claim, what, ("both", "sampled alone"), np.array(both), np.array(alone))
+
+
+CLAIMS = {"evs": evs, "dycoke": dycoke, "vidcom2": vidcom2, "ts-llava": ts_llava}
