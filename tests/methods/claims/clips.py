@@ -8,11 +8,14 @@ import numpy as np
 import torch
 
 from tests.methods.directional import Sample, at_random
+from winnow.core.frames_view import FramesView
 from winnow.core.layout import Layout
 from winnow.core.reduction import Reduction
+from winnow.core.step import State
 from winnow.core.view import View
 from winnow.methods.dycoke import DyCoke
 from winnow.methods.evs import EVS
+from winnow.methods.kffocus import KFFocus
 from winnow.methods.vidcom2 import VidCom2
 from winnow.parts.evenly import evenly
 
@@ -108,4 +111,21 @@ def ts_llava(s: Sample, rolled: Sample) -> Iterator[Finding]:
     yield compared("ts-llava", claim, what, ("both", "sampled alone"), np.array(both), np.array(alone))
 
 
-CLAIMS = {"evs": evs, "dycoke": dycoke, "vidcom2": vidcom2, "ts-llava": ts_llava}
+def kffocus(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    """An event of a second in a video of two minutes, at two frames a second, and 16 frames to show."""
+    own, blind = [], []
+    for seed in range(CLIPS):
+        random = np.random.default_rng(seed)
+        start = int(random.integers(1, 238))
+        frames = (120 + 4 * random.standard_normal((240, 16, 16, 3))).clip(0, 255).astype(np.uint8)
+        frames[start : start + 2, 2:14, 2:14] = random.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        view = FramesView(torch.from_numpy(frames)[None], torch.arange(240)[None] / 2)
+        found = KFFocus(keyframes=16, context=0).choose(view, State()).reduction.index[0].tolist()
+        own.append(float(bool({start, start + 1} & set(found))))
+        blind.append(float(bool({start, start + 1} & set(evenly(240, 16).tolist()))))
+    what = f"{CLIPS} clips of 240 frames with an event of two, share of which a frame enters"
+    claim = "keyframes find more events than as many frames at equal distances"
+    yield compared("kffocus", claim, what, ("keyframes", "equal distances"), np.array(own), np.array(blind))
+
+
+CLAIMS = {"kffocus": kffocus, "evs": evs, "dycoke": dycoke, "vidcom2": vidcom2, "ts-llava": ts_llava}
