@@ -16,6 +16,7 @@ from winnow.core.select import top_k
 from winnow.core.settings import checked, types_of
 from winnow.core.signal import Signal
 from winnow.core.step import Reduce, State, Step
+from winnow.core.stretch import Stretch
 from winnow.core.tiles import top_k_per_tile
 from winnow.core.view import View
 
@@ -103,6 +104,10 @@ class Method:
             value = getattr(self, name)
             found += [s for s in (value if isinstance(value, tuple) else (value,)) if isinstance(s, Signal)]
         return tuple(found)
+
+    def stretch(self, tokens: int) -> Stretch | None:
+        """How the rotary positions of a request are stretched that has so many visual tokens; None: they are not."""
+        return None
 
     def build(self, info: ModelInfo) -> Any:
         """Parameters of a learned method as an nn.Module; None for the others."""

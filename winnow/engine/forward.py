@@ -20,6 +20,7 @@ from winnow.engine.lm_pass import LMPass
 from winnow.engine.merged import merged_items
 from winnow.engine.request import Request, padding_mask
 from winnow.engine.spans import question_span
+from winnow.engine.stretching import stretches_text
 from winnow.engine.video_items import of_videos
 
 
@@ -66,7 +67,8 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
     cache = arguments.get(request.bound.cache_name)
     _refuse_unseen(request)
     merged = merged_items(request) if not request.encodings else None
-    if not request.encodings and merged is None and state_of(cache) is None:
+    quiet = not request.encodings and merged is None and state_of(cache) is None
+    if quiet and not stretches_text(request.plan):
         _refuse_chunks(request)
         return None
     if request.plan.plan.methods:

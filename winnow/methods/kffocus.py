@@ -14,10 +14,8 @@ the question asks for. Frames get no times written before them; models that do s
 Departs from the released code: no code has been released.
 """
 
-from functools import lru_cache
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -25,7 +23,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 import winnow.contract as wn
 from winnow.parts.condensed import means_of, parts_of
-from winnow.parts.frames import frame_slots
+from winnow.parts.frames import frame_sides, frame_slots
 from winnow.parts.keyframes import keyframes, likeness, regions_of, so_many_keyframes, with_context
 from winnow.parts.per_tile import apportion
 
@@ -82,7 +80,11 @@ class KFFocus(wn.Method):
 
     def reduce(self, view: wn.View) -> wn.Reduction:
         frames, slot = frame_slots(view, "kffocus")
-        places, sides = _grid(view.layout, view.n // frames, view.ids.device)
+        p, sides = view.n // frames, frame_sides(view.layout)
+        if sides is None or p != sides[0] * sides[1]:
+            sides = (1, p)  # what is no full grid stands in one row
+        at = torch.arange(p, device=slot.device)
+        places = torch.stack([at // sides[1], at % sides[1]], 1)
         wide = torch.promote_types(view.tokens.dtype, torch.float32)
         broken = ~view.tokens.to(wide).sum(-1).isfinite()
         wn.count_broken(broken, view)
@@ -106,13 +108,3 @@ class KFFocus(wn.Method):
         new = ((1 - repeats) / (1 - least).clamp_min(1e-6)).clamp(0, 1)
         weight = torch.where(key, self.ratio, 1 + (self.ratio - 1) * new)
         return apportion(kept, weight, torch.full_like(key, frames.shape[2], dtype=torch.int64))
-
-
-@lru_cache(maxsize=128)
-def _grid(layout: wn.Layout, p: int, device: torch.device) -> tuple[Tensor, tuple[int, int]]:
-    """Row and column of the places of a frame; where they are no full grid, they stand in one row."""
-    own = np.unique(layout.place[layout.content][:, [0, 2, 3]], axis=0)
-    h, w = (int(own[:, i].max()) + 1 for i in (1, 2))
-    if len(own) == p == h * w and not own[:, 0].any():
-        return torch.from_numpy(own[:, 1:]).to(device), (h, w)
-    return torch.stack([torch.zeros(p, dtype=torch.int64), torch.arange(p)], 1).to(device), (1, p)
