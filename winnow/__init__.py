@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from winnow.tuning.result import Tuned
     from winnow.tuning.search import tune
     from winnow.video import Sampling, Video, VideoLimits, open_video
+    from winnow.video.thumbnail import with_thumbnail
 
     plan = Plan.of
 
@@ -70,6 +71,7 @@ _LAZY = {
     "register": "winnow.core.registry:register",
     "register_family": "winnow.models.families:register_family",
     "tune": "winnow.tuning.search:tune",
+    "with_thumbnail": "winnow.video.thumbnail:with_thumbnail",
 }
 _METHODS = [
     "DivPrune",
@@ -118,6 +120,7 @@ __all__ = [
     "register",
     "register_family",
     "tune",
+    "with_thumbnail",
 ]
 
 

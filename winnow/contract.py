@@ -33,6 +33,7 @@ from winnow.core.step import (
     State,
     Step,
 )
+from winnow.core.stretch import Stretch
 from winnow.core.tiles import in_thumbnail, n_tiles, quotas, rank_in_tile, tile_of, top_k_per_tile
 from winnow.core.view import View
 from winnow.signals.clip import ClipPatches, ClipText
@@ -112,6 +113,7 @@ __all__ = [
     "Site",
     "State",
     "Step",
+    "Stretch",
     "TextAttention",
     "TextKeyNorm",
     "TextPeak",

@@ -30,6 +30,7 @@ def test_every_method_of_the_cache(slug):
 NOT_THE_LOWEST = {
     "evs": "of a frame with none before it an even part stays",
     "hiprune": "neighbours of the representative, the token below it among them, come before the third token",
+    "ts-llava": "it looks at no token, and takes them at equal distances",
     "holov": "shares the budget over strips of the picture",
     "vispruner": "equal tokens are duplicates, of which those at even places of its list go",
 }

@@ -26,6 +26,7 @@ from .stubs import ids, scores, tokens
 LLAVA = ModelInfo("LLaVA", depth=32, vision_depth=24, feature_layer=-2)
 # Of these there is no code; the code of most others numbers positions anew.
 NO_CODE = {
+    *("kffocus", "visual-context-window-extension"),
     *("covipal", "efficientvla", "explainability-compression", "fopru", "todre", "token-correlation-compression"),
     "token-transforming",
 }

@@ -19,7 +19,7 @@ class Sampled:
         picked: frames that the rule named.
         taken: frames that were decoded; fewer where they were thinned to the limit, or where the file is damaged.
         kept: frames that are left after the steps.
-        numbers: which they are, counted from 0.
+        numbers: which they are, counted from 0; −1 for a thumbnail of several.
         duration: seconds of the file.
         fps: mean frames per second of the file; None where it has only one frame.
         container, codec: of the file; empty for frames that came as such.

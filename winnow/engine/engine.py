@@ -30,6 +30,7 @@ from winnow.engine.kv import check_model, enter_text, held_layers, hold, show_ca
 from winnow.engine.ledgers import text_ledger, write_ledger
 from winnow.engine.question import QuestionReader
 from winnow.engine.request import Attachment, Ledgers, Override, Request, request_now
+from winnow.engine.stretching import Stretched, check_rotation, stretches_of, stretching
 from winnow.engine.text_encoder import TextEncoder
 from winnow.engine.tower_hooks import TowerHooks
 from winnow.engine.turns import Rereading, Turns, finish_turn, is_turn, shortened
@@ -78,6 +79,7 @@ class Engine:
         self._plans: dict[tuple[Any, ...], BoundPlan] = {}
         self._removers: list[Callable[[], None]] = []
         self._tapped: set[Site] = set()
+        self._stretches = False
         self._tower = TowerHooks(self.bound, self._mine)
         self._layer_hooks: dict[int, Any] = {}
         self._checkpoints: dict[int, BeforeCheckpoint] = {}
@@ -104,6 +106,8 @@ class Engine:
                 made = BoundPlan.of(plan, self.bound.info, self.bound.device, dtype)
                 if made.kv:
                     check_model(self.bound, str(plan))
+                if stretching(made) is not None:
+                    check_rotation(self.bound, made)
                 self._plans[key] = self._with_text_encoder(made) if made.needs_text_encoder else made
             made = self._plans[key]
             if self.bound.family.cross and (made.listeners or made.probed):
@@ -181,6 +185,7 @@ class Engine:
         while self._removers:
             self._removers.pop()()
         self._tapped.clear()
+        self._stretches = False
         self._tower.forget()
         with _attached_lock:
             _attached.discard(self.bound.model)
@@ -214,6 +219,10 @@ class Engine:
             if site not in self._tapped:
                 self._tapped.add(site)
                 self._removers.append(self._listener(site))
+        if stretching(plan) is not None and not self._stretches:
+            self._stretches = True
+            stretched = Hook(Stretched(self._lm_pass))
+            self._hook(self.bound.lm.rotary_emb.register_forward_hook(stretched, with_kwargs=True))
         if plan.first_block is not None:
             for handle in self._tower.hook_blocks(plan):
                 self._hook(handle)
@@ -417,6 +426,9 @@ class Engine:
         if request.lm is None:
             return None if given is kwargs else (args, given)
         changed = request.lm.enter(given)
+        request.lm.stretches = stretches_of(request.lm)
+        if request.lm.items and request.lm.stretches is not None:
+            request.lm.note({"stretched": max(1.0 if own is None else own.scale for own in request.lm.stretches)})
         changed = given if changed is None else changed
         first = request.lm.first_layer(changed)
         if first is not None:

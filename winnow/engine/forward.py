@@ -20,6 +20,8 @@ from winnow.engine.lm_pass import LMPass
 from winnow.engine.merged import merged_items
 from winnow.engine.request import Request, listened, padding_mask
 from winnow.engine.spans import question_span
+from winnow.engine.stretching import stretches_text
+from winnow.engine.video_items import of_videos
 
 
 def encodings_of(called: dict[str, Any], plan: BoundPlan) -> dict[str, EncoderRecord]:
@@ -65,7 +67,8 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
     cache = arguments.get(request.bound.cache_name)
     _refuse_unseen(request)
     merged = merged_items(request) if not request.encodings else None
-    if not request.encodings and merged is None and state_of(cache) is None:
+    quiet = not request.encodings and merged is None and state_of(cache) is None
+    if quiet and not stretches_text(request.plan):
         _refuse_chunks(request)
         return None
     if request.plan.plan.methods:
@@ -159,6 +162,7 @@ def _spans(request: Request, ids: Tensor) -> tuple[list[tuple[Span, EncoderRecor
         own, last = find_spans(ids, request.bound.token_ids[modality], record.lengths, modality)
         if request.bound.family.joined:
             own, record = joined_items(request.bound, own, record)
+        own, record = of_videos(request.bound, request.plan, own, record, request.videos)
         found += [(span, record) for span in own]
         ends = [max(a, b) for a, b in zip(ends, last, strict=True)]
     return sorted(found, key=lambda pair: (pair[0].row, int(pair[0].where[0]))), ends

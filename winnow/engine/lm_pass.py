@@ -30,6 +30,7 @@ from winnow.engine.question import Questions
 from winnow.engine.remember import remember_layers, remember_positions
 from winnow.engine.request import Request, padding_mask
 from winnow.engine.runner import Change, StepRunner
+from winnow.engine.stretching import Stretches
 from winnow.engine.whole_call import WholeCall
 from winnow.signals.language import LMAttentionInputs, LMEntry, TextSpans, as_visible
 from winnow.signals.tap import AttendsItself, refuse_reading, scaling_of
@@ -88,6 +89,7 @@ class LMPass:
         self.runner = StepRunner(self.plan, self.note, request.train)
         self._lm_past: Past | None = None
         self.merged: list[Merged] = []
+        self.stretches: Stretches | None = None
         self.whole: WholeCall | None = None
         if not self.bound.short:
             self.whole = WholeCall(self.tokens, self.before, self.flash)
@@ -442,12 +444,12 @@ class LMPass:
     def leave(self, last: Tensor, cache: Any) -> Tensor:
         """After the LM: outputs get their logical length back; the cache learns how long it is."""
         self.cache = cache if self.cache is None else self.cache  # made by the LM, and returned with its output
-        if self.tokens.touched and self.state is None and self.cache is not None:
+        if (self.tokens.touched or self.stretches) and self.state is None and self.cache is not None:
             self._tag()
         state = self.state
         if state is not None:
             state.inside = False
-            state.logical = self.before + self.tokens.initial.logical
+            state.logical, state.stretches = self.before + self.tokens.initial.logical, self.stretches
             if self.items:
                 state.prompt = self.before + max(self.ends)
             remember_layers(self, state)

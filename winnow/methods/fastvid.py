@@ -75,6 +75,7 @@ class FastVID(wn.Method):
 
     rounding = "floor"
     pairwise = True
+    across_frames = True
     released = {"remainder": "lost", "head": True, "positions": "keep"}
 
     def signals(self):

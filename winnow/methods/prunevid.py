@@ -56,6 +56,7 @@ class PruneVid(wn.Method):
     cache: bool = True
 
     pairwise = True
+    across_frames = True
     identity = {"tau": 2.0, "beta": 1.0, "alpha": 1.0}
     released = {"least": 0, "order": "density", "positions": "compact"}
 

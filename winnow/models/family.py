@@ -23,7 +23,8 @@ class Encoding:
         inputs: the keyword arguments of the encoder call (sizes and grids are needed for layouts), and what the family
             reads beside them.
         lengths: tokens of each item in the LM's sequence, once the encoder has run.
-        parts: how many of the encoder's items became each item, where the prompt has joined some (`Family.joined`).
+        parts: how many of the encoder's items became each item, where some were joined (`Family.joined`,
+            `Family.frames_apart`).
     """
 
     modality: str
@@ -51,6 +52,8 @@ class Family:
             the part that is left.
         joined: whether items of the encoder that stand in one unbroken run of placeholders (the tiles of a picture) are
             one item. Only for families without steps at `features`, where the prompt is not known yet.
+        frames_apart: whether each frame of a video is an item of the encoder. Where the caller names the videos of a
+            request, `layouts` is asked for one item of `Encoding.parts` frames each, whose modality is video.
         generic: whether nothing is known of the class but its seams.
         cross: whether pictures are keys of cross-attention layers, and not in the sequence; see `CrossPass`.
         halves: of a block, the norm before its MLP and the MLP, whose output is added to what the norm was given.
@@ -73,6 +76,7 @@ class Family:
     axes: ClassVar[int] = 3
     short: ClassVar[bool] = False
     joined: ClassVar[bool] = False
+    frames_apart: ClassVar[bool] = False
     generic: ClassVar[bool] = False
     cross: ClassVar[bool] = False
     halves: ClassVar[tuple[str, str]] = ("layer_norm2", "mlp")

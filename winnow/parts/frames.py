@@ -74,6 +74,14 @@ def frame_grid(layout: Layout, device: torch.device) -> FrameGrid:
     return FrameGrid(torch.from_numpy(slot).to(device), len(times), len(spots))
 
 
+@lru_cache(maxsize=128)
+def frame_sides(layout: Layout) -> tuple[int, int] | None:
+    """Rows and columns of each frame, where its tokens fill one grid, so that places are in raster order; else None."""
+    spots = np.unique(layout.place[layout.content][:, [0, 2, 3]], axis=0)
+    h, w = (int(side) for side in np.ptp(spots[:, 1:], axis=0) + 1)
+    return (h, w) if len(np.unique(spots[:, 0])) == 1 and len(spots) == h * w else None
+
+
 def frame_of(view: View) -> Int[Tensor, "b n"]:
     """The frame of each token of the view, from 0."""
     grid = frame_grid(view.layout, view.ids.device)

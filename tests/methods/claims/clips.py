@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from tests.methods.directional import Sample, at_random
+from winnow.core.frames_view import FramesView
 from winnow.core.layout import Layout
 from winnow.core.reduction import Reduction
 from winnow.core.step import State
@@ -17,8 +18,10 @@ from winnow.methods.dycoke import DyCoke
 from winnow.methods.evs import EVS
 from winnow.methods.fastvid import FastVID
 from winnow.methods.holitom import HoliTom
+from winnow.methods.kffocus import KFFocus
 from winnow.methods.prunevid import PruneVid
 from winnow.methods.vidcom2 import VidCom2
+from winnow.parts.evenly import evenly
 
 from .finding import Finding, compared, nearer
 
@@ -158,6 +161,40 @@ def distance(view: View, found: Reduction, farthest: bool = False) -> float:
     return float(gaps.max() if farthest else gaps.mean())
 
 
+def ts_llava(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    """Of an event of 2 × 2 tokens in one of 50 frames: whether a token of it is sampled, or its frame shown."""
+    frames, side = 50, 24
+    sampled = set(evenly(frames * side**2, 2880).tolist())
+    shown = set(evenly(frames, 6).tolist())
+    generator = torch.Generator().manual_seed(0)
+    alone, both = [], []
+    for _ in range(2000):
+        t, row, col = (int(torch.randint(n, (1,), generator=generator)) for n in (frames, side - 1, side - 1))
+        cells = {(t * side + row + r) * side + col + c for r in (0, 1) for c in (0, 1)}
+        alone.append(float(bool(cells & sampled)))
+        both.append(float(bool(cells & sampled) or t in shown))
+    what = "2000 events of 2 × 2 tokens in one of 50 frames, share of which something is left"
+    claim = "sampled tokens and a thumbnail show more events than sampled tokens alone"
+    yield compared("ts-llava", claim, what, ("both", "sampled alone"), np.array(both), np.array(alone))
+
+
+def kffocus(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    """An event of a second in a video of two minutes, at two frames a second, and 16 frames to show."""
+    own, blind = [], []
+    for seed in range(CLIPS):
+        random = np.random.default_rng(seed)
+        start = int(random.integers(1, 238))
+        frames = (120 + 4 * random.standard_normal((240, 16, 16, 3))).clip(0, 255).astype(np.uint8)
+        frames[start : start + 2, 2:14, 2:14] = random.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        view = FramesView(torch.from_numpy(frames)[None], torch.arange(240)[None] / 2)
+        found = KFFocus(keyframes=16, context=0).choose(view, State()).reduction.index[0].tolist()
+        own.append(float(bool({start, start + 1} & set(found))))
+        blind.append(float(bool({start, start + 1} & set(evenly(240, 16).tolist()))))
+    what = f"{CLIPS} clips of 240 frames with an event of two, share of which a frame enters"
+    claim = "keyframes find more events than as many frames at equal distances"
+    yield compared("kffocus", claim, what, ("keyframes", "equal distances"), np.array(own), np.array(blind))
+
+
 CLAIMS = {
     "evs": evs,
     "dycoke": dycoke,
@@ -166,4 +203,6 @@ CLAIMS = {
     "prunevid": prunevid,
     "centerclip": centerclip,
     "fastvid": fastvid,
+    "ts-llava": ts_llava,
+    "kffocus": kffocus,
 }
