@@ -30,7 +30,8 @@ RANKS = [
     {"bench", "testing"},
     {"tuning"},
     {"learn"},  # the card of a model shows what the bench measured
-    {"cli", "serve", "studio"},
+    {"serve", "studio"},
+    {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 

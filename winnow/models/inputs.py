@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,6 @@ from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.models.families import family_of, unwrap
 from winnow.models.placeholders import check_placeholders, wrong_settings
 from winnow.video import Video
-
-NOUNS = {"image": "picture", "video": "video"}
 
 
 def model_inputs(model: Any, processor: Any, shown: Image.Image | Video, question: str) -> dict[str, Any]:
@@ -31,28 +30,53 @@ def model_inputs(model: Any, processor: Any, shown: Image.Image | Video, questio
         raise WinnowError("The question is empty; ask something.")
     if any("\ud800" <= char <= "\udfff" for char in question):
         raise WinnowError("The question holds bytes that are not text in this terminal's encoding; write it in UTF-8.")
-    for token in sorted(_control_tokens(processor)):
-        if token in question:
-            raise WinnowError(f"The question holds the control token {token!r}; leave it out.")
+    check_text(processor, question, "The question")
     modality = "video" if isinstance(shown, Video) else "image"
     _check_takes(model, processor, modality)
-    text, given, made = prompt(processor, question, modality), _media(shown), None
+    text = prompt(processor, question, modality)
+    made = processed(processor, text, [shown], lambda: wrong_settings(model, processor))
+    made.pop("video_metadata", None)  # what the processor was told, and no argument of a model
+    inputs = moved(made, model)
+    check_placeholders(model, processor, inputs, modality)
+    return inputs
+
+
+def check_text(processor: Any, text: str, what: str) -> None:
+    """Refuse control tokens in a text of the user's, because the tokenizer would obey them.
+
+    Args:
+        what: the text, for the error.
+    """
+    for token in sorted(_control_tokens(processor)):
+        if token in text:
+            raise WinnowError(f"{what} holds the control token {token!r}; leave it out.")
+
+
+def processed(
+    processor: Any, text: str, shown: Sequence[Image.Image | Video], reason: Callable[[], str] = str
+) -> dict[str, Any]:
+    """What the processor makes of a prompt and its pictures, or its one video, on the CPU.
+
+    Args:
+        reason: says which setting of the processor may be wrong, where it fails.
+
+    Raises:
+        WinnowError: it cannot prepare them.
+    """
     try:
-        made = dict(processor(text=text, return_tensors="pt", **given))
+        return dict(processor(text=text, return_tensors="pt", **_media(shown)))
     except MemoryError:
         raise
     except Exception as error:
-        reason = type(error).__name__
-    if made is None:
-        how = wrong_settings(model, processor) or "try another size, or a complete checkpoint"
-        raise WinnowError(
-            f"{type(processor).__name__} cannot prepare a {NOUNS[modality]} of {_size(shown)} with this "
-            f"question ({reason}): {how}."
-        )
-    made.pop("video_metadata", None)  # what the processor was told, and no argument of a model
-    inputs = {name: _moved(value, model) for name, value in made.items()}
-    check_placeholders(model, processor, inputs, modality)
-    return inputs
+        kind = type(error).__name__
+    what = f"{_described(shown[0])} with this question" if len(shown) == 1 else "these pictures and this text"
+    how = reason() or "try another size, or a complete checkpoint"
+    raise WinnowError(f"{type(processor).__name__} cannot prepare {what} ({kind}): {how}.")
+
+
+def moved(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Inputs on the model's device and in its dtype."""
+    return {name: _moved(value, model) for name, value in inputs.items()}
 
 
 def _check_takes(model: Any, processor: Any, modality: str) -> None:
@@ -70,23 +94,26 @@ def _check_takes(model: Any, processor: Any, modality: str) -> None:
         )
 
 
-def _media(shown: Image.Image | Video) -> dict[str, Any]:
+def _media(shown: Sequence[Image.Image | Video]) -> dict[str, Any]:
     """What a processor is given. Frames are sampled already: it is not to sample them again."""
-    if not isinstance(shown, Video):
-        return {"images": shown}
+    if not shown:
+        return {}
+    first = shown[0]
+    if not isinstance(first, Video):
+        return {"images": first if len(shown) == 1 else [list(shown)]}
     return {
-        "videos": [shown.frames],
-        "video_metadata": [shown.metadata],
+        "videos": [first.frames],
+        "video_metadata": [first.metadata],
         "do_sample_frames": False,
         "input_data_format": "channels_last",
     }
 
 
-def _size(shown: Image.Image | Video) -> str:
+def _described(shown: Image.Image | Video) -> str:
     if not isinstance(shown, Video):
-        return f"{shown.width} × {shown.height} pixels"
+        return f"a picture of {shown.width} × {shown.height} pixels"
     frames, height, width = shown.frames.shape[:3]
-    return f"{frames} frames of {width} × {height} pixels"
+    return f"a video of {frames} frames of {width} × {height} pixels"
 
 
 def prompt(processor: Any, question: str, modality: str = "image") -> str:
@@ -108,11 +135,14 @@ def prompt(processor: Any, question: str, modality: str = "image") -> str:
             f"The chat template of {type(processor).__name__} does not give a prompt with the question and exactly "
             f"one {token!r} in it; mend chat_template.jinja, or remove it to use LLaVA's prompt."
         )
-    # A tokenizer that adds the start token would double the one that a template has written.
-    tokenizer = processor.tokenizer
+    return without_start(processor.tokenizer, text)
+
+
+def without_start(tokenizer: Any, text: str) -> str:
+    """A prompt without the start token that a template has written, where the tokenizer would add it once more."""
     start = tokenizer.bos_token
     if start and text.startswith(start) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
-        text = text.removeprefix(start)
+        return text.removeprefix(start)
     return text
 
 
