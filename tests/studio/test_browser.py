@@ -14,18 +14,20 @@ from typing import Any
 
 import pytest
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright (pip install playwright)")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if BROWSER is None:
-    pytest.skip("needs Chromium (Debian: apt-get install chromium)", allow_module_level=True)
+pytest.importorskip("playwright", reason="needs Playwright (pip install playwright)")
 
 import numpy as np
 from PIL import Image
+from playwright import sync_api
 
 from studio.process import BROKEN, STORE, StudioServer
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian: apt-get install chromium)")
+
 expect = sync_api.expect
 SHOTS = os.environ.get("STUDIO_SHOTS")  # a folder for pictures of the page, to look at
+REFUSAL = "Failed to load resource: the server responded with a status of 4"
 WAIT = 60_000  # milliseconds; the machine may be busy
 
 
@@ -39,10 +41,14 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(params=[1400, 800, 360])
 def page(studio: StudioServer, browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The opened page, whose first question is answered; nothing was said on its console or asked elsewhere."""
+    """The opened page, whose first question is answered; nothing is said on its console or asked elsewhere.
+
+    For each request that is refused (`refused`, by which tests say how many they expect) Chromium writes a line.
+    """
     context = browser.new_context(viewport={"width": request.param, "height": 900})
     context.set_default_timeout(WAIT)
     page = context.new_page()
+    page.refused = 0
     said, asked = [], []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
@@ -51,7 +57,11 @@ def page(studio: StudioServer, browser: Any, request: pytest.FixtureRequest) -> 
     answered(page, "A")
     yield page
     own = (f"http://127.0.0.1:{studio.port}/", "data:")
-    assert said == []
+    lines = [
+        line for line in said if line.startswith("Failed to load resource: the server responded with a status of 4")
+    ]
+    assert len(lines) == page.refused
+    assert said == lines
     assert [url for url in asked if not url.startswith(own)] == []
     context.close()
 
@@ -120,6 +130,7 @@ def test_compare_two_plans(page: Any):
     page.fill("#side-B .plan", "hiprune:kep=5")
     page.press("#side-B .plan", "Tab")
     expect(page.locator("#side-B .alert")).to_contain_text("kep", timeout=WAIT)
+    page.refused = 1
     expect(page.locator("#side-B canvas")).to_be_hidden()
 
 
@@ -138,6 +149,7 @@ def test_upload_a_picture(page: Any, tmp_path: Path):
     (tmp_path / "text.png").write_text("this is text")
     page.set_input_files("#file", tmp_path / "text.png")
     expect(page.locator("#fault")).to_have_text(re.compile("This picture is not taken: this is not a picture"))
+    page.refused = 1
     page.fill("#question", "")
     page.click("#form button.main")
     expect(page.locator("#fault")).to_have_text("Ask a question.")
@@ -160,6 +172,7 @@ def test_open_a_store(page: Any):
     page.select_option("#store", BROKEN)
     page.click("#open button")
     expect(page.locator("#fault")).to_contain_text("is not an SQLite file", timeout=WAIT)
+    page.refused = 1
 
 
 def test_by_keyboard_alone(page: Any):
