@@ -79,6 +79,7 @@ class Asker:
         inputs = model_inputs(self.model, self.processor, image, asked.question)
         plan = self._planned(asked, inputs)
         asking = {"max_new_tokens": asked.max_new_tokens, "runs": asked.runs}
+        ledger: Any
         if plan.methods:
             with compress(self.model, plan, processor=self.processor) as handle:
                 handle.timing = True
