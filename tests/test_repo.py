@@ -36,6 +36,7 @@ RANKS = [
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 
 LINKED = {
+    "127.0.0.1",
     "arxiv.org",
     "github.com",
     "huggingface.co",

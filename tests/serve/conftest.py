@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi", reason="winnow serve needs the extra [serve]")
-pytest.importorskip("uvicorn", reason="winnow serve needs the extra [serve]")
-
 import winnow
 from serve.process import MOTORCYCLE, Answer, Server, drawn, running
 from winnow.models.inputs import model_inputs

@@ -243,32 +243,6 @@ def test_W17_a_short_key_is_refused() -> None:
     assert "at least 8 characters" in refused(WINNOW_API_KEY="short")
 
 
-def test_W2_slow_heads_and_slow_bodies_are_timed() -> None:
-    """In this process, with short times: a real server waits for ten and thirty seconds."""
-    import asyncio
-
-    from winnow.serve.body import Buffered, read_body
-    from winnow.serve.errors import ApiError
-    from winnow.serve.settings import Settings
-
-    class Slow:
-        def __init__(self) -> None:
-            self.headers = {"content-type": "application/json"}
-
-        async def receive(self) -> dict[str, Any]:
-            await asyncio.sleep(0.02)
-            return {"type": "http.request", "body": b"x", "more_body": True}
-
-    async def read() -> None:
-        buffered = Buffered(1000)
-        with buffered.share() as share:
-            await read_body(Slow(), Settings(name="x", body_seconds=0.2), share)  # type: ignore[arg-type]
-
-    with pytest.raises(ApiError) as raised:
-        asyncio.run(read())
-    assert (raised.value.status, raised.value.code) == (408, "request_timeout")
-
-
 def test_W17_nothing_reads_the_wall_clock_to_measure() -> None:
     """Clocks that jump change no time-out: durations come from the monotonic clock and the event loop."""
     found = [

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from serve.process import KEY, MOTORCYCLE, NAME, ROOT, Server, drawn, user
 from winnow.world.export import export
-
-openai = pytest.importorskip("openai", reason="the client is a development requirement")
 
 
 @pytest.fixture

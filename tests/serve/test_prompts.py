@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from serve.process import MOTORCYCLE, NAME, Server, assistant, check_tells_nothing, drawn, user
+import winnow
+from serve.process import MOTORCYCLE, NAME, Server, assistant, drawn, user
 
 CONTROL = ["<image>", "</s>", "<s>", "<pad>", "<unk>", "USER:", "ASSISTANT:"]
 
@@ -44,7 +45,7 @@ def test_P2_counts_that_differ_are_an_error_of_the_engine(reference: Any) -> Non
     model, processor = reference
     inputs = dict(processor(images=drawn(54).image, text="USER: <image>\nwhat? ASSISTANT:", return_tensors="pt"))
     inputs["pixel_values"] = inputs["pixel_values"].repeat(2, 1, 1, 1)
-    with pytest.raises(WinnowError, match=r"1 image .* 2|2"):
+    with pytest.raises(WinnowError, match="256 image placeholders for 512 encoded tokens"):
         Preparation(model, "hiprune:keep=64").of(inputs)
 
 
@@ -102,15 +103,16 @@ def test_P5_a_second_turn_about_the_first_picture(server: Server, library: Any) 
     assert server.ask(question.text, image).text == library(image, question.text, "hiprune:keep=64")[0]
 
 
-@pytest.mark.parametrize("plan", ["cdpruner:keep=64", "sparsevlm"])
-def test_P6_a_method_that_reads_the_question_where_there_is_none(server: Server, plan: str) -> None:
+@pytest.mark.parametrize("plan", ["cdpruner:keep=48", "mmtok:keep=48"])
+def test_P6_a_method_that_reads_the_question_where_there_is_none(server: Server, reference: Any, plan: str) -> None:
+    """The last token of the prompt stands for the question, as in the library."""
+    model, processor = reference
+    inputs = processor(images=drawn(54).image, text="USER: <image>\n ASSISTANT:", return_tensors="pt")
+    with winnow.compress(model, plan, processor=processor):
+        ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     answer = server.chat(messages=[user("", drawn(54).image)], winnow={"plan": plan})
-    assert answer.status in (200, 400)
-    if answer.status == 400:  # it says what this model lacks for the method
-        assert answer.error["param"] == "winnow.plan"
-        check_tells_nothing(answer)
-    else:
-        assert answer.json["usage"]["winnow"]["kept"] < 256
+    assert answer.text == processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answer.json["usage"]["winnow"] == {"given": 256, "kept": 48, "plan": plan}
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "tool", "function", None, 5, "USER"])

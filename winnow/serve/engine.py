@@ -12,9 +12,8 @@ import torch
 
 from winnow.bench.sweep import out_of_memory
 from winnow.core.errors import UnsupportedError, WinnowError
-from winnow.serve import errors
 from winnow.serve.decoding import Chooser, Listener, Row
-from winnow.serve.errors import ApiError
+from winnow.serve.errors import ApiError, internal, invalid, no_memory, stopping, told, where
 from winnow.serve.job import Failed, Job
 from winnow.serve.runners import Ready, Runners, batch_inputs, empty_cache, model_of, started
 
@@ -60,7 +59,7 @@ class Engine:
                 self._waiting.append(job)
                 self._changed.notify()
         if refused:
-            job.say(Failed(errors.stopping()))
+            job.say(Failed(stopping()))
 
     def cut(self) -> None:
         """End all jobs at the next step; each is told so."""
@@ -70,7 +69,7 @@ class Engine:
             self._waiting.clear()
             self._changed.notify()
         for job in jobs:
-            job.say(Failed(errors.stopping()))
+            job.say(Failed(stopping()))
 
     def close(self, seconds: float) -> bool:
         """Cut, and wait for the thread; whether it has ended."""
@@ -157,14 +156,14 @@ class Engine:
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
         found: ApiError
         if isinstance(error, WinnowError):
-            found = errors.invalid(errors.told(error), "winnow.plan", "unsupported")
+            found = invalid(told(error), "winnow.plan", "unsupported")
         elif out_of_memory(error):
             empty_cache()
-            found = errors.out_of_memory()
+            found = no_memory()
         else:
-            found = errors.internal()
+            found = internal()
             for job in jobs:
-                log.error("%s %s", job.number, errors.where(error))
+                log.error("%s %s", job.number, where(error))
         for job in jobs:
             job.say(Failed(found))
         if _is_final(error):

@@ -58,7 +58,7 @@ def internal() -> ApiError:
     return ApiError("The server failed to answer this request.", status=500, kind="server_error", code="internal_error")
 
 
-def out_of_memory() -> ApiError:
+def no_memory() -> ApiError:
     text = "Memory ran out for this request; send a smaller picture, or ask for fewer tokens."
     return ApiError(text, status=503, kind="server_error", code="out_of_memory", retry=1)
 
