@@ -6,10 +6,6 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-
-pytest.importorskip("starlette", reason="winnow studio needs the extra [studio]")
-pytest.importorskip("uvicorn", reason="winnow studio needs the extra [studio]")
-
 from serve.process import MOTORCYCLE
 
 from studio.process import BROKEN, STORE, StudioServer

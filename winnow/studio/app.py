@@ -19,7 +19,7 @@ from winnow import __version__
 from winnow.core.errors import WinnowError
 from winnow.engine.compress import DEFAULT
 from winnow.serve.body import Buffered, Gone, parse_json, read_body
-from winnow.serve.errors import ApiError, busy, internal, invalid, out_of_memory, told
+from winnow.serve.errors import ApiError, busy, internal, invalid, no_memory, told
 from winnow.serve.guard import answer_of, of_status
 from winnow.serve.settings import Settings
 from winnow.studio.answering import Asker, look
@@ -135,5 +135,5 @@ def _said(error: Exception) -> ApiError:
     if isinstance(error, WinnowError):
         return invalid(told(error))
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return out_of_memory()
+        return no_memory()
     return internal()
