@@ -30,7 +30,8 @@ RANKS = [
     {"bench", "testing"},
     {"tuning"},
     {"learn"},  # the card of a model shows what the bench measured
-    {"serve", "studio"},
+    {"serve"},
+    {"studio"},  # its bodies and plans are checked as those of the server
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
