@@ -34,7 +34,7 @@ SEED    := 1
 LEARNED := covipal diffrate dyvte explainability-compression frames toc3d
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean video
+.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean video test-studio
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -75,6 +75,13 @@ test-newest: $(NEWEST)/.installed ## The tests of the engine and of the families
 test-all: $(STAMP) $(NEWEST)/.installed ## Everything: the full product of methods and builds on both ends, and GPU tests where there is one
 	$(PYTEST) -n $(WORKERS)
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(ON_NEWEST)
+
+test-studio: $(STAMP) ## The studio's page in headless Chromium; says what else it needs
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || { \
+	  echo "needs Playwright in $(VENV): $(BIN)/python -m pip install -c constraints.txt playwright"; exit 1; }
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+	  echo "needs Chromium (Debian: apt-get install chromium)"; exit 1; }
+	$(PYTEST) tests/studio/test_browser.py
 
 lint: $(STAMP) ## ruff, mypy, and no circle of imports
 	$(BIN)/ruff check .

@@ -10,30 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
-from winnow.cli_meter import answer
+from winnow.bench.phases import answer
 from winnow.core.errors import WinnowError
 from winnow.core.plan import Plan
 from winnow.core.registry import method_class
 from winnow.engine.compress import compress
 from winnow.media import MediaError, open_image
 from winnow.models.inputs import model_inputs
-from winnow.overlay import Box, overlay, panel_size, shown_box
-from winnow.reference import unknown_words
+from winnow.overlay import Box, covered, overlay, panel_size, shown_box
+from winnow.reference.doubts import doubts
 from winnow.video import Sampling, Video, container_of, open_video
 from winnow.video.overlay import MOVING, contact_sheet, film, save_film
-from winnow.world import SPLITS, VERSION, Scene, scene
-from winnow.world.export import origin
-from winnow.world.names import SIZES
+from winnow.world import Scene, scene
+from winnow.world.export import scene_in
 
-CHECKPOINT = "llava-hf/llava-1.5-7b-hf"  # what a picture that the bundled model does not know is for
-FOREIGN = (
-    "the bundled reference model knows only winnow's own world of drawn scenes, and its answer to this picture means "
-    f"nothing; use a real checkpoint: --model {CHECKPOINT}"
-)
 LONGEST = {".png": 2**31 - 1, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # pixels of a side
 
 
@@ -97,7 +90,7 @@ def subject(picture: str, question: str | None, sampling: Sampling | None = None
         image = drawn.image  # type: ignore[union-attr]
     else:
         image = open_image(picture)
-        drawn = _scene_of(picture, image)
+        drawn = scene_in(picture, image)
     asked = (question or "").strip()
     if not asked and (question is not None or not (drawn and drawn.questions)):
         raise WinnowError(f'What do you want to ask about {picture}? Say winnow run {picture} "QUESTION".')
@@ -124,28 +117,9 @@ def _is_video(picture: str, sampling: Sampling | None) -> bool:
     return container is not None and (container != "gif" or sampling is not None)
 
 
-def _scene_of(path: str, image: Image.Image) -> Scene | None:
-    """The scene that a file says it holds, if drawing it again gives the same pixels."""
-    said = origin(path)
-    if said is None or said.version != VERSION or said.split not in SPLITS or said.size not in SIZES:
-        return None
-    with contextlib.suppress(WinnowError):  # the stamp is not ours: its seed is out of range
-        drawn = scene(said.seed, said.size, said.split)
-        if np.array_equal(drawn.pixels, np.asarray(image)):
-            return drawn
-    return None
-
-
 def warnings(asked: Subject) -> list[str]:
-    """Warnings about answers of the bundled model, which knows one world and about three hundred words."""
-    unknown = unknown_words(asked.question)
-    found = [] if asked.bundled else [FOREIGN]
-    if unknown and asked.bundled:
-        found.append(
-            f"the bundled reference model does not know the words {', '.join(unknown)}, so its answer means nothing; "
-            "winnow world show draws scenes with the questions that it does know."
-        )
-    return found
+    """Warnings about answers of the bundled model."""
+    return doubts(asked.question, asked.bundled)
 
 
 def plans(methods: Sequence[str], keep: str | None, positions: str | None) -> list[Plan]:
@@ -268,12 +242,7 @@ def _picture(asked: Subject, processor: Any, handle: Any, path: Path | None, nam
     box = shown_box(processor, asked.image.size)
     found: dict[str, Any] = {}
     if asked.evidence:
-        x0, y0, x1, y1 = box
-        shares = [
-            ((a - x0) / (x1 - x0), (b - y0) / (y1 - y0), (c - x0) / (x1 - x0), (d - y0) / (y1 - y0))
-            for a, b, c, d in asked.evidence
-        ]
-        matters = item.layout.covering(shares)
+        matters = covered(item.layout, asked.evidence, box)
         found["evidence_recall"] = float(matters[item.kept.numpy()].sum() / max(1, matters.sum()))
     if path is not None:
         caption = f"{name}: {len(item.kept)} of {item.layout.n_content} tokens · {asked.question}"

@@ -73,6 +73,19 @@ def _resized(images: Any, wide: float, high: float) -> tuple[int, int]:
     return (short, long) if wide <= high else (long, short)
 
 
+def covered(layout: Layout, evidence: Iterable[Box], shown: Box) -> Bool[np.ndarray, " v"]:
+    """Which content tokens of a picture lie on its evidence.
+
+    Args:
+        evidence: boxes, in pixels of the picture.
+        shown: the part of the picture that the model was shown (`shown_box`), in pixels.
+    """
+    x0, y0, x1, y1 = shown
+    wide, high = x1 - x0, y1 - y0
+    shares = [((a - x0) / wide, (b - y0) / high, (c - x0) / wide, (d - y0) / high) for a, b, c, d in evidence]
+    return layout.covering(shares)
+
+
 def levels(layout: Layout, kept: Reduction | Sequence[int] | np.ndarray | Any) -> Int[np.ndarray, " v"]:
     """DROPPED, MERGED or KEPT for each content token of an item.
 

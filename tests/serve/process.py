@@ -70,6 +70,10 @@ class Answer:
 class Server:
     """A process of `winnow serve`, or of another program that serves in the same way."""
 
+    words = ("serve", "--port", "0", "--grace", "8")
+    greeting = "winnow serves"
+    key = KEY
+
     def __init__(self, folder: Path, *options: str, program: str = "winnow.cli") -> None:
         self.folder = folder
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -80,13 +84,13 @@ class Server:
             "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "ignore",
         }
-        command = [sys.executable, "-P", "-m", program, "serve", "--port", "0", "--grace", "8", *options]
+        command = [sys.executable, "-P", "-m", program, *self.words, *options]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
         self.log: list[str] = []
         threading.Thread(target=self._listen, daemon=True).start()
         self.said = self.process.stdout.readline()
-        assert self.said.startswith("winnow serves"), self.log
+        assert self.said.startswith(self.greeting), self.log
         self.port = int(self.said.rpartition(":")[2].partition("/")[0])
 
     def _listen(self) -> None:
@@ -96,7 +100,7 @@ class Server:
     def send(self, verb: str, path: str, body: bytes | None = None, timeout: float = 60, **headers: str) -> Answer:
         """One request over a connection of its own; `key=""` sends no key. Other names become headers."""
         given = {"host": f"127.0.0.1:{self.port}", "content-type": "application/json"}
-        key = headers.pop("key", KEY)
+        key = headers.pop("key", self.key)
         given |= {"authorization": f"Bearer {key}"} if key else {}
         given |= {name.replace("_", "-"): value for name, value in headers.items()}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)

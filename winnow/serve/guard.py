@@ -17,9 +17,10 @@ from winnow.serve.errors import ApiError, internal, invalid, where
 from winnow.serve.settings import Settings
 
 log = logging.getLogger("winnow.serve")
+Header = tuple[bytes, bytes]
 OPEN = ("/health",)  # the only route that asks for no key
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:\d{1,5})?")
-HEADERS = [
+HEADERS: list[Header] = [
     (b"x-content-type-options", b"nosniff"),
     (b"content-security-policy", b"default-src 'none'"),
     (b"cache-control", b"no-store"),
@@ -52,13 +53,13 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                extra = [*HEADERS, (b"x-request-id", number.encode())]
+                extra = [*self.headers(scope["path"]), (b"x-request-id", number.encode())]
                 message = {**message, "headers": [*message.get("headers", []), *extra]}
             await send(message)
 
         problem: ApiError | None = None
         try:
-            self._check(scope)
+            self.check(scope)
             async with asyncio.timeout(self.settings.seconds):
                 await self.inner(scope, receive, sent)
         except ApiError as error:
@@ -74,11 +75,20 @@ class Guard:
         self.answered(status)
         log.info("%s %s", number, status or "left")
 
-    def _check(self, scope: Any) -> None:
+    def is_open(self, path: str) -> bool:
+        """Whether a path asks for no key."""
+        return path in OPEN
+
+    def headers(self, path: str) -> list[Header]:
+        """What is added to each answer of a path."""
+        return HEADERS
+
+    def check(self, scope: Any) -> None:
+        """Raise ApiError for a request that goes no further."""
         hosts = [value for name, value in scope["headers"] if name == b"host"]
         if len(hosts) != 1 or not self._is_host(hosts[0].decode("latin-1")):
             raise ApiError("This Host is not served here.", status=403, code="host_not_allowed")
-        if scope["path"] not in OPEN and not self._has_key(scope["headers"]):
+        if not self.is_open(scope["path"]) and not self._has_key(scope["headers"]):
             text = "Give the key of this server as 'Authorization: Bearer …'."
             raise ApiError(text, status=401, kind="authentication_error", code="invalid_api_key")
 

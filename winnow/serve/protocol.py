@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from typing import Any, ClassVar
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from winnow.serve.errors import ApiError, busy, invalid
+from winnow.serve.settings import Settings
 
 
 class Protocol(H11Protocol):
@@ -75,3 +78,22 @@ class Protocol(H11Protocol):
 def bounded(connections: int, seconds: float) -> type[Protocol]:
     """The protocol with the bounds of a server."""
     return type("BoundedProtocol", (Protocol,), {"most": connections, "seconds": seconds})
+
+
+def config_of(app: Any, settings: Settings, **options: Any) -> uvicorn.Config:
+    """uvicorn's configuration: within the bounds of the settings, and without logs and headers of its own."""
+    return uvicorn.Config(
+        app,
+        http=bounded(settings.connections, settings.header_seconds),
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        log_level=logging.CRITICAL + 1,  # its texts name addresses, and hold tracebacks
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=max(1, int(settings.header_seconds)),
+        h11_max_incomplete_event_size=32 * 1024,
+        **options,
+    )

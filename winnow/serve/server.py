@@ -14,7 +14,7 @@ import uvicorn
 
 from winnow.serve.app import Service, make_app
 from winnow.serve.errors import where
-from winnow.serve.protocol import bounded
+from winnow.serve.protocol import config_of
 
 log = logging.getLogger("winnow.serve")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -64,21 +64,8 @@ def serve(service: Service, keys: list[str], listener: socket.socket, ready: Cal
         The exit code: 0, or BROKEN.
     """
     settings = service.settings
-    config = uvicorn.Config(
-        make_app(service, keys),
-        http=bounded(settings.connections, settings.header_seconds),
-        ws="none",
-        loop="asyncio",
-        lifespan="off",
-        log_config=None,
-        log_level=logging.CRITICAL + 1,  # its texts name addresses, and hold tracebacks
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=max(1, int(settings.header_seconds)),
-        timeout_graceful_shutdown=int(settings.grace + SLACK),
-        h11_max_incomplete_event_size=32 * 1024,
-    )
+    grace = int(settings.grace + SLACK)
+    config = config_of(make_app(service, keys), settings, timeout_graceful_shutdown=grace)
     server = Server(config, service, ready)
     asyncio.run(_run(server, listener))
     service.engine.close(SLACK)
