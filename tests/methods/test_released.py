@@ -31,6 +31,7 @@ NO_CODE = {
 }
 KEEP_POSITIONS = {"dart", "diffrate", "dyvte", "fastv", "fitprune", "pixelprune", "tome", "v2drop", "vflowopt", "vtw"}
 KEEP_POSITIONS |= {"evs"}
+NO_CODE |= {"a-tome", "audio-pool", "audio-segments", "speechprune"}  # of sounds
 BUILT_IN = {slug for slug, entry in built_in().items() if not entry.of_cache}
 RELEASED = sorted(BUILT_IN - NO_CODE)
 KEEP_POSITIONS |= {"centerclip"}  # no language model stands behind it
