@@ -35,6 +35,7 @@ KEEP_POSITIONS = {
     "centerclip",  # no language model stands behind it
     "vtw",
 }
+NO_CODE |= {"a-tome", "audio-pool", "audio-segments", "speechprune"}  # of sounds
 BUILT_IN = {slug for slug, entry in built_in().items() if not entry.of_cache}
 RELEASED = sorted(BUILT_IN - NO_CODE)
 

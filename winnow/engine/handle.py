@@ -142,7 +142,7 @@ class Handle:
             UnsupportedError: when the cache is filled: heads hold unequal numbers of slots, or a codec stores them.
         """
         if not self._engine.active().kv:
-            raise WinnowError(f"{self.plan} leaves the cache alone; name a method of the cache, such as snapkv.")
+            raise WinnowError(f"{self.plan} leaves the cache alone; name a method of the cache.")
         if max_new_tokens < 1:
             raise WinnowError(f"max_new_tokens={max_new_tokens}; make room for at least 1.")
         return BoundedCache(self.bound.lm.config, max_new_tokens)

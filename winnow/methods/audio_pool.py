@@ -7,7 +7,8 @@ give once more. The last window may be shorter, and is the mean of what it has. 
 window.
 Departs from the paper: its pooling is part of the encoder, and the model was trained with it; at another k this is the
 same operator, without training.
-Departs from the released code: the code leaves out a last token that fills no window.
+Departs from the released code: its operator is a layer of the model and no method of its own, so there are no released
+settings; it leaves out a last token that fills no window.
 """
 
 from typing import Annotated
