@@ -26,7 +26,7 @@ from .stubs import ids, scores, tokens
 LLAVA = ModelInfo("LLaVA", depth=32, vision_depth=24, feature_layer=-2)
 # Of these there is no code; the code of most others numbers positions anew.
 NO_CODE = {
-    *("kffocus", "visual-context-window-extension"),
+    *("a-tome", "audio-pool", "audio-segments", "kffocus", "speechprune", "visual-context-window-extension"),
     *("covipal", "efficientvla", "explainability-compression", "fopru", "todre", "token-correlation-compression"),
     "token-transforming",
 }
@@ -35,7 +35,6 @@ KEEP_POSITIONS = {
     "centerclip",  # no language model stands behind it
     "vtw",
 }
-NO_CODE |= {"a-tome", "audio-pool", "audio-segments", "speechprune"}  # of sounds
 BUILT_IN = {slug for slug, entry in built_in().items() if not entry.of_cache}
 RELEASED = sorted(BUILT_IN - NO_CODE)
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -13,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from winnow.core.errors import UnsupportedError, WinnowError, WinnowWarning
+from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.plan import Plan
 from winnow.core.signal import Site
 from winnow.engine import deepstack, encoder
@@ -28,7 +27,7 @@ from winnow.engine.forward import encodings_of, positions_of_later_turn, start_l
 from winnow.engine.hooks import ForwardMethod, Hook, stand_in
 from winnow.engine.kv import check_model, enter_text, held_layers, hold, show_call, tell_cache
 from winnow.engine.ledgers import text_ledger, write_ledger
-from winnow.engine.question import QuestionReader
+from winnow.engine.question import QuestionReader, warn_of_the_template
 from winnow.engine.request import Attachment, Ledgers, Override, Request, request_now
 from winnow.engine.stretching import Stretched, check_rotation, stretches_of, stretching
 from winnow.engine.text_encoder import TextEncoder
@@ -125,7 +124,8 @@ class Engine:
                     f"layers[{self.bound.last_cut}] or before."
                 )
             if made.reads_question and self.suffix is None:
-                self._warn_of_the_template(made)
+                self.suffix = ()  # said once
+                warn_of_the_template(made)
             if self.attached:
                 self._listen(made)
             return made
@@ -135,16 +135,6 @@ class Engine:
             raise UnsupportedError(f"{plan.plan} {NEEDED}.")
         self.text_encoder.check(self.bound.info)
         return dataclasses.replace(plan, text_encoder=self.text_encoder)
-
-    def _warn_of_the_template(self, plan: BoundPlan) -> None:
-        self.suffix = ()  # once
-        warnings.warn(
-            f"{plan.plan} reads the question, and without a processor the words that a chat template puts behind it "
-            "(as in 'ASSISTANT:') count as part of it, and words that say nothing of the picture cannot be told from "
-            "others. Pass processor= to winnow.compress, or spans= to handle.using.",
-            WinnowWarning,
-            stacklevel=4,
-        )
 
     @property
     def override(self) -> Override | None:
