@@ -80,7 +80,8 @@ class BoundModel:
         width = getattr(own, "head_dim", None) or getattr(own, "hidden_size", heads) // heads
         info = replace(family.info(model), heads=heads, head_dim=width, fingerprint=partial(fingerprint, model))
         modalities = tuple(modality for _, modality, _ in family.encoders)
-        videos = ("frames",) if family.frames_apart or "video" in modalities else ()
+        modalities += ("video",) * (family.frames_apart and "video" not in modalities)
+        videos = ("frames",) if "video" in modalities else ()
         info = replace(info, points=(*videos, *info.points, "kv"), modalities=modalities)
         tower, blocks, projector = parts
         device = device_of(model.get_input_embeddings())
