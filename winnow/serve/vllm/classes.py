@@ -1,0 +1,50 @@
+"""Subclasses of vLLM's model classes, made when vLLM asks for them: `winnow.serve.vllm.classes:<architecture>…`."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+import vllm
+
+from winnow.serve.vllm import ARCHITECTURES
+
+_VERSION = "_winnow_" + re.sub(r"\W", "_", vllm.__version__)  # vLLM remembers what it found of a class by its name
+_made: dict[str, Any] = {}
+
+
+def register_all() -> None:
+    """Register a subclass for every multimodal class that vLLM has: those without an adapter refuse to start."""
+    from vllm.model_executor.models import registry
+
+    for architecture in registry._MULTIMODAL_MODELS:
+        present = registry.ModelRegistry.models.get(architecture)
+        if getattr(present, "module_name", "") != __name__:
+            registry.ModelRegistry.register_model(architecture, f"{__name__}:{architecture}{_VERSION}")
+
+
+def __getattr__(name: str) -> Any:
+    if not name.endswith(_VERSION):
+        raise AttributeError(name)
+    if name not in _made:
+        _made[name] = _subclass(name, name.removesuffix(_VERSION))
+    return _made[name]
+
+
+def _subclass(name: str, architecture: str) -> Any:
+    from vllm.model_executor.models import registry
+
+    from winnow.serve.vllm.encoder import CompressedEncoder
+    from winnow.serve.vllm.positions import KeptPositions
+    from winnow.serve.vllm.processor import compressing
+    from winnow.serve.vllm.refusals import NotSupported
+
+    module, plain = registry._MULTIMODAL_MODELS[architecture]
+    base = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), plain)
+    own = {"__module__": __name__, "__qualname__": name}
+    if architecture not in ARCHITECTURES:
+        return type(name, (NotSupported, base), own)
+    mixins = (KeptPositions, CompressedEncoder) if getattr(base, "supports_mrope", False) else (CompressedEncoder,)
+    own["_processor_factory"] = compressing(base._processor_factory)
+    return type(name, (*mixins, base), own)
