@@ -337,7 +337,8 @@ def write(name: str, folder: Path) -> Path:
     path = folder / name
     model, processor = model_and_processor(name)
     model.save_pretrained(path)
-    _rename_tower(path / "model.safetensors")
+    if name != "internvl":
+        _rename_tower(path / "model.safetensors")
     processor.save_pretrained(path)
     processor.tokenizer.save_pretrained(path)
     return path

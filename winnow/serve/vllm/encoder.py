@@ -10,7 +10,7 @@ from torch import Tensor
 
 from winnow.core.errors import WinnowError
 from winnow.engine.bound_plan import BoundPlan
-from winnow.serve.vllm.inputs import of_call, part_of
+from winnow.serve.vllm.inputs import batches, of_call, part_of
 from winnow.serve.vllm.order import FIELD, Order
 from winnow.serve.vllm.refusals import check_engine, check_version
 from winnow.serve.vllm.settings import Settings, parsed
@@ -41,7 +41,7 @@ class CompressedEncoder:
         check_engine(vllm_config, plans)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.winnow = subject
-        self._taps = Taps(self, subject.bound)
+        self._taps = Taps(self, subject)
         for plan in plans:
             self._taps.check(plan)
         scheduler = vllm_config.scheduler_config
@@ -97,28 +97,6 @@ class CompressedEncoder:
             number: of the picture in the call.
         """
         return rows
-
-
-def batches(orders: Sequence[Order], most: int) -> Iterator[list[int]]:
-    """Pictures that are encoded together: of one plan, and of at most `most` uncompressed tokens.
-
-    vLLM's scheduler counts the tokens that are left, so that without this the memory of the encoder would grow by the
-    rate of compression.
-    """
-    by_plan: dict[str, list[int]] = {}
-    for number, order in enumerate(orders):
-        by_plan.setdefault(order.plan, []).append(number)
-    for numbers in by_plan.values():
-        batch: list[int] = []
-        total = 0
-        for number in numbers:
-            size = sum(orders[number].runs)
-            if batch and total + size > most:
-                yield batch
-                batch, total = [], 0
-            batch.append(number)
-            total += size
-        yield batch
 
 
 def _split(rows: Tensor, order: Order) -> tuple[Tensor, ...]:

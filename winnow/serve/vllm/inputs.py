@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from winnow.serve.vllm.order import Order
 
 PER_ITEM = {"image_sizes": 2, "image_grid_thw": 3}
 COUNTS = ("num_patches", "image_num_patches")
@@ -37,6 +39,28 @@ def of_call(kwargs: Mapping[str, Any], family: str) -> dict[str, Any]:
         if "pixel_attention_mask" in kwargs:
             made["pixel_attention_mask"] = kwargs["pixel_attention_mask"][None]
     return made
+
+
+def batches(orders: Sequence[Order], most: int) -> Iterator[list[int]]:
+    """Pictures that are encoded together: of one plan, and of at most `most` uncompressed tokens.
+
+    vLLM's scheduler counts the tokens that are left, so that without this the memory of the encoder would grow by the
+    rate of compression.
+    """
+    by_plan: dict[str, list[int]] = {}
+    for number, order in enumerate(orders):
+        by_plan.setdefault(order.plan, []).append(number)
+    for numbers in by_plan.values():
+        batch: list[int] = []
+        total = 0
+        for number in numbers:
+            size = sum(orders[number].runs)
+            if batch and total + size > most:
+                yield batch
+                batch, total = [], 0
+            batch.append(number)
+            total += size
+        yield batch
 
 
 def patch_counts(kwargs: Mapping[str, Any], items: int) -> list[int]:

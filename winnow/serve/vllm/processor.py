@@ -23,11 +23,12 @@ from winnow.core.errors import WinnowError
 from winnow.core.plan import Plan
 from winnow.serve.vllm.inputs import of_item
 from winnow.serve.vllm.order import FIELD, Order
-from winnow.serve.vllm.settings import KEY, Settings
+from winnow.serve.vllm.settings import KEY, Settings, parsed
 from winnow.serve.vllm.subject import Subject
 
 MODALITY = "image"
 DUMMY = object()  # in the place of what a request says, while vLLM measures memory
+PROBED = 4096  # tokens of the largest picture on which plans are tried out when the server starts
 
 
 class CompressingProcessor:
@@ -101,7 +102,11 @@ class CompressingProcessor:
         kept = runs
         if plan.methods:
             kept = self.subject.counts(self.subject.bind(plan.key), of_item(given), runs)
-        if self.settings is not None and not dummy:
+        if dummy and sum(runs) <= PROBED:  # a plan that vLLM cannot serve is refused when the server starts
+            for text in self.settings.allowed:
+                bound = self.subject.bind(parsed(text, self.subject.positions).key)
+                self.subject.counts(bound, of_item(given), runs)
+        if not dummy:
             self.settings.check_kept(sum(kept), sum(runs))
         data = Order(plan.key, runs, kept).encoded()
         item[FIELD] = MultiModalFieldElem(data=data, field=MultiModalBatchedField(keep_on_cpu=True))

@@ -8,8 +8,10 @@ twice. A plan is bound to it with the points that vLLM has.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,13 +22,16 @@ from winnow.core.ledger import add_notes
 from winnow.core.plan import Plan
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
+from winnow.engine.clock import Clock
 from winnow.engine.encoded_item import EncodedItem, run_projected
+from winnow.engine.encoder import placed, run_features, settle
 from winnow.engine.encoding import EncoderRecord, Reading
 from winnow.engine.item_tokens import Span
+from winnow.engine.request import Attachment, Request
 from winnow.engine.runner import StepRunner
 from winnow.models.families import family_of
 
-POINTS = ("projected",)
+POINTS = ("features", "projected")
 WIDTH = 16  # of the rows on which counts are worked out
 DRAWS = 3
 
@@ -100,6 +105,13 @@ class Subject:
         record.layouts = family.layouts(model, record)
         return record
 
+    def request(self, plan: BoundPlan, record: EncoderRecord, device: torch.device) -> Request:
+        """What the library's encoder pass runs in, for one call of the encoder."""
+        bound = replace(self.bound, device=device)
+        request = Request(bound, Attachment(bound), plan, None, None, Clock(False, device))
+        request.encoding = record
+        return request
+
     def shorten(self, record: EncoderRecord, rows: Sequence[Tensor], width: int = 0) -> list[Shortened]:
         """Run the plan's steps on the rows of each run.
 
@@ -107,8 +119,11 @@ class Subject:
             rows: `[runs][n, D]` as the encoder gave them.
             width: D of the language model, where rows carry those of deepstack layers beside them; 0: they do not.
         """
-        plan = record.plan
-        assert plan is not None  # noqa: S101 - the type says that there may be none
+        plan: Any = record.plan
+        if record.items:
+            settle(record)
+        if record.reduced:
+            rows = [placed(x, *own) for x, *own in zip(rows, record.items, record.layouts, strict=True)]
         items = []
         for number, own in enumerate(rows):
             parts = own.split(width or own.shape[-1], dim=-1)
@@ -144,19 +159,48 @@ class Subject:
         return self._counts[key]
 
     def _drawn(self, record: EncoderRecord, runs: Sequence[int], draw: int) -> tuple[int, ...]:
+        """What a plan leaves of drawn tokens and signals; the last draw has nothing in it that differs."""
+        record = copy.copy(record)
+        record.readings, record.items = {}, []
         generator = torch.Generator().manual_seed(draw)
-        rows = [torch.randn(n, WIDTH, generator=generator) for n in runs]
-        alike = draw == DRAWS - 1
-        if alike:
-            rows = [torch.ones_like(x) for x in rows]
-        starts = self.bound.family.cell_starts(self.bound.model, record)
-        ends = [start + int(x.cell.max()) + 1 for start, x in zip(starts, record.layouts, strict=True)]
+        drawn = torch.ones if draw == DRAWS - 1 else functools.partial(torch.randn, generator=generator)
         plan: Any = record.plan
+        if plan.features:
+            self._draw_tower(record, drawn, generator, len(runs))
+        starts = self.bound.family.cell_starts(self.bound.model, record)
+        cells = max(start + int(x.cell.max()) + 1 for start, x in zip(starts, record.layouts, strict=True))
         for signal in plan.tower_signals:
-            values = signal.sample(generator, 1, max(ends))[0]
-            record.readings[signal] = Reading(joined=torch.ones_like(values) if alike else values)
+            values = signal.sample(generator, 1, cells)[0]
+            reading = record.readings.setdefault(signal, Reading())
+            reading.joined = drawn(values.shape) if draw == DRAWS - 1 else values
         with torch.no_grad():
-            return tuple(short.rows.shape[0] for short in self.shorten(record, rows))
+            short = self.shorten(record, [drawn((n, WIDTH)) for n in runs])
+        return tuple(own.rows.shape[0] for own in short)
+
+    def _draw_tower(self, record: EncoderRecord, drawn: Any, generator: torch.Generator, items: int) -> None:
+        """Run the steps at `features` on a drawn output of the tower."""
+        family, model = self.bound.family, self.bound.model
+        counts = family.tile_counts(model, record, items)
+        tokens = sum(layout.n for layout in family.tower_layouts(model, record, counts)) // sum(counts)
+        prefix = int(self.bound.info.has_cls)
+        plan: Any = record.plan
+        for signal in {signal for _, step in plan.features for signal in step.needs}:
+            values = signal.sample(generator, sum(counts), tokens if signal.covers_prefix else tokens - prefix)
+            same = drawn is torch.ones
+            record.readings[signal] = Reading(
+                [torch.ones_like(values) if same else values], prefix if signal.covers_prefix else 0
+            )
+        record.tower_output = tower_output(model, drawn((sum(counts), tokens, WIDTH)))
+        run_features(self.request(plan, record, torch.device("cpu")))
+
+
+def tower_output(model: Any, features: Tensor) -> Any:
+    """What a tower gives, as adapters read it.
+
+    Args:
+        features: `[tiles, N, C]` the output of the block that feeds the projector, [CLS] included.
+    """
+    return SimpleNamespace(hidden_states={model.config.vision_feature_layer: features})
 
 
 def _shortened(item: EncodedItem, given: Tensor, width: int) -> Shortened:

@@ -9,20 +9,18 @@ import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from winnow.core.errors import UnsupportedError
-from winnow.core.signal import Site
+from winnow.core.signal import Site, block_index
 from winnow.engine import encoder
-from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
-from winnow.engine.clock import Clock
 from winnow.engine.encoding import EncoderRecord
-from winnow.engine.request import Attachment, Request
+from winnow.engine.request import Request
+from winnow.serve.vllm.subject import Subject, tower_output
 from winnow.signals.vision import HiddenStates
 
 _BLOCK = re.compile(r"^(.*\.(?:blocks|layers?)\.\d+)\.")
@@ -33,13 +31,15 @@ class Taps:
 
     Args:
         model: of vLLM.
-        bound: the same model as the library knows it.
+        subject: the same model as the library knows it.
     """
 
-    def __init__(self, model: Any, bound: BoundModel) -> None:
+    def __init__(self, model: Any, subject: Subject) -> None:
         from vllm.model_executor.layers.attention.mm_encoder_attention import MMEncoderAttention
 
-        self.bound = bound
+        self.subject = subject
+        self.device = next(model.parameters()).device
+        self.projector = getattr(model, "multi_modal_projector", None)
         found = [(name, module) for name, module in model.named_modules() if isinstance(module, MMEncoderAttention)]
         self.attention = [module for _, module in found]
         blocks = [match[1] for name, _ in found if (match := _BLOCK.match(name))]
@@ -57,10 +57,7 @@ class Taps:
     @contextmanager
     def listening(self, plan: BoundPlan, record: EncoderRecord) -> Iterator[Request]:
         """Let the signals of a plan read one call of the encoder into its record."""
-        device = next(iter(self.blocks[0].parameters())).device if self.blocks else self.bound.device
-        bound = replace(self.bound, device=device)
-        request = Request(bound, Attachment(bound), plan, None, None, Clock(False, device))
-        request.encoding = record
+        request = self.subject.request(plan, record, self.device)
         hooks: list[Any] = []
         try:
             for site in plan.listeners:
@@ -70,6 +67,14 @@ class Taps:
                 elif site.stack == "vision":
                     hook = functools.partial(self._see_block, request, site)
                     hooks.append(self.blocks[site.index].register_forward_hook(hook, with_kwargs=True))
+            if plan.features:
+                info = self.subject.bound.info
+                feeding = self.blocks[block_index(info.feature_layer, info.vision_depth, "the tower")]
+                hooks += [
+                    feeding.register_forward_hook(functools.partial(self._leave_tower, request)),
+                    self.projector.register_forward_pre_hook(functools.partial(self._enter_projector, request)),
+                    self.projector.register_forward_hook(functools.partial(self._leave_projector, request)),
+                ]
             yield request
         finally:
             for hook in hooks:
@@ -86,8 +91,20 @@ class Taps:
     def _see_block(self, request: Request, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         before = args[0] if args else next(iter(kwargs.values()))
         after = output[0] if isinstance(output, tuple) else output
-        shown = HiddenStates(_tiles(before), _tiles(after), int(self.bound.info.has_cls))
+        shown = HiddenStates(_tiles(before), _tiles(after), int(self.subject.bound.info.has_cls))
         encoder.read(request, site, shown)
+
+    def _leave_tower(self, request: Request, module: nn.Module, args: Any, output: Any) -> None:
+        record: Any = request.encoding
+        record.tower_output = tower_output(request.bound.model, output[0] if isinstance(output, tuple) else output)
+
+    def _enter_projector(self, request: Request, module: nn.Module, args: Any) -> Any:
+        rows = encoder.enter_projector(request, args[0])
+        return None if rows is None else (rows, *args[1:])
+
+    def _leave_projector(self, request: Request, module: nn.Module, args: Any, output: Tensor) -> Any:
+        record: Any = request.encoding
+        return encoder.take_projected(request, output) if record.reduced else None
 
 
 def _heads(x: Tensor, module: Any) -> Tensor:
