@@ -14,6 +14,7 @@ from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.registry import method_class, picture_methods
+from winnow.serve.vllm.counts import Counts, counts_of
 from winnow.serve.vllm.inputs import batches, part_of
 from winnow.serve.vllm.order import Order
 from winnow.serve.vllm.settings import Settings
@@ -110,20 +111,31 @@ def test_one_policy_of_positions_for_each_kind_of_model(llava: Subject, qwen: Su
 def test_counts_are_those_of_the_methods_themselves(qwen: Subject) -> None:
     grid = {"image_grid_thw": torch.tensor([[1, 8, 12]])}
     for text, kept in (("divprune:keep=5", 5), ("divprune:keep=25%", 6), ("hiprune:keep=100", 24)):
-        assert qwen.counts(qwen.bind(Plan.parse(text).key), grid, (24,)) == (kept,)
+        assert counts_of(qwen, qwen.bind(Plan.parse(text).key), grid, (24,)) == Counts((kept,), kept, 24)
+
+
+def test_newlines_that_stay_do_not_count() -> None:
+    model, processor = model_and_processor("llava_next")
+    subject, given = (
+        Subject(model.config),
+        processor.image_processor([Image.new("RGB", (120, 60))], return_tensors="pt"),
+    )
+    plan = subject.bind(Plan.parse("divprune:keep=6 | positions=compact").key)
+    counts = counts_of(subject, plan, {"image_sizes": torch.as_tensor(given["image_sizes"])}, (52,))
+    assert counts == Counts((10,), 6, 48)
 
 
 def test_a_count_that_depends_on_the_picture_is_refused(llava: Subject) -> None:
     plan = llava.bind(Plan.parse("prumerge | positions=compact").key)
     with pytest.raises(UnsupportedError, match="must know the number before the picture is encoded"):
-        llava.counts(plan, {}, (64,))
+        counts_of(llava, plan, {}, (64,))
 
 
 def test_all_eligible_methods_announce_what_they_keep(llava: Subject) -> None:
     for slug in sorted(SERVED - {"dycoke"}):
         method: Method = method_class(slug).configured(keep=9)
         plan = llava.bind(Plan((method,), positions="compact").key)
-        assert llava.counts(plan, {}, (64,)) == (9,), slug
+        assert counts_of(llava, plan, {}, (64,)).kept == (9,), slug
 
 
 def test_pictures_of_one_plan_are_encoded_together_up_to_a_bound() -> None:
@@ -153,5 +165,5 @@ def test_a_picture_of_another_size_has_other_counts(qwen: Subject) -> None:
     for size in ((112, 112), (112, 224)):
         inputs = processor.image_processor(images=[Image.new("RGB", size)], return_tensors="pt")
         tokens = int(inputs["image_grid_thw"].prod()) // 4
-        found.append((tokens, *qwen.counts(plan, {"image_grid_thw": inputs["image_grid_thw"]}, (tokens,))))
+        found.append((tokens, counts_of(qwen, plan, {"image_grid_thw": inputs["image_grid_thw"]}, (tokens,)).content))
     assert found == [(16, 8), (32, 16)]

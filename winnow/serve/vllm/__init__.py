@@ -20,7 +20,6 @@ ARCHITECTURES = (
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
-    "Qwen3VLMoeForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
 )
 """The architectures that have tests."""

@@ -14,7 +14,7 @@ from winnow.serve.vllm.inputs import batches, of_call, part_of
 from winnow.serve.vllm.order import FIELD, Order
 from winnow.serve.vllm.refusals import check_engine, check_version
 from winnow.serve.vllm.settings import Settings, parsed
-from winnow.serve.vllm.subject import Shortened, Subject
+from winnow.serve.vllm.subject import Shortened, Subject, subject_of
 from winnow.serve.vllm.taps import Taps
 
 
@@ -26,26 +26,24 @@ class CompressedEncoder:
     """
 
     winnow: Subject | None = None
-    supports_encoder_cudagraph = False  # encoder graphs would be replayed past `embed_multimodal`
     config: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         settings = Settings.of(config)
         if settings is None:
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
             return
         check_version()
-        subject = Subject(config)
+        subject = subject_of(config)
         plans = [subject.bind(parsed(text, subject.positions).key) for text in settings.allowed]
         check_engine(vllm_config, plans)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.winnow = subject
         self._taps = Taps(self, subject)
         for plan in plans:
             self._taps.check(plan)
-        scheduler = vllm_config.scheduler_config
-        self._most = max(scheduler.max_num_encoder_input_tokens, scheduler.max_num_batched_tokens)
+        self._most = vllm_config.scheduler_config.max_num_encoder_input_tokens
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """What is left of each picture, `[pictures][m, D]`."""

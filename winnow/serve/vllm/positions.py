@@ -26,7 +26,9 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 
+from winnow.core.errors import UnsupportedError
 from winnow.serve.vllm.order import FIELD, Order
+from winnow.serve.vllm.settings import Settings
 from winnow.serve.vllm.subject import Subject
 
 CHANNELS = 3
@@ -45,13 +47,15 @@ class KeptPositions:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         from vllm.platforms import current_platform
 
-        from winnow.serve.vllm.settings import Settings
-
         multimodal = vllm_config.model_config.multimodal_config
         asked = Settings.of(vllm_config.model_config.hf_config) is not None
-        if asked and not current_platform.is_cpu() and not multimodal.video_pruning_rate:
+        if asked and multimodal.video_pruning_rate not in (None, 0, _LEAST_RATE):
+            raise UnsupportedError(
+                "video_pruning_rate (EVS of vLLM) and winnow both change where tokens stand; leave one of them out."
+            )
+        if asked and not current_platform.is_cpu():
             multimodal.video_pruning_rate = _LEAST_RATE
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         if asked:
             self.is_multimodal_pruning_enabled = False  # the class adds no channels of its own
         self._relative: dict[tuple[int, ...], Tensor] = {}
@@ -117,6 +121,9 @@ class KeptPositions:
         num_computed_tokens: int,
     ) -> tuple[Sequence[Tensor], Tensor, int]:
         """Called by vLLM's runner: the embeddings of this step without their channels, and the prompt's positions."""
+        if self.winnow is None:
+            given = (input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens)
+            return super().recompute_mrope_positions(*given)  # type: ignore[misc]
         positions = mrope_positions.clone()
         ids = torch.as_tensor(input_ids, device=positions.device)
         media = torch.isin(ids, torch.tensor([self.config.image_token_id, self.config.video_token_id]).to(ids))
@@ -129,8 +136,8 @@ class KeptPositions:
             if offsets is not None:
                 positions[:, taken] = positions[0, taken] + offsets.T.to(positions)
             rows.append(own)
-        # Text has its final positions already, and a chat ends in text.
-        return rows, positions, int(positions[:, -1].max()) + 1 - positions.shape[1]
+        # Text has its final positions already, and a prompt ends in text.
+        return rows, positions, int(positions.max()) + 1 - positions.shape[1]
 
     def embed_input_ids(self, input_ids: Tensor, multimodal_embeddings: Any = None, **kwargs: Any) -> Tensor:
         self._offsets = None

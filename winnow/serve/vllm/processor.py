@@ -21,10 +21,11 @@ from vllm.multimodal.processing import PromptUpdateDetails
 from winnow import __version__
 from winnow.core.errors import WinnowError
 from winnow.core.plan import Plan
+from winnow.serve.vllm.counts import Counts, counts_of
 from winnow.serve.vllm.inputs import of_item
 from winnow.serve.vllm.order import FIELD, Order
 from winnow.serve.vllm.settings import KEY, Settings, parsed
-from winnow.serve.vllm.subject import Subject
+from winnow.serve.vllm.subject import Subject, subject_of
 
 MODALITY = "image"
 DUMMY = object()  # in the place of what a request says, while vLLM measures memory
@@ -40,7 +41,7 @@ class CompressingProcessor:
     """
 
     info: Any
-    settings: Settings | None
+    settings: Any
     subject: Subject
 
     def _plan(self, kwargs: Mapping[str, Any]) -> Plan | None:
@@ -99,18 +100,18 @@ class CompressingProcessor:
             raise WinnowError(f"{KEY} needs the pixels of a picture, and this request brings its embeddings.")
         if not runs or any(runs_of(update.content) != runs for update in updates):
             raise WinnowError("vLLM gives this picture placeholders that winnow does not understand.")
-        kept = runs
+        counts = Counts(runs, sum(runs), sum(runs))
         if plan.methods:
-            kept = self.subject.counts(self.subject.bind(plan.key), of_item(given), runs)
+            counts = counts_of(self.subject, self.subject.bind(plan.key), of_item(given), runs)
         if dummy and sum(runs) <= PROBED:  # a plan that vLLM cannot serve is refused when the server starts
             for text in self.settings.allowed:
                 bound = self.subject.bind(parsed(text, self.subject.positions).key)
-                self.subject.counts(bound, of_item(given), runs)
+                counts_of(self.subject, bound, of_item(given), runs)
         if not dummy:
-            self.settings.check_kept(sum(kept), sum(runs))
-        data = Order(plan.key, runs, kept).encoded()
+            self.settings.check_kept(counts.content, counts.whole)
+        data = Order(plan.key, runs, counts.kept).encoded()
         item[FIELD] = MultiModalFieldElem(data=data, field=MultiModalBatchedField(keep_on_cpu=True))
-        return [update.with_content(shortened(update.content, kept)) for update in updates]
+        return [update.with_content(shortened(update.content, counts.kept)) for update in updates]
 
 
 def compressing(factories: Any) -> Any:
@@ -119,12 +120,12 @@ def compressing(factories: Any) -> Any:
     def build(info: Any, dummy_inputs: Any) -> Any:
         plain = factories.processor(info, dummy_inputs)
         kind = type(plain)
-        made = object.__new__(type(f"Compressing{kind.__name__}", (CompressingProcessor, kind), {}))
+        made: Any = object.__new__(type(f"Compressing{kind.__name__}", (CompressingProcessor, kind), {}))
         made.__dict__.update(plain.__dict__)
         config = info.ctx.model_config.hf_config
         made.settings = Settings.of(config)
         if made.settings is not None:
-            made.subject = Subject(config)
+            made.subject = subject_of(config)
         return made
 
     return replace(factories, processor=build)

@@ -24,7 +24,7 @@ class NotSupported:
                 f"winnow has no adapter for {type(self).__mro__[2].__name__} under vLLM; docs/vllm.md lists the "
                 f"classes that it has. Leave {KEY!r} out of --hf-overrides to serve the model as it is."
             )
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
 
 
 def check_version() -> None:

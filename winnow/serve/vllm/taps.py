@@ -39,7 +39,7 @@ class Taps:
 
         self.subject = subject
         self.device = next(model.parameters()).device
-        self.projector = getattr(model, "multi_modal_projector", None)
+        self.projector: Any = getattr(model, "multi_modal_projector", None)
         found = [(name, module) for name, module in model.named_modules() if isinstance(module, MMEncoderAttention)]
         self.attention = [module for _, module in found]
         blocks = [match[1] for name, _ in found if (match := _BLOCK.match(name))]
