@@ -6,6 +6,7 @@ import gc
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,7 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-os.environ.pop("TQDM_DISABLE", None)  # vLLM divides by the time that its progress bar measures
-
+HERE = Path(__file__).resolve().parent
 ENGINE = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     if has_vllm():
         return
     skip = pytest.mark.skip(reason="vLLM is not installed: make test-vllm")
-    for item in items:
+    for item in (own for own in items if own.path.parent == HERE):
         if {"engine", "checkpoint", "vllm"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(skip)
 

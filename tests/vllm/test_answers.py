@@ -32,7 +32,7 @@ WITHOUT_CLS = (
     "vidcom2:keep=50%",
     "vispruner:keep=6",
 )
-WITH_CLS = (*WITHOUT_CLS, "fastervlm:keep=6,padding=true", "globalcom2:keep=6", "visionzip:keep=6", "vtc-cls:keep=6")
+WITH_CLS = (*WITHOUT_CLS, "fastervlm:keep=6,padding=true", "visionzip:keep=6", "vtc-cls:keep=6")
 PLANS = {"llava": WITH_CLS, "llava_next": WITH_CLS, "llava_siglip": WITHOUT_CLS, "qwen2_5_vl": WITHOUT_CLS}
 SQUARE, WIDE, TALL = (1, 112, 112), (2, 120, 60), (3, 56, 112)
 

@@ -99,3 +99,16 @@ def test_what_a_request_may_not_ask_is_refused(small_steps: Any, asked: Any, tol
     request["mm_processor_kwargs"] = {"winnow": asked}
     with pytest.raises(ValueError, match=told):
         answers(small_steps, [request])
+
+
+def test_the_encoder_runs_in_batches_of_what_a_step_may_hold(engine: Any, library: Library) -> None:
+    """vLLM schedules six pictures in one step, because 12 tokens are left of them; the encoder gets two at a time."""
+    llm = engine("llava", PLANS, max_num_batched_tokens=160)
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    seen: list[int] = []
+    model.vision_tower.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
+    cases = [Case("@ ?", ((60 + i, 112, 112),), "divprune:keep=2") for i in range(6)]
+    requests = [Case(case.words, case.pictures, "divprune").request("llava", keep=2) for case in cases]
+    assert answers(llm, requests) == [library.answer(case) for case in cases]
+    assert sum(seen) == 6
+    assert max(seen) == 2

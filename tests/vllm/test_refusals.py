@@ -100,3 +100,36 @@ def test_a_request_to_a_server_without_settings_is_refused(engine: Any) -> None:
     case = Case("@ what is in the picture ?", ((1, 112, 112),), "divprune")
     with pytest.raises(ValueError, match="was started without winnow"):
         answers(llm, [case.request("llava")])
+
+
+def test_a_class_without_an_adapter_starts_only_without_settings(vllm: Any) -> None:
+    from winnow.serve.vllm.refusals import NotSupported
+
+    started = []
+
+    class Plain:
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            started.append(vllm_config)
+
+    class Served(NotSupported, Plain):
+        pass
+
+    def given(**settings: Any) -> Any:
+        return SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace(**settings)))
+
+    Served(vllm_config=given())
+    assert len(started) == 1
+    with pytest.raises(UnsupportedError, match="no adapter for Plain"):
+        Served(vllm_config=given(winnow={"plan": "divprune"}))
+
+
+def test_every_multimodal_class_of_vllm_is_registered(vllm: Any) -> None:
+    from vllm.model_executor.models import registry
+
+    from winnow.serve.vllm import classes, register
+
+    register()
+    register()  # in every process, and sometimes twice
+    for architecture in registry._MULTIMODAL_MODELS:
+        assert registry.ModelRegistry.models[architecture].module_name == classes.__name__
+    assert set(classes.ARCHITECTURES) <= set(registry._MULTIMODAL_MODELS)

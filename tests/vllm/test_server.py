@@ -89,7 +89,7 @@ def test_requests_choose_and_usage_counts_what_was_kept(client: Any) -> None:
     text = ask(client).usage.prompt_tokens - 16
     assert ask(client, winnow={"keep": 40}).usage.prompt_tokens == text + 40
     assert ask(client, winnow={"plan": "divprune", "keep": "25%"}).usage.prompt_tokens == text + 16
-    assert ask(client, pictures=2).usage.prompt_tokens == text + 32 + 1  # and the space between them
+    assert ask(client, pictures=2).usage.prompt_tokens == text + 32
 
 
 def test_the_answer_is_that_of_the_library(client: Any) -> None:

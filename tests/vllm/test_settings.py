@@ -39,6 +39,7 @@ def llava() -> Subject:
 
 @pytest.fixture(scope="module")
 def qwen() -> Subject:
+    pytest.importorskip("torchvision", reason="the processor of Qwen-VL needs torchvision: make test-vllm")
     return Subject(model_and_processor("qwen2_5_vl")[0].config)
 
 

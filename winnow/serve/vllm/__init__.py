@@ -10,20 +10,6 @@ methods, by the library's own engine, on what the encoder gives. `positions` giv
 
 from __future__ import annotations
 
-ARCHITECTURES = (
-    "Gemma3ForConditionalGeneration",
-    "Idefics3ForConditionalGeneration",
-    "InternVLForConditionalGeneration",
-    "LlavaForConditionalGeneration",
-    "LlavaNextForConditionalGeneration",
-    "LlavaOnevisionForConditionalGeneration",
-    "Qwen2VLForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration",
-    "Qwen3VLForConditionalGeneration",
-    "SmolVLMForConditionalGeneration",
-)
-"""The architectures that have tests."""
-
 
 def register() -> None:
     """Put lazily made subclasses in the place of vLLM's multimodal classes."""

@@ -8,8 +8,19 @@ from typing import Any
 
 import vllm
 
-from winnow.serve.vllm import ARCHITECTURES
-
+ARCHITECTURES = (
+    "Gemma3ForConditionalGeneration",
+    "Idefics3ForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+    "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
+)
+"""The architectures that have tests."""
 _VERSION = "_winnow_" + re.sub(r"\W", "_", vllm.__version__)  # vLLM remembers what it found of a class by its name
 _made: dict[str, Any] = {}
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from vllm.multimodal.inputs import (
     MultiModalBatchedField,
@@ -164,12 +165,12 @@ class KeptPositions:
         return rows[:, :-CHANNELS], from_channels(rows[:, -CHANNELS:])
 
 
-def as_channels(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+def as_channels(numbers: Int[Tensor, "m 3"], dtype: torch.dtype) -> Float[Tensor, "m 3"]:
     """Whole numbers as bit patterns of a type of floats of the same width, which copies keep exactly."""
     return numbers.to(_INTEGERS[dtype.itemsize]).view(dtype)
 
 
-def from_channels(channels: Tensor) -> Tensor:
+def from_channels(channels: Float[Tensor, "m 3"]) -> Int[Tensor, "m 3"]:
     """The numbers of `as_channels`."""
     return channels.contiguous().view(_INTEGERS[channels.dtype.itemsize]).long()
 

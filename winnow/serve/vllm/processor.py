@@ -62,6 +62,19 @@ class CompressingProcessor:
         inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
         return inputs if self.settings is None else replace(inputs, hf_processor_mm_kwargs={KEY: DUMMY})
 
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        made = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        pictures = made["mm_placeholders"].get(MODALITY)
+        plan = self._plan(inputs.hf_processor_mm_kwargs)
+        if plan is None or not plan.methods or not pictures or self.subject.positions == "compact":
+            return made
+        if pictures[-1].offset + pictures[-1].length == len(made["prompt_token_ids"]):
+            raise WinnowError(
+                "the prompt ends in a picture, behind which vLLM would go on from the position of the last token that "
+                "is kept; put text, or the mark of the end of a picture, behind it."
+            )
+        return made
+
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         return super()._apply_hf_processor_main(mm_items, _without(hf_kwargs))  # type: ignore[misc]
 
@@ -83,9 +96,15 @@ class CompressingProcessor:
         plan = self._plan(hf_processor_mm_kwargs)
         plain = _without(hf_processor_mm_kwargs)
         updates = super()._get_mm_prompt_updates(mm_items, plain, out_mm_kwargs)  # type: ignore[misc]
+        dummy = hf_processor_mm_kwargs.get(KEY) is DUMMY
+        others = sorted(modality for modality, items in updates.items() if items and modality != MODALITY)
+        if plan is not None and not dummy and others:
+            raise WinnowError(
+                f"a server with {KEY} reads pictures, and this request holds {', '.join(others)}; serve it by one "
+                "without."
+            )
         if plan is None or MODALITY not in updates:
             return updates
-        dummy = hf_processor_mm_kwargs.get(KEY) is DUMMY
         items = [
             self._shortened(plan, own, out_mm_kwargs[MODALITY][number], dummy)
             for number, own in enumerate(updates[MODALITY])

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from winnow.core.ledger import add_notes
@@ -45,8 +46,8 @@ class Shortened:
     """
 
     content: int
-    rows: Tensor
-    places: Tensor
+    rows: Float[Tensor, "m d"]
+    places: Int[Tensor, " m"]
 
 
 class Subject:
