@@ -51,8 +51,8 @@ def test_without_settings_nothing_is_asked_for() -> None:
     ("given", "told"),
     [
         ({"budget": 3}, "give an object with plan, plans, least, most"),
-        ({"plan": 3}, "give a plan"),
-        ({"plans": "divprune"}, "give a list of plans"),
+        ({"plan": 3}, "give the text of a plan"),
+        ({"plans": "divprune"}, "give a list of the texts"),
         ({"least": 0}, "keeps nothing"),
     ],
 )

@@ -6,8 +6,6 @@ import importlib
 import re
 from typing import Any
 
-import vllm
-
 ARCHITECTURES = (
     "Gemma3ForConditionalGeneration",
     "Idefics3ForConditionalGeneration",
@@ -21,8 +19,14 @@ ARCHITECTURES = (
     "SmolVLMForConditionalGeneration",
 )
 """The architectures that have tests."""
-_VERSION = "_winnow_" + re.sub(r"\W", "_", vllm.__version__)  # vLLM remembers what it found of a class by its name
 _made: dict[str, Any] = {}
+
+
+def _suffix() -> str:
+    """What is put behind an architecture: vLLM remembers what it found of a class by its name."""
+    import vllm
+
+    return "_winnow_" + re.sub(r"\W", "_", vllm.__version__)
 
 
 def register_all() -> None:
@@ -32,14 +36,14 @@ def register_all() -> None:
     for architecture in registry._MULTIMODAL_MODELS:
         present = registry.ModelRegistry.models.get(architecture)
         if getattr(present, "module_name", "") != __name__:
-            registry.ModelRegistry.register_model(architecture, f"{__name__}:{architecture}{_VERSION}")
+            registry.ModelRegistry.register_model(architecture, f"{__name__}:{architecture}{_suffix()}")
 
 
 def __getattr__(name: str) -> Any:
-    if not name.endswith(_VERSION):
+    if "_winnow_" not in name or not name.endswith(_suffix()):
         raise AttributeError(name)
     if name not in _made:
-        _made[name] = _subclass(name, name.removesuffix(_VERSION))
+        _made[name] = _subclass(name, name.removesuffix(_suffix()))
     return _made[name]
 
 

@@ -69,7 +69,7 @@ class CompressedEncoder:
                 yield self._placed(own, [], kwargs, number)
             return
         runs = [n for order in orders for n in order.runs]
-        record = subject.record(plan, of_call(kwargs, subject.bound.info.family), runs)
+        record = subject.record(plan, of_call(kwargs), runs)
         with self._taps.listening(plan, record):
             encoded = super().embed_multimodal(**given)  # type: ignore[misc]
         rows = [part for own, order in zip(encoded, orders, strict=True) for part in _split(own, order)]

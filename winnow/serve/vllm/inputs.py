@@ -22,22 +22,17 @@ def of_item(data: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def of_call(kwargs: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """The inputs of one call of the encoder.
-
-    Args:
-        family: name of winnow's adapter.
-    """
+def of_call(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of one call of the encoder."""
     made = {name: value for name, value in kwargs.items() if name in (*PER_ITEM, "pixel_values")}
     pixels = made.get("pixel_values")
     if isinstance(pixels, list | tuple):
         made["pixel_values"] = torch.cat([x if x.ndim == 4 else x[None] for x in pixels])
     elif isinstance(pixels, Tensor) and pixels.ndim == 5:
         made["pixel_values"] = pixels.flatten(0, 1)
-    if family == "idefics3":  # its encoder takes a batch of rows of tiles
+    if "pixel_attention_mask" in kwargs:  # in transformers, encoders with a mask take rows of tiles
         made["pixel_values"] = made["pixel_values"][None]
-        if "pixel_attention_mask" in kwargs:
-            made["pixel_attention_mask"] = kwargs["pixel_attention_mask"][None]
+        made["pixel_attention_mask"] = kwargs["pixel_attention_mask"][None]
     return made
 
 

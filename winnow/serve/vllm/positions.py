@@ -19,13 +19,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from vllm.multimodal.inputs import (
-    MultiModalBatchedField,
-    MultiModalFeatureSpec,
-    MultiModalFieldElem,
-    MultiModalKwargsItem,
-    PlaceholderRange,
-)
 
 from winnow.core.errors import UnsupportedError
 from winnow.serve.vllm.order import FIELD, Order
@@ -99,6 +92,14 @@ class KeptPositions:
 
     def _positions_in(self, grid: Tensor) -> Tensor:
         """`[3, N]` the positions of a picture's tokens from its first one, by the model's own rule."""
+        from vllm.multimodal.inputs import (
+            MultiModalBatchedField,
+            MultiModalFeatureSpec,
+            MultiModalFieldElem,
+            MultiModalKwargsItem,
+            PlaceholderRange,
+        )
+
         key = tuple(grid.tolist())
         if key not in self._relative:
             tokens = int(grid.prod()) // self.config.vision_config.spatial_merge_size**2

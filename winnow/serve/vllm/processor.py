@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
-from vllm.multimodal.processing import PromptUpdateDetails
 
 from winnow import __version__
 from winnow.core.errors import WinnowError
@@ -52,8 +50,8 @@ class CompressingProcessor:
             return self.settings.chosen(kwargs.get(KEY), self.subject.positions)
         if KEY in kwargs:
             raise WinnowError(
-                f"this server was started without {KEY}: start it with --hf-overrides "
-                f'\'{{"{KEY}": {{"plan": "divprune:keep=64"}}}}\', or leave {KEY!r} out of mm_processor_kwargs.'
+                f"this server was started without {KEY}: name a plan under {KEY!r} in --hf-overrides, or leave {KEY!r} "
+                "out of mm_processor_kwargs."
             )
         return None
 
@@ -114,6 +112,8 @@ class CompressingProcessor:
     def _shortened(self, plan: Plan, updates: Sequence[Any], item: Any, dummy: bool) -> list[Any]:
         """The updates of one picture with the placeholders that stay, and its order among what the worker is given."""
         runs = runs_of(updates[0].content)
+        from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
+
         given = item.get_data()
         if "pixel_values" not in given:
             raise WinnowError(f"{KEY} needs the pixels of a picture, and this request brings its embeddings.")
@@ -157,6 +157,8 @@ def runs_of(content: Any) -> tuple[int, ...]:
 
 def shortened(content: Any, kept: Sequence[int]) -> Any:
     """What stands for a picture, with only `kept` placeholders of each run."""
+    from vllm.multimodal.processing import PromptUpdateDetails
+
     tokens: list[int] = []
     mask: list[bool] = []
     left = iter(kept)

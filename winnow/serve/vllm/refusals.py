@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import vllm
-
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.engine.bound_plan import BoundPlan
 from winnow.serve.vllm.settings import KEY, Settings
@@ -29,6 +27,8 @@ class NotSupported:
 
 def check_version() -> None:
     """Refuse a version of vLLM that the tests do not cover."""
+    import vllm
+
     release = ".".join(re.findall(r"\d+", vllm.__version__)[:2])
     if release not in TESTED:
         raise UnsupportedError(

@@ -46,10 +46,10 @@ class Settings:
             raise WinnowError(f"{KEY}={given!r} in the configuration; give an object with {', '.join(known)}.")
         values = dict(given)
         if not isinstance(values.get("plan", FULL), str):
-            raise WinnowError(f"{KEY}.plan={values['plan']!r}; give a plan such as 'divprune:keep=64'.")
+            raise WinnowError(f"{KEY}.plan={values['plan']!r}; give the text of a plan.")
         plans = values.get("plans", ())
         if not isinstance(plans, list | tuple) or not all(isinstance(plan, str) for plan in plans):
-            raise WinnowError(f"{KEY}.plans={plans!r}; give a list of plans such as ['divprune:keep=64'].")
+            raise WinnowError(f"{KEY}.plans={plans!r}; give a list of the texts of plans.")
         values["plans"] = tuple(plans)
         for name in {"least", "most"} & set(values):
             values[name] = Budget.parse(values[name])
