@@ -310,7 +310,7 @@ CHECKPOINTS = {
     "internvl": Checkpoint(internvl, "<IMG_CONTEXT>"),
     "idefics3": Checkpoint(idefics3, nested=True),
     "smolvlm": Checkpoint(smolvlm, nested=True),
-    "gemma3": Checkpoint(gemma3, "<start_of_image>", 0.15, nested=True),
+    "gemma3": Checkpoint(gemma3, "<start_of_image>", 0.01, nested=True),
 }
 
 
