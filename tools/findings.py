@@ -105,7 +105,7 @@ def shipped_alone(since: float) -> str:
         told("the sample", since)
         rows = claims(both, sorted(CLAIMS), since)
         beside = []
-        for slug in sorted(built_in()):
+        for slug in sorted(slug for slug, entry in built_in().items() if not entry.of_sounds):
             beside.append(blind.beside(both[0], slug))
             told(f"{slug} beside blind choices", since)
     return sections([row.line() for row in rows], [row for row in beside if row is not None])

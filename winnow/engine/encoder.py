@@ -101,10 +101,10 @@ def finish(request: Request, record: EncoderRecord, output: Any) -> Any:
     if record.items:
         settle(record)
     if record.reduced:
-        placed = [
-            _placed(x, item, layout) for x, item, layout in zip(pooled, record.items, record.layouts, strict=True)
+        reduced = [
+            placed(x, item, layout) for x, item, layout in zip(pooled, record.items, record.layouts, strict=True)
         ]
-        output.pooler_output = torch.stack(placed) if isinstance(pooled, Tensor) else type(pooled)(placed)
+        output.pooler_output = torch.stack(reduced) if isinstance(pooled, Tensor) else type(pooled)(reduced)
     record.times = request.clock.times
     record.tower = record.tower_output = None
     request.encodings[record.modality] = record
@@ -307,7 +307,7 @@ def places(item: TowerTokens) -> Tensor:
     return item.ids if item.in_place else torch.arange(item.count, device=item.ids.device)
 
 
-def _placed(given: Tensor, item: TowerTokens, layout: Layout) -> Tensor:
+def placed(given: Tensor, item: TowerTokens, layout: Layout) -> Tensor:
     """An item's features with its rows in their places; nothing reads what stands elsewhere."""
     content = torch.from_numpy(layout.content).to(given.device)
     return given.index_copy(0, content[places(item).to(given.device)], item.rows.to(given))

@@ -1,0 +1,99 @@
+"""Questions, the answers of an engine, and those of the library under the same plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from checkpoints import CHECKPOINTS, model_and_processor
+from PIL import Image
+
+import winnow
+from winnow.models.families import family_of
+
+TOKENS = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt with pictures, each given by its seed and size.
+
+    Attributes:
+        words: of the prompt; `@` stands for a picture.
+        pictures: seed, width and height of each.
+        plan: that the request names; None: compression is off.
+    """
+
+    words: str
+    pictures: tuple[tuple[int, int, int], ...]
+    plan: str | None
+
+    def prompt(self, name: str) -> str:
+        return f"user {self.words.replace('@', CHECKPOINTS[name].image)} assistant :"
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [picture(*own) for own in self.pictures]
+
+    def request(self, name: str, **more: Any) -> dict[str, Any]:
+        """The request of vLLM's engine."""
+        winnow = {"plan": self.plan} | more if self.plan or more else False
+        images = {"image": self.images}
+        return {"prompt": self.prompt(name), "multi_modal_data": images, "mm_processor_kwargs": {"winnow": winnow}}
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    """A picture of coloured areas."""
+    small = np.random.RandomState(seed).randint(0, 255, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BILINEAR)
+
+
+def answers(engine: Any, requests: Sequence[dict[str, Any]]) -> list[tuple[list[int], int]]:
+    """What the engine says to requests that it is given together, and how many tokens it reads of each."""
+    from vllm import SamplingParams
+
+    settings = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True)
+    outputs = engine.generate(list(requests), settings, use_tqdm=False)
+    return [(list(own.outputs[0].token_ids), len(own.prompt_token_ids)) for own in outputs]
+
+
+class Library:
+    """The library on the same checkpoint."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.made = name, CHECKPOINTS[name]
+        self.model, self.processor = model_and_processor(name)
+        family = family_of(self.model)
+        self.mrope, self.short = family.mrope, family.short
+
+    def inputs(self, case: Case) -> Any:
+        images: Any = [case.images] if self.made.nested else case.images
+        return self.processor(images=images, text=[case.prompt(self.name)], return_tensors="pt")
+
+    @torch.no_grad()
+    def answer(self, case: Case) -> tuple[list[int], int]:
+        """What the library says under the same plan, and how many tokens it reads.
+
+        vLLM numbers the tokens of a prompt without gaps where positions have one axis. The library does so under
+        `positions=compact`, which it has for language models that attend to everything before; for the others its
+        shortened inputs are given to the plain model without their positions, which then numbers them.
+        """
+        plan, inputs = case.plan or "full", self.inputs(case)
+        keeps = self.mrope or not self.short or case.plan is None
+        prepared = winnow.prepare(self.model, inputs, plan, positions="keep" if keeps else "compact")
+        given = prepared.inputs
+        if self.mrope or not keeps:
+            handle = winnow.compress(self.model, plan, positions="keep" if keeps else "compact")
+            given = dict(inputs)
+        else:
+            handle = None
+            # On CPUs vLLM has no attention in which a picture's tokens see each other (Gemma 3): they see those before.
+            for name in ("position_ids", "prefill_chunk_size", "token_type_ids"):
+                given.pop(name, None)
+        said = self.model.generate(**given, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=3)
+        if handle is not None:
+            handle.detach()
+        return said[0, given["input_ids"].shape[1] :].tolist(), prepared.sizes[0]
