@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from winnow.engine.load import load
     from winnow.engine.prepare import prepare, prepare_many
     from winnow.engine.prepared import Prepared
+    from winnow.engine.stream import Session, stream
     from winnow.methods.divprune import DivPrune
     from winnow.methods.fastervlm import FasterVLM
     from winnow.methods.fastv import FastV
@@ -52,6 +53,7 @@ _LAZY = {
     "Plan": "winnow.core.plan:Plan",
     "Prepared": "winnow.engine.prepared:Prepared",
     "Reduction": "winnow.core.reduction:Reduction",
+    "Session": "winnow.engine.stream:Session",
     "Tuned": "winnow.tuning.result:Tuned",
     "View": "winnow.core.view:View",
     "calibrate": "winnow.engine.calibrate:calibrate",
@@ -64,6 +66,7 @@ _LAZY = {
     "prepare_many": "winnow.engine.prepare:prepare_many",
     "register": "winnow.core.registry:register",
     "register_family": "winnow.models.families:register_family",
+    "stream": "winnow.engine.stream:stream",
     "tune": "winnow.tuning.search:tune",
 }
 _METHODS = [
@@ -89,6 +92,7 @@ __all__ = [
     "Prepared",
     "PyramidDrop",
     "Reduction",
+    "Session",
     "ToDRE",
     "Tuned",
     "UnsupportedError",
@@ -108,6 +112,7 @@ __all__ = [
     "prepare_many",
     "register",
     "register_family",
+    "stream",
     "tune",
 ]
 

@@ -1,5 +1,6 @@
 """Runner: the one place where a method's step meets the cache of a layer."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +39,13 @@ class Runner:
         self._recent = max((step.recent for _, step in steps), default=0)
         self._calls = any(step.calls for _, step in steps)
         self._moments = {moment for _, step in steps for moment in step.when}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Runner":
+        """Of a copied cache: the same steps, with what they remember copied."""
+        made = memo[id(self)] = copy.copy(self)
+        made.layer, made.queries = copy.deepcopy(self.layer, memo), copy.deepcopy(self.queries, memo)
+        made.memory = copy.deepcopy(self.memory, memo)
+        return made
 
     @property
     def wants_calls(self) -> bool:

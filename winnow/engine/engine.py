@@ -146,6 +146,15 @@ class Engine:
     def override(self) -> Override | None:
         return overrides.get().get(id(self.attachment))
 
+    @contextlib.contextmanager
+    def overridden(self, override: Override) -> Iterator[None]:
+        """Another plan in this context only."""
+        token = overrides.set({**overrides.get(), id(self.attachment): override})
+        try:
+            yield
+        finally:
+            overrides.reset(token)
+
     def active(self) -> BoundPlan:
         """The plan of this context: its override, else the model-wide one."""
         override = self.override
@@ -301,7 +310,8 @@ class Engine:
         override = self.override
         spans = None if override is None else override.spans
         made = Request(self.bound, self.attachment, self.active(), spans, self.suffix, clock, train=self.train)
-        made.placeholders = None if override is None else override.placeholders
+        if override is not None:
+            made.placeholders, made.memory = override.placeholders, override.memory
         if made.plan.text_signals:
             made.reader = self.reader
         return made

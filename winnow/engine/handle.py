@@ -14,7 +14,7 @@ from winnow.core.plan import FULL, Plan
 from winnow.engine import saving
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
-from winnow.engine.engine import Engine, overrides
+from winnow.engine.engine import Engine
 from winnow.engine.merged import checked_placeholders
 from winnow.engine.request import Override
 from winnow.engine.spans import checked_spans
@@ -102,12 +102,8 @@ class Handle:
         if not engine.attached:
             raise WinnowError("this handle is detached; call winnow.compress again.")
         bound = engine.bind(Plan.of(FULL if plan is None else plan))
-        override = Override(bound, checked_spans(spans), checked_placeholders(placeholders))
-        token = overrides.set({**overrides.get(), id(engine.attachment): override})
-        try:
+        with engine.overridden(Override(bound, checked_spans(spans), checked_placeholders(placeholders))):
             yield self
-        finally:
-            overrides.reset(token)
 
     def train(self, on: bool = True) -> "Handle":
         """Let gradients flow through the steps of learned methods, and set what they built to training mode."""

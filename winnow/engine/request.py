@@ -35,6 +35,7 @@ class Override:
     plan: BoundPlan
     spans: Spans | None
     placeholders: Tensor | None = None
+    memory: dict[int, dict[str, Any]] | None = None
 
 
 def _backward_now() -> int:
@@ -63,6 +64,7 @@ class Request:
         positions: with which it was called.
         outputs: modality → what the encoder gave in this forward.
         placeholders: `[B, S]` where the caller's embeddings hold pictures.
+        memory: what methods remember of the stream that this request is a part of, by their number; None: it is none.
         question_from: where the question of a conversation that is read again begins at the earliest.
         uses_layers: whether the layers of the LM are hooked for this request.
         checkpointed: the LM layer that was last changed before its checkpoint.
@@ -87,6 +89,7 @@ class Request:
     positions: Any = None
     outputs: dict[str, Any] = field(default_factory=dict)
     placeholders: Tensor | None = None
+    memory: dict[int, dict[str, Any]] | None = None
     question_from: int = 0
     uses_layers: bool = False
     checkpointed: int | None = None

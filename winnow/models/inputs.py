@@ -21,13 +21,7 @@ def model_inputs(model: Any, processor: Any, image: Image.Image, question: str) 
     Raises:
         WinnowError: the question cannot be asked, or the processor's settings or chat template do not fit the model.
     """
-    if not question.strip():
-        raise WinnowError("The question is empty; ask something.")
-    if any("\ud800" <= char <= "\udfff" for char in question):
-        raise WinnowError("The question holds bytes that are not text in this terminal's encoding; write it in UTF-8.")
-    for token in sorted(_control_tokens(processor)):
-        if token in question:
-            raise WinnowError(f"The question holds the control token {token!r}; leave it out.")
+    check_question(processor, question)
     text, made = prompt(processor, question), None
     try:
         made = dict(processor(images=image, text=text, return_tensors="pt"))
@@ -44,6 +38,40 @@ def model_inputs(model: Any, processor: Any, image: Image.Image, question: str) 
     inputs = {name: _moved(value, model) for name, value in made.items()}
     check_placeholders(model, processor, inputs)
     return inputs
+
+
+def check_question(processor: Any, question: str) -> None:
+    """Refuse words that a tokenizer would obey, or cannot read."""
+    if not question.strip():
+        raise WinnowError("The question is empty; ask something.")
+    if any("\ud800" <= char <= "\udfff" for char in question):
+        raise WinnowError("The question holds bytes that are not text in this terminal's encoding; write it in UTF-8.")
+    for token in sorted(_control_tokens(processor)):
+        if token in question:
+            raise WinnowError(f"The question holds the control token {token!r}; leave it out.")
+
+
+def pictures_prompt(processor: Any, question: str, count: int) -> str:
+    """The text around several pictures and a question about them: see `prompt`.
+
+    Raises:
+        WinnowError: as `prompt`; or the template writes one picture alone.
+    """
+    if count == 1:
+        return prompt(processor, question)
+    image = image_token(processor)
+    if not getattr(processor, "chat_template", None):
+        return prompt(processor, question).replace(image, "\n".join([image] * count))
+    parts = [{"type": "image"}] * count + [{"type": "text", "text": question}]
+    text = _rendered(processor, question, parts, count)
+    if text is None:
+        text = _rendered(processor, question, "\n".join([image] * count + [question]), count)
+    if text is None:
+        raise WinnowError(
+            f"The chat template of {type(processor).__name__} does not give a prompt with {count} pictures and a "
+            "question; mend chat_template.jinja, or remove it to use LLaVA's prompt."
+        )
+    return text
 
 
 def prompt(processor: Any, question: str) -> str:
@@ -81,7 +109,7 @@ def templated(processor: Any, question: str) -> str | None:
     return _rendered(processor, question, [{"type": "image"}, {"type": "text", "text": question}])
 
 
-def _rendered(processor: Any, question: str, content: str | list[dict[str, str]]) -> str | None:
+def _rendered(processor: Any, question: str, content: str | list[dict[str, str]], count: int = 1) -> str | None:
     message = {"role": "user", "content": content}
     try:
         text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
@@ -89,7 +117,7 @@ def _rendered(processor: Any, question: str, content: str | list[dict[str, str]]
         raise
     except Exception:  # a template is a program that comes with the checkpoint: it can fail in any way
         return None
-    whole = isinstance(text, str) and question.strip() in text and text.count(image_token(processor)) == 1
+    whole = isinstance(text, str) and question.strip() in text and text.count(image_token(processor)) == count
     return text if whole else None
 
 
