@@ -17,15 +17,20 @@ Evict = Callable[[int, Tensor, list[int]], list[int]]
 
 
 class StreamHand:
-    """One stream on a plain model; slots are counted as they are read."""
+    """One stream on a plain model; slots are counted as they are read.
 
-    def __init__(self, reference: Reference, evict: Evict) -> None:
-        self.reference, self.evict = reference, evict
+    Args:
+        shifted: so many sinks are moved to right before the window after each part, and positions have no gaps.
+    """
+
+    def __init__(self, reference: Reference, evict: Evict, shifted: int = 0) -> None:
+        self.reference, self.evict, self.shifted = reference, evict, shifted
         config = reference.lm.config
         self.heads, self.group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
         self.cache = DynamicCache(config=config)
         self.alive = [[[] for _ in range(self.heads)] for _ in reference.lm.layers]
         self.seen, self.next = 0, 0
+        self.moved: dict[int, int] = {}
 
     @torch.no_grad()
     def read(self, hidden: Tensor, positions: Tensor, evict: bool = True) -> Tensor:
@@ -44,10 +49,30 @@ class StreamHand:
             for head in range(self.heads):
                 held = self.alive[i][head] + new
                 self.alive[i][head] = self.evict(i, keys[head], held) if evict else held
+            if self.shifted and evict:
+                self._follow(i, hidden)
         return self.reference.model.lm_head(self.reference.lm.norm(hidden)[:, -1])
+
+    def _follow(self, layer: int, hidden: Tensor) -> None:
+        """Keys of the sinks, turned from where they are to right before the first slot of the window."""
+        held = self.alive[layer][0]
+        if len(held) <= self.shifted:
+            return
+        moved = self.moved.setdefault(layer, 0)
+        self.moved[layer] = held[self.shifted] - self.shifted
+        by = torch.full((1, self.shifted), self.moved[layer] - moved)
+        cos, sin = self.reference.lm.rotary_emb(hidden[:, : self.shifted], by)
+        keys = self.cache.layers[layer].keys
+        sinks = keys[:, :, : self.shifted]
+        first, second = sinks.chunk(2, -1)
+        keys[:, :, : self.shifted] = sinks * cos + torch.cat([-second, first], -1) * sin
 
     def feed(self, entry: Entry, kept: Seen) -> None:
         """A part of the stream, as the plain model would be given it, less what is dropped before the LM."""
+        if self.shifted:
+            self.read(kept.hidden, torch.arange(self.next, self.next + len(kept.held))[None])
+            self.next += len(kept.held)
+            return
         self.read(kept.hidden, entry.positions[..., kept.held] + self.next)
         self.next += int(entry.positions.max()) + 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import gc
+import itertools
 import threading
 import warnings
 
@@ -68,8 +69,24 @@ def test_answers_equal_by_hand_after_any_number_of_frames(build, row, cache):
 
 def copied(hand: StreamHand) -> StreamHand:
     made = copy.copy(hand)
-    made.cache, made.alive = copy.deepcopy(hand.cache), copy.deepcopy(hand.alive)
+    made.cache, made.alive, made.moved = (copy.deepcopy(x) for x in (hand.cache, hand.alive, hand.moved))
     return made
+
+
+def test_sinks_that_follow_the_window_keep_all_distances_small():
+    """Positions that grow without end are those of a stream that has just begun: only distances count."""
+    model = zoo.model("llava_clip")
+    reference = Reference(model)
+    hand = StreamHand(reference, sinks_and_window(KEEP), shifted=4)
+    shifted = Plan((Pick(keep=5), *Plan.of(f"streaming-llm:keep={KEEP},shift=true").methods), positions="compact")
+    with winnow.stream(model, shifted) as session:
+        for part in frames("llava_clip", "3 A 2", 12):
+            session.feed(part)
+            entry = reference.entry(part)
+            hand.feed(entry, picking(entry, 5)([Seen(entry.embeds, entry.held)]))
+        said, logits = asked(session, model)
+        assert (logits - copied(hand).answer(QUESTION, said[:-1])).abs().max() <= 1e-4  # turned a dozen times
+        assert hand.next - hand.moved[0] == KEEP
 
 
 def test_without_a_plan_a_stream_is_one_prompt():
@@ -266,6 +283,23 @@ def test_the_ledger_counts():
     assert ledger.answer_ms >= ledger.first_token_ms > 0
     assert ledger.feed_ms > 0
     assert "6 frames; content tokens 15/72" in str(ledger)
+
+
+def test_times_are_summed_by_phase_where_they_are_asked_for():
+    model, parts = zoo.model("llava_clip"), frames("llava_clip", "3 A 2", 4)
+    with winnow.stream(model, plan("snapkv")) as session:
+        session.feed(parts[0])
+        assert session.ledger.times == {}
+        session.timing = True
+        seen = []
+        for part in parts[1:]:
+            session.feed(part)
+            session.ask(QUESTION, max_new_tokens=2)
+            seen.append((session.ledger.times, session.ledger.feed_ms))
+    for (times, _), (later, own) in itertools.pairwise(seen):
+        assert set(times) == set(later) >= {"encoder", "select", "prefill"}
+        assert all(later[name] > spent for name, spent in times.items())
+        assert sum(later.values()) - sum(times.values()) <= own
 
 
 def test_several_threads_take_turns():

@@ -362,7 +362,7 @@ class Engine:
             request.called = enter_text(request, without_cache(self.bound, request.called))
         with self._opened(request):
             try:
-                with request.clock.phase("decode" if held else "prefill"):
+                with request.clock.phase("decode" if held and request.memory is None else "prefill"):
                     output = plain(**request.called)
                 if not request.reached_lm and request.plan.plan.methods:
                     self._explain_the_silence()
@@ -391,8 +391,9 @@ class Engine:
         """Where the times of this forward are summed: with its encoder's, or with its prefill's."""
         if not self.timing:
             return None
-        ledger = self.ledgers.here
-        if held and ledger is not None:
+        ledger, override = self.ledgers.here, self.override
+        part = override is not None and override.memory is not None  # of a stream, which adds up its own times
+        if held and ledger is not None and not part:
             return ledger.times
         times: dict[str, float] = {}
         for output in (called.get("mm_encoder_outputs") or {}).values():

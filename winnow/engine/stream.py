@@ -6,28 +6,23 @@ shorten. A question is read and answered on a copy of that cache, so that frames
 
 import copy
 import threading
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
-from transformers import DynamicCache
 
-from winnow.cache.layer import HeldLayer, held_bytes
-from winnow.core.errors import WinnowError, WinnowWarning
+from winnow.core.errors import WinnowError
 from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.engine.clock import now
 from winnow.engine.handle import Handle
-from winnow.engine.request import Override
 from winnow.engine.stream_handles import release, shared_handle
 from winnow.engine.stream_input import Piece, checked_ids, checked_stamp, checked_times, piece_of, pieces_of
 from winnow.engine.stream_ledger import StreamLedger
-from winnow.engine.stream_plan import check_family, check_steps, keeps_distances, most_slots, plan_of_stream
+from winnow.engine.stream_plan import check_family, check_steps, plan_of_stream
+from winnow.engine.stream_reader import Reader
 from winnow.engine.stream_words import Words
-from winnow.engine.versions import cache_keyword
 
 
 def stream(
@@ -72,20 +67,14 @@ class Session:
         self._lock = threading.Lock()
         self._handle: Handle | None = shared_handle(model)
         try:
-            self._bound, engine = self._handle.bound, self._handle._engine
-            check_family(self._bound)
-            self._plan = engine.bind(plan)
-            check_steps(self._plan)
-            self._model = self._bound.model
-            self._words = None if processor is None else Words.of(processor, self._bound.token_ids["image"])
+            check_family(self._handle.bound)
+            bound = self._handle.bind(plan)
+            check_steps(bound)
+            self._reader = Reader(self._handle, bound, bounded)
+            self._words = None if processor is None else Words.of(processor, self._handle.bound.token_ids["image"])
         except BaseException:
             self.close()
             raise
-        self._cache: Any = DynamicCache(config=self._bound.lm.config)
-        self._memory: dict[int, dict[str, Any]] = {}
-        self._next = 0
-        self._most = most_slots(plan, self._bound) if bounded else None
-        self._warned = keeps_distances(plan)
         self.ledger = StreamLedger(str(plan))
 
     def feed(self, frames: Any, *, time: float | Sequence[float] | None = None) -> None:
@@ -104,13 +93,20 @@ class Session:
             self._open()
             pieces = [piece_of(frames)] if self._words is None else pieces_of(frames, self._words)
             times = checked_times(time, len(pieces), self.ledger.time)
-            before = (self._cache, self._memory, self._next, copy.copy(self.ledger))
+            before = copy.copy(self._reader), copy.copy(self.ledger)
             try:
                 for piece, moment in zip(pieces, times, strict=True):
                     self._read(self._worded(piece, moment), moment)
             except BaseException:  # an interrupt too
-                self._cache, self._memory, self._next, self.ledger = before
+                self._reader, self.ledger = before
                 raise
+
+    def _read(self, piece: Piece, moment: float | None) -> None:
+        begin = self._now()
+        part = self._reader.read(piece)
+        self.ledger.add(part, piece.ids.shape[1], moment)
+        self.ledger.held, self.ledger.kv_bytes = self._reader.held, self._reader.kv_bytes
+        self.ledger.feed_ms = self._now() - begin
 
     def ask(self, question: Any, *, max_new_tokens: int = 64) -> Any:
         """The answer to a question about what was fed so far, greedily decoded.
@@ -137,20 +133,31 @@ class Session:
                 ids = torch.tensor([self._words.question(question)])
             else:
                 ids = checked_ids(question)
-            begin = now(self._bound.device)
+            begin, moments = self._now(), []
             tokens: list[Tensor] = []
-            for token in self._answer(ids.to(self._bound.device), max_new_tokens):
-                if not tokens:
-                    self.ledger.first_token_ms = now(self._bound.device) - begin
+            for token in self._reader.answer(ids, max_new_tokens):
                 tokens.append(token)
-            self.ledger.answer_ms = now(self._bound.device) - begin
+                moments.append(self._now() - begin)
+            self.ledger.first_token_ms, self.ledger.answer_ms = moments[0], moments[-1]
             self.ledger.questions += 1
             answer = torch.cat(tokens, 1).cpu()
             return answer if self._words is None else self._words.text(answer[0])
 
+    @property
+    def timing(self) -> bool:
+        """Whether `ledger.times` grows; each phase then waits for the device. All sessions of a model share it."""
+        self._open()
+        return self._handle.timing  # type: ignore[union-attr]
+
+    @timing.setter
+    def timing(self, on: bool) -> None:
+        self._open()
+        self._handle.timing = on  # type: ignore[union-attr]
+
     def close(self) -> None:
         """Let go of the stream; the model is left alone with the last session. A second call does nothing."""
-        handle, self._handle, self._cache = self._handle, None, None
+        handle, self._handle = self._handle, None
+        self.__dict__.pop("_reader", None)
         if handle is not None:
             release(handle)
 
@@ -159,6 +166,9 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _now(self) -> float:
+        return now(self._reader.bound.device)
 
     def _open(self) -> None:
         if self._handle is None:
@@ -174,119 +184,3 @@ class Session:
                 raise WinnowError(f"stamp={self._stamp!r} writes the time of each frame; give feed(…, time=seconds).")
             words += self._words.plain(self._stamp.format(time=moment))
         return Piece(torch.cat([torch.tensor([words], dtype=torch.int64), piece.ids], 1), piece.rest)
-
-    def _read(self, piece: Piece, moment: float | None) -> None:
-        """One forward over a piece of the stream. What is remembered changes only once it is through."""
-        device, begin = self._bound.device, now(self._bound.device)
-        cache, memory = _fork(self._cache), dict(self._memory)
-        ids = piece.ids.to(device)
-        given = {name: _moved(value, self._model) for name, value in piece.rest.items()}
-        positions = self._positions(ids, given)
-        try:
-            self._forward(cache, ids, positions, memory, given)
-        except ValueError as error:
-            if isinstance(error, WinnowError):
-                raise
-            refused = type(error).__name__  # the model counts placeholders itself, in words of its own
-        else:
-            refused = None
-        if refused is not None:
-            raise WinnowError(
-                f"{type(self._model).__name__} cannot read this part of the stream ({refused}): its {ids.shape[1]} "
-                "tokens need a placeholder for each token of its pixels, and the pixels their grids and sizes."
-            )
-        ledger = self._handle.last  # type: ignore[union-attr]
-        items = () if ledger is None else ledger.items
-        if not items:
-            raise WinnowError("this part of a stream holds no frame: pass pixels, with a placeholder for each token.")
-        held = tuple(map(_slots, cache.layers))
-        if self._most is not None and sum(held) > self._most:
-            raise WinnowError(
-                f"after {self.ledger.frames} frames the cache would hold {sum(held):,} slots: {self._plan.plan} does "
-                "not keep to its number in every layer and head when more frames come; use another method of the "
-                "cache, such as streaming-llm or snapkv."
-            )
-        self._cache, self._memory = cache, memory
-        self._next += ids.shape[1] if positions is None else int(positions.max()) + 1 - self._next
-        self.ledger.add(items, ids.shape[1], moment)
-        self.ledger.held = held
-        self.ledger.kv_bytes = held_bytes(cache)
-        self.ledger.feed_ms = now(device) - begin
-        self._warn_of_distances()
-
-    def _answer(self, ids: Int[Tensor, "1 m"], count: int) -> Iterator[Int[Tensor, "1 1"]]:
-        cache, place = _fork(self._cache), self._next
-        ends = self._model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
-        for _ in range(count):
-            positions = None
-            if self._bound.info.mrope:
-                positions = torch.arange(place, place + ids.shape[1], device=ids.device).expand(3, 1, -1)
-            place += ids.shape[1]
-            ids = self._forward(cache, ids, positions, None, {})[:, -1].argmax(-1, keepdim=True)
-            yield ids
-            if int(ids) in ends:
-                return
-
-    def _forward(
-        self, cache: Any, ids: Tensor, positions: Tensor | None, memory: dict[int, dict[str, Any]] | None, given: dict
-    ) -> Tensor:
-        """Logits `[1, 1, vocabulary]` behind the last token."""
-        self._check_attached()
-        called = {cache_keyword(self._model): cache, **given}
-        with torch.no_grad(), self._handle._engine.overridden(Override(self._plan, None, None, memory)):  # type: ignore[union-attr]
-            output = self._model(
-                input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1, return_dict=True, **called
-            )
-        logits: Tensor = output.logits
-        return logits
-
-    def _check_attached(self) -> None:
-        if not self._handle.attached:  # type: ignore[union-attr]
-            raise WinnowError("the model was detached from winnow under this session; open a new one.")
-
-    def _positions(self, ids: Tensor, given: dict[str, Tensor]) -> Tensor | None:
-        """`[3, 1, n]` positions behind all that was read; None where the model counts them itself.
-
-        They are those of one long prompt: the model's own rule, from where the last part ended.
-        """
-        if not self._bound.info.mrope:
-            return None
-        tokens = self._bound.token_ids
-        types = sum((number * (ids == tokens[name]).int() for number, name in ((1, "image"), (2, "video"))), 0 * ids)
-        given["mm_token_type_ids"] = types.int()
-        ones = torch.ones_like(ids)
-        found: Tensor = self._model._prepare_position_ids_for_generation(ids, {**given, "attention_mask": ones})
-        return found[-3:].expand(3, 1, -1) + self._next
-
-    def _warn_of_distances(self) -> None:
-        places = getattr(self._bound.lm.config, "max_position_embeddings", None)
-        if self._warned or places is None or self._next <= places:
-            return
-        self._warned = True
-        warnings.warn(
-            f"this stream has passed the {places} positions that the model was trained with: what it reads of early "
-            "frames lies further away than it has learned. 'streaming-llm:keep=…,shift=true | positions=compact' keeps "
-            "all distances within the slots that are held (1-D positions).",
-            WinnowWarning,
-            stacklevel=4,
-        )
-
-
-def _fork(cache: Any) -> Any:
-    """A copy that goes on by itself. Keys of a plain layer are never written in place, and are shared."""
-    plain = [layer for layer in cache.layers if not isinstance(layer, HeldLayer)]
-    tensors = [getattr(layer, name, None) for layer in plain for name in ("keys", "values")]
-    return copy.deepcopy(cache, {id(x): x for x in tensors if x is not None})
-
-
-def _slots(layer: Any) -> int:
-    """Of all heads that a layer holds."""
-    if isinstance(layer, HeldLayer):
-        return layer.slots_held
-    keys = getattr(layer, "keys", None)
-    return 0 if keys is None or not keys.numel() else keys.shape[0] * keys.shape[1] * keys.shape[2]
-
-
-def _moved(value: Tensor, model: Any) -> Tensor:
-    return value.to(model.device, model.dtype if value.is_floating_point() else None)

@@ -1,9 +1,8 @@
 """StreamLedger: what a stream has read, and what of it is held."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from winnow.core.ledger import ItemLedger
+from winnow.core.ledger import Ledger
 
 
 @dataclass
@@ -22,6 +21,7 @@ class StreamLedger:
         questions: that were answered.
         feed_ms: how long the last frame took; first_token_ms, answer_ms: the last answer, from the question to its
             first and to its last token.
+        times: milliseconds by phase (encoder, select, prefill), summed over the stream, where timing is on.
     """
 
     plan: str
@@ -36,15 +36,18 @@ class StreamLedger:
     feed_ms: float = 0.0
     first_token_ms: float = 0.0
     answer_ms: float = 0.0
+    times: dict[str, float] = field(default_factory=dict)
 
-    def add(self, items: Iterable[ItemLedger], tokens: int, time: float | None) -> None:
+    def add(self, part: Ledger, tokens: int, time: float | None) -> None:
         """Note a part of the stream.
 
         Args:
-            items: its frames or clips.
+            part: what became of its frames.
             tokens: of the part, as it was given.
         """
-        for item in items:
+        spent = {name: self.times.get(name, 0.0) + more for name, more in part.times.items()}
+        self.times = self.times | spent  # never changed in place: a copy of the ledger is what it was
+        for item in part.items:
             self.frames += int(item.layout.place[:, 1].max()) + 1
             self.given += item.n_visual
             self.kept += len(item.ids)  # type: ignore[arg-type]

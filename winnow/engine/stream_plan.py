@@ -1,6 +1,7 @@
 """Which plans and models a stream can have, and what bounds its cache."""
 
 from dataclasses import replace
+from typing import Any
 
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.kv_budget import KVBudget
@@ -85,12 +86,12 @@ def most_slots(plan: Plan, bound: BoundModel) -> int | None:
     for method in plan.methods:
         if not _is_bound(method):
             continue
-        keep: KVBudget = method.keep  # type: ignore[attr-defined]
+        keep: Any = method.keep  # type: ignore[attr-defined]
         slot = 2 * bound.info.head_dim * next(bound.lm.parameters()).element_size()
         if keep.is_layers:
-            found.append(heads * sum(keep.value))  # type: ignore[arg-type]
+            found.append(heads * sum(keep.value))
         else:
-            found.append(keep.bytes // slot if keep.is_bytes else heads * depth * keep.value)  # type: ignore[operator]
+            found.append(keep.bytes // slot if keep.is_bytes else heads * depth * keep.value)
     return 2 * min(found) if found else None
 
 
