@@ -33,7 +33,7 @@ SEED    := 1
 LEARNED := covipal diffrate dyvte explainability-compression frames toc3d
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean
+.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-stream bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -89,6 +89,9 @@ bench: $(STAMP) ## Speed against the plain model and against the same model with
 
 bench-cache: $(STAMP) ## Decoding from compressed caches against the plain one, and bytes held
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cache.py
+
+bench-stream: $(STAMP) ## A stream of 10,000 frames: memory of the process, times, and how soon questions are answered
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stream.py
 
 cache-table: $(STAMP) ## Measure every method of the cache on long texts for docs/cache.md
 	OMP_NUM_THREADS=1 $(BIN)/python tools/cache.py

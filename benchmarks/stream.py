@@ -2,8 +2,8 @@
 
 A small LLaVA with random weights reads pictures one by one; a question is asked at each mark, while frames go on. The
 gates are what is claimed: from the first mark on, slots and bytes of the cache stay the same and the process grows by
-less than a twentieth; and selection takes as long for the last frames as for the first ones, within a quarter, so that
-its sum is linear in the frames. Times are sound with nothing else on the machine: `make bench-stream`.
+less than a twentieth; and the last frames take as long to select from as the first ones, within a quarter, beside what
+their encoder takes, so that the sum is linear in the frames. Run with nothing else on the machine: `make bench-stream`.
 """
 
 import argparse
@@ -116,12 +116,14 @@ def faults(marks: list[dict[str, Any]]) -> list[str]:
     grown = max(mark["process_bytes"] for mark in marks) / first["process_bytes"] - 1
     if grown > 0.05:
         found.append(f"the process has grown by {grown:.1%}")
-    select = np.array([mark["phases"]["select"] for mark in marks])
-    third = max(1, len(select) // 3)
-    ratio = float(np.median(select[-third:]) / np.median(select[:third]))
-    print(f"process {grown:+.2%} from the first mark; selection of the last third of frames {ratio:.2f} of the first's")
-    if ratio > 1.25:
-        found.append(f"selection of late frames takes {ratio:.2f} times as long as of early ones")
+    print(f"process {grown:+.2%} from the first mark")
+    third = max(1, len(marks) // 3)
+    for phase in ("select", "prefill"):
+        share = np.array([mark["phases"][phase] / mark["phases"]["encoder"] for mark in marks])
+        ratio = float(np.median(share[-third:]) / np.median(share[:third]))
+        print(f"{phase} of the last third of frames takes {ratio:.2f} of the first third's, beside the encoder")
+        if ratio > 1.25:
+            found.append(f"{phase} of late frames takes {ratio:.2f} times as long as of early ones")
     return found
 
 
@@ -129,7 +131,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--frames", type=int, default=10_000)
     parser.add_argument("--every", type=int, default=1_000)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -21,7 +21,7 @@ from winnow.engine.stream_handles import release, shared_handle
 from winnow.engine.stream_input import Piece, checked_ids, checked_stamp, checked_times, piece_of, pieces_of
 from winnow.engine.stream_ledger import StreamLedger
 from winnow.engine.stream_plan import check_family, check_steps, plan_of_stream
-from winnow.engine.stream_reader import Reader
+from winnow.engine.stream_reader import Reader, let_go
 from winnow.engine.stream_words import Words
 
 
@@ -94,12 +94,17 @@ class Session:
             pieces = [piece_of(frames)] if self._words is None else pieces_of(frames, self._words)
             times = checked_times(time, len(pieces), self.ledger.time)
             before = copy.copy(self._reader), copy.copy(self.ledger)
+            first = self._reader.cache
             try:
                 for piece, moment in zip(pieces, times, strict=True):
+                    last = self._reader.cache
                     self._read(self._worded(piece, moment), moment)
+                    if last is not first:
+                        let_go(last)
             except BaseException:  # an interrupt too
                 self._reader, self.ledger = before
                 raise
+            let_go(first)
 
     def _read(self, piece: Piece, moment: float | None) -> None:
         begin = self._now()

@@ -10,22 +10,20 @@ from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
-
-FAMILIES = ("llava", "llava_next", "qwen2_5_vl")
+from winnow.models.families import streaming
 
 _BOUND = (
-    "give a method of the cache a number of slots that a head holds after each frame, as in "
-    "'… + streaming-llm:keep=1024' or '… + snapkv:keep=1024', or bytes of the whole cache (keep=2GB)"
+    "give a method of the cache a number of slots that a head holds after each frame (keep=1024), or bytes of the "
+    "whole cache (keep=2GB)"
 )
 
 
 def check_family(bound: BoundModel) -> None:
     """Refuse models on which streams are not tested."""
-    if bound.family.name not in FAMILIES or not bound.short:
+    if not bound.family.streams or not bound.short:
         raise UnsupportedError(
-            f"a stream on {bound.info.model} is not supported: streams run on models of the families "
-            f"{', '.join(FAMILIES)}, whose layers all attend to everything before. Use winnow.compress with all frames "
-            "in one prompt."
+            f"a stream on {bound.info.model} is not supported: streams run on {', '.join(streaming())}, where all "
+            "layers attend to everything before. Use winnow.compress with all frames in one prompt."
         )
 
 

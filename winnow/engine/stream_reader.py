@@ -81,8 +81,7 @@ class Reader:
         if self._most is not None and sum(self.held) > self._most:
             raise WinnowError(
                 f"the cache would hold {sum(self.held):,} slots: {self.plan.plan} does not keep to its number in every "
-                "layer and head when more frames come; use another method of the cache, such as streaming-llm or "
-                "snapkv."
+                "layer and head when more frames come; use another method of the cache."
             )
         self.next = self.next + ids.shape[1] if positions is None else int(positions.max()) + 1
         self._warn_of_distances()
@@ -92,16 +91,19 @@ class Reader:
         """Tokens behind these ones, greedily, on a copy of the cache."""
         made = copy.copy(self)
         made.cache, made.memory, ids = _fork(self.cache), None, ids.to(self.bound.device)
-        for _ in range(count):
-            positions = None
-            if self.bound.info.mrope:
-                at = torch.arange(made.next, made.next + ids.shape[1], device=ids.device)
-                positions = at.expand(3, 1, -1)
-            made.next += ids.shape[1]
-            ids = made._forward(ids, positions, {})[:, -1].argmax(-1, keepdim=True)
-            yield ids
-            if int(ids) in self._ends:
-                return
+        try:
+            for _ in range(count):
+                positions = None
+                if self.bound.info.mrope:
+                    at = torch.arange(made.next, made.next + ids.shape[1], device=ids.device)
+                    positions = at.expand(3, 1, -1)
+                made.next += ids.shape[1]
+                ids = made._forward(ids, positions, {})[:, -1].argmax(-1, keepdim=True)
+                yield ids
+                if int(ids) in self._ends:
+                    return
+        finally:
+            let_go(made.cache)
 
     def _forward(self, ids: Tensor, positions: Tensor | None, given: dict[str, Tensor]) -> Tensor:
         """Logits `[1, 1, vocabulary]` behind the last token."""
@@ -134,11 +136,18 @@ class Reader:
         self._warned = True
         warnings.warn(
             f"this stream has passed the {places} positions that the model was trained with: what it reads of early "
-            "frames lies further away than it has learned. 'streaming-llm:keep=…,shift=true | positions=compact' keeps "
-            "all distances within the slots that are held (1-D positions).",
+            "frames lies further away than it has learned. A method of the cache that moves its sinks along "
+            "(shift=true), under positions=compact, keeps all distances within the slots that are held.",
             WinnowWarning,
             stacklevel=4,
         )
+
+
+def let_go(cache: Any) -> None:
+    """Free what a cache holds that nobody goes on with; its layers know one another, and would wait for a collector."""
+    for layer in cache.layers:
+        if isinstance(layer, HeldLayer):
+            layer.reset()
 
 
 def _fork(cache: Any) -> Any:
