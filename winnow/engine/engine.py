@@ -6,9 +6,7 @@ import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
-from types import MappingProxyType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,7 +27,7 @@ from winnow.engine.hooks import ForwardMethod, Hook
 from winnow.engine.kv import check_model, enter_text, held_layers, hold, show_call, tell_cache
 from winnow.engine.ledgers import text_ledger, write_ledger
 from winnow.engine.question import QuestionReader
-from winnow.engine.request import Attachment, Ledgers, Override, Request, request_now
+from winnow.engine.request import Attachment, Ledgers, Override, Request, override_of, request_now
 from winnow.engine.text_encoder import TextEncoder
 from winnow.engine.tower_hooks import TowerHooks
 from winnow.engine.turns import Rereading, Turns, finish_turn, is_turn, shortened
@@ -41,9 +39,6 @@ from winnow.signals.tap import Tap
 
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _attached_lock = threading.Lock()
-
-# What `handle.using` says in this context, for each attachment.
-overrides: ContextVar[Mapping[int, Override]] = ContextVar("winnow_overrides", default=MappingProxyType({}))
 
 
 def is_compressed(model: nn.Module) -> bool:
@@ -144,16 +139,7 @@ class Engine:
 
     @property
     def override(self) -> Override | None:
-        return overrides.get().get(id(self.attachment))
-
-    @contextlib.contextmanager
-    def overridden(self, override: Override) -> Iterator[None]:
-        """Another plan in this context only."""
-        token = overrides.set({**overrides.get(), id(self.attachment): override})
-        try:
-            yield
-        finally:
-            overrides.reset(token)
+        return override_of(self.attachment)
 
     def active(self) -> BoundPlan:
         """The plan of this context: its override, else the model-wide one."""

@@ -16,7 +16,7 @@ from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.engine import Engine
 from winnow.engine.merged import checked_placeholders
-from winnow.engine.request import Override
+from winnow.engine.request import Override, overridden
 from winnow.engine.spans import checked_spans
 from winnow.models.families import unwrap
 
@@ -102,7 +102,8 @@ class Handle:
         if not engine.attached:
             raise WinnowError("this handle is detached; call winnow.compress again.")
         bound = engine.bind(Plan.of(FULL if plan is None else plan))
-        with engine.overridden(Override(bound, checked_spans(spans), checked_placeholders(placeholders))):
+        override = Override(bound, checked_spans(spans), checked_placeholders(placeholders))
+        with overridden(engine.attachment, override):
             yield self
 
     def train(self, on: bool = True) -> "Handle":

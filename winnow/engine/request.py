@@ -3,8 +3,11 @@
 import asyncio
 import threading
 import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,6 +39,25 @@ class Override:
     spans: Spans | None
     placeholders: Tensor | None = None
     memory: dict[int, dict[str, Any]] | None = None
+
+
+# What `handle.using` and sessions of a stream say in this context, for each attachment.
+_overrides: ContextVar[Mapping[int, Override]] = ContextVar("winnow_overrides", default=MappingProxyType({}))
+
+
+def override_of(attachment: Attachment) -> Override | None:
+    """What holds in this context in the place of the plan that is attached."""
+    return _overrides.get().get(id(attachment))
+
+
+@contextmanager
+def overridden(attachment: Attachment, override: Override) -> Iterator[None]:
+    """Another plan in this context only."""
+    token = _overrides.set({**_overrides.get(), id(attachment): override})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
 
 
 def _backward_now() -> int:

@@ -15,7 +15,7 @@ from winnow.core.errors import WinnowError, WinnowWarning
 from winnow.core.ledger import Ledger
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.handle import Handle
-from winnow.engine.request import Override
+from winnow.engine.request import Override, overridden
 from winnow.engine.stream_input import Piece
 from winnow.engine.stream_plan import keeps_distances, most_slots
 from winnow.engine.versions import cache_keyword
@@ -110,7 +110,8 @@ class Reader:
         if not self.handle.attached:
             raise WinnowError("the model was detached from winnow under this session; open a new one.")
         called = {cache_keyword(self.model): self.cache, "logits_to_keep": 1, "return_dict": True, **given}
-        with torch.no_grad(), self.handle._engine.overridden(Override(self.plan, None, None, self.memory)):
+        override = Override(self.plan, None, None, self.memory)
+        with torch.no_grad(), overridden(self.handle._engine.attachment, override):
             logits: Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=True, **called).logits
         return logits
 
