@@ -145,10 +145,12 @@ class Reader:
 
 
 def let_go(cache: Any) -> None:
-    """Free what a cache holds that nobody goes on with; its layers know one another, and would wait for a collector."""
+    """Free a cache that nobody goes on with, now: its layers know one another, and would wait for a full collection."""
     for layer in cache.layers:
         if isinstance(layer, HeldLayer):
             layer.reset()
+            layer.context.layers = []
+            layer.__dict__.clear()
 
 
 def _fork(cache: Any) -> Any:
