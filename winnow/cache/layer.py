@@ -201,7 +201,7 @@ class HeldLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """What a mask must tell of: all that was read; the new tokens alone, once every layer was shortened."""
-        if not self.context.all_changed:
+        if not (self.changed and self.context.all_changed):
             return self.seen + query_length, 0
         # One column more than there are queries: transformers would leave out a square causal mask.
         return query_length + 1, self.seen - 1
