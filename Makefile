@@ -28,12 +28,13 @@ MEASURE := $(BIN)/winnow bench --keep 64,32,13 --questions 2000 --processes 2 --
 TRAIN   := $(BIN)/winnow train reference --preset small --processes 2 --resume
 SMALL   := winnow/reference/small
 RECALL  := winnow/reference/recall
+VIDEO   := winnow/reference/video
 RUNS    := runs
 SEED    := 1
 LEARNED := covipal diffrate dyvte explainability-compression frames toc3d
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-stream bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean
+.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-stream bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean video test-studio
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -75,6 +76,13 @@ test-all: $(STAMP) $(NEWEST)/.installed ## Everything: the full product of metho
 	$(PYTEST) -n $(WORKERS)
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(ON_NEWEST)
 
+test-studio: $(STAMP) ## The studio's page in headless Chromium; says what else it needs
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || { \
+	  echo "needs Playwright in $(VENV): $(BIN)/python -m pip install -c constraints.txt playwright"; exit 1; }
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+	  echo "needs Chromium (Debian: apt-get install chromium)"; exit 1; }
+	$(PYTEST) tests/studio/test_browser.py
+
 lint: $(STAMP) ## ruff, mypy, and no circle of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -93,7 +101,10 @@ bench-cache: $(STAMP) ## Decoding from compressed caches against the plain one, 
 bench-stream: $(STAMP) ## A stream of 10,000 frames: memory of the process, times, and how soon questions are answered
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stream.py
 
-cache-table: $(STAMP) ## Measure every method of the cache on long texts for docs/cache.md
+bench-cache-memory: $(STAMP) ## Memory of decoding from compressed caches, against the requests in a batch (Linux)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cache_memory.py --out docs/results/cache-memory.txt
+
+cache-table: $(STAMP) ## Measure every method of the cache on long texts and on several pictures for docs/cache.md
 	OMP_NUM_THREADS=1 $(BIN)/python tools/cache.py
 
 bench-select: $(STAMP) ## Selection alone against one block of a vision tower on the same tokens
@@ -153,6 +164,13 @@ recall: $(STAMP) ## Train the text model of the recall tasks (2 GB of memory), a
 	@mkdir -p $(RECALL)/learned
 	install -m 644 $(RUNS)/lococo/lococo.safetensors $(RUNS)/lococo/lococo.json $(RECALL)/learned
 	OMP_NUM_THREADS=1 $(BIN)/python -m winnow.learn.recall_card $(RECALL) --log $(RECALL)/training.jsonl
+
+video: $(STAMP) ## Train the reference model of clips (an hour of one core), and measure it for its card
+	OMP_NUM_THREADS=1 $(BIN)/winnow train video --resume --out $(RUNS)/video
+	@mkdir -p $(VIDEO)
+	install -m 644 $(RUNS)/video/model/* $(RUNS)/video/curves.png $(VIDEO)
+	install -m 644 $(RUNS)/video/log.jsonl $(VIDEO)/training.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m winnow.learn.video_card $(VIDEO) --log $(VIDEO)/training.jsonl
 
 images: $(STAMP) ## Draw the pictures of the documentation
 	$(RUN) world:54 "where is the motorcycle?" --method fastervlm:keep=32 --overlay docs/images/kept.png

@@ -155,9 +155,9 @@ class Reference:
         self.model: Any = copied(model)
         self.lm = self.model.model.language_model
         self.mrope = hasattr(self.model.model, "rope_deltas")
-        vision = model.config.vision_config
+        vision = getattr(model.config, "vision_config", None)  # a model that hears has none
         self.tile = getattr(vision, "image_size", 0)  # pixels along a side of a tile; grids have no tiles
-        self.cells = (self.tile // vision.patch_size) ** 2
+        self.cells = (self.tile // getattr(vision, "patch_size", 1)) ** 2
 
     @functools.cached_property
     def eager(self) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import winnow
 from tests import kvhand, zoo
+from winnow.contract import CacheMethod, KVReduce, KVView, State
 
 Gone = dict[tuple[int, int], Tensor]
+
+LENGTHS = (19, 26, 11)
+BUILDS = ("llama", "llava_clip", "qwen2_5_vl")
 
 
 @contextlib.contextmanager
@@ -33,29 +38,96 @@ def recorded(model: nn.Module) -> Iterator[Gone]:
         handle.remove()
 
 
-def check_against_masked(model: Any, inputs: dict[str, Tensor], plan: Any, tokens: Tensor) -> tuple[Any, Gone]:
-    """Logits under a plan equal those of the full cache with what was evicted before each token masked from then on."""
-    with winnow.compress(model, plan), recorded(model) as gone:
-        got = kvhand.written(model, inputs, tokens)
-    with kvhand.evicting(model, lambda layer, n: gone.get((layer, n - 1))):
-        wanted = kvhand.written(model, inputs, tokens)
-    plain = kvhand.written(model, inputs, tokens)
-    for step, (a, b) in enumerate(zip(got.logits, wanted.logits, strict=True)):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=lambda m, step=step: f"step {step}: {m}")
-    assert (got.logits[-1] - plain.logits[-1]).abs().max() > 1e-3  # something was really dropped
-    return got, gone
+def words(steps: int, seed: int = 5) -> Tensor:
+    """`[3, steps]` tokens to write."""
+    return torch.randint(5, 120, (3, steps), generator=torch.Generator().manual_seed(seed))
 
 
-def check_batch(
-    model: Any, inputs: dict[str, Tensor], alone: list[dict[str, Tensor]], plan: Any, tokens: Tensor
-) -> None:
-    """Each sample of a left-padded batch is written as if it were alone."""
-    with winnow.compress(model, plan):
-        batch = kvhand.written(model, inputs, tokens)
-        for row, one in enumerate(alone):
-            single = kvhand.written(model, one, tokens[row : row + 1])
-            for a, b in zip(batch.logits, single.logits, strict=True):
-                torch.testing.assert_close(a[row], b[0], atol=2e-5, rtol=1e-5)
+def close(got: Iterable[Tensor], wanted: Iterable[Tensor], atol: float = 1e-5) -> None:
+    """Logits of one step after the other are the same."""
+    for step, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        torch.testing.assert_close(a, b, atol=atol, rtol=1e-5, msg=lambda m, step=step: f"step {step}: {m}")
+
+
+class Case(NamedTuple):
+    """A model, a left-padded batch, and its samples alone."""
+
+    model: Any
+    inputs: dict[str, Tensor]
+    alone: Sequence[dict[str, Tensor]] = ()
+
+    def check_evictions(self, plan: Any, tokens: Tensor) -> tuple[Any, Gone]:
+        """Logits under a plan are those of the full cache with what was evicted before each token masked from then on.
+
+        Something is evicted in the prompt already, and all that is evicted makes a difference.
+        """
+        model, inputs, _ = self
+        with winnow.compress(model, plan), recorded(model) as gone:
+            got = kvhand.written(model, inputs, tokens)
+        assert len({read for _, read in gone}) == tokens.shape[1]
+        with kvhand.evicting(model, lambda layer, n: gone.get((layer, n - 1))):
+            wanted = kvhand.written(model, inputs, tokens)
+        close(got.logits, wanted.logits)
+        plain = kvhand.written(model, inputs, tokens)
+        assert (got.logits[-1] - plain.logits[-1]).abs().max() > 1e-3
+        return got, gone
+
+    def check_batch(self, plan: Any, tokens: Tensor, atol: float = 2e-5) -> None:
+        """Each sample of the batch is written as if it were alone."""
+        assert self.alone
+        with winnow.compress(self.model, plan):
+            batch = kvhand.written(self.model, self.inputs, tokens)
+            for row, one in enumerate(self.alone):
+                single = kvhand.written(self.model, one, tokens[row : row + 1])
+                close([x[row] for x in batch.logits], [x[0] for x in single.logits], atol)
+
+    def check_maps(self, method: CacheMethod, tokens: Tensor) -> list[KVReduce]:
+        """Decoded tokens read what the maps of each sample's prompt make of its full cache. Returns the maps."""
+        model, inputs, _ = self
+        lengths, prompt = inputs["attention_mask"].sum(1).tolist(), inputs["input_ids"].shape[1]
+        assert len(set(lengths)) == len(lengths)  # so that each sample is a group
+        done: dict[tuple[int, int], Any] = {}
+        evict = type(method).evict
+
+        def noting(own: CacheMethod, view: KVView, state: State) -> Any:
+            action, state = evict(own, view, state)
+            done[view.layer, view.n] = action
+            return action, state
+
+        with mock.patch.object(type(method), "evict", noting), winnow.compress(model, method):
+            got = kvhand.written(model, inputs, tokens)
+
+        def held(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            made = [torch.zeros_like(x) for x in (keys, values)]
+            added = torch.full(keys.shape[:3], -torch.inf)
+            for row, n in enumerate(lengths):
+                action = done[layer, n]
+                for out, x, chosen in ((made[0], keys, action.k), (made[1], values, action.v)):
+                    old = chosen.to_matrix()[0] @ x[row, :, prompt - n : prompt]
+                    new = torch.cat([old, x[row, :, prompt:]], 1)
+                    out[row, :, : new.shape[1]] = new
+                    added[row, :, : new.shape[1]] = 0
+            return made[0], made[1], added
+
+        with kvhand.holding(model, held):
+            wanted = kvhand.written(model, inputs, tokens)
+        close(got.logits, wanted.logits)
+        return [action for (_, n), action in done.items() if n in lengths]
+
+
+def case(build: str, layers: int = 3, ids: Tensor | None = None) -> Case:
+    """Three samples of unequal length, on a build of the zoo or on a text model of so many layers.
+
+    Args:
+        ids: `[3, 26]` the tokens that the text model reads; default: random ones.
+    """
+    if build not in kvhand.TEXTS:
+        return Case(zoo.model(build), zoo.inputs(build, zoo.RAGGED), zoo.samples(build, zoo.RAGGED))
+    inputs = kvhand.prompt(LENGTHS)
+    if ids is not None:
+        inputs["input_ids"] = ids * inputs["attention_mask"]
+    alone = [{k: v[row : row + 1, -n:] for k, v in inputs.items()} for row, n in enumerate(LENGTHS)]
+    return Case(kvhand.text_model(build, layers=layers), inputs, alone)
 
 
 @torch.no_grad()
@@ -75,13 +147,3 @@ def heard(model: Any, inputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     finally:
         model.set_attn_implementation(before)
     return found
-
-
-def model_and_inputs(build: str) -> tuple[Any, dict[str, Tensor], list[dict[str, Tensor]]]:
-    """A model, a left-padded batch of three samples, and each of them alone."""
-    if build in kvhand.TEXTS:
-        lengths = (19, 26, 11)
-        inputs = kvhand.prompt(lengths)
-        alone = [{k: v[row : row + 1, -n:] for k, v in inputs.items()} for row, n in enumerate(lengths)]
-        return kvhand.text_model(build), inputs, alone
-    return zoo.model(build), zoo.inputs(build, zoo.RAGGED), zoo.samples(build, zoo.RAGGED)

@@ -220,25 +220,6 @@ def holding(model: Any, held: Held) -> Iterator[Any]:
         yield model
 
 
-class Watching(Forced):
-    """Writes given tokens, and notes what a compressed cache has evicted before each."""
-
-    def __init__(self, tokens: Tensor, cache: Any) -> None:
-        super().__init__(tokens)
-        self.cache, self.gone = cache, dict[int, dict[int, Tensor]]()
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.gone[input_ids.shape[1]] = evicted_of(self.cache)
-        return super().__call__(input_ids, scores)
-
-
-def watched(model: Any, inputs: dict[str, Tensor], tokens: Tensor) -> tuple[Any, dict[int, dict[int, Tensor]]]:
-    """`written` under a plan, and what was evicted before each token, as `evicted_of`: by tokens read until then."""
-    cache = transformers.DynamicCache(config=model.config.get_text_config())
-    watching = Watching(tokens, cache)
-    return written(model, inputs, tokens, past_key_values=cache, forced=watching), watching.gone
-
-
 def evicted_of(cache: Any) -> dict[int, Tensor]:
     """`[B, G, n]` True for what each compressed layer of a cache no longer holds, of the tokens read by then."""
     found = {}

@@ -1,159 +1,190 @@
-"""Measure what the methods of the KV cache keep of long texts, and write the page of it.
+"""Measure what the methods of the KV cache keep of long contexts, and write the page of it.
 
-    python tools/cache.py [--processes 2] [--questions 32]   docs/cache.md
+    python tools/cache.py [--processes 2] [--questions 32] [--anew]   docs/cache.md
 
-Every method at every budget on the reference text model: accuracy on held-out texts of 512 tokens, with the question
-known when the cache is cut and not, and bytes of the cache beside the plain ones.
+Every method at every budget, on the reference text model and on the reference picture model. What was measured by the
+same code is kept in `out/cache-table.jsonl`: a run that was stopped goes on where it was, and `--anew` forgets it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
+import json
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, cast
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import torch  # noqa: E402
+from cache_page import BYTES, FITTED, LENGTH, TEXTS, Cell, Row, abilities, able, page  # noqa: E402
 
 import winnow  # noqa: E402
-from winnow.bench.intervals import paired  # noqa: E402
+from winnow import reference  # noqa: E402
 from winnow.bench.recall import FULL, measure  # noqa: E402
+from winnow.bench.recall_pictures import Task, measure_pictures  # noqa: E402
 from winnow.core.errors import WinnowError  # noqa: E402
-from winnow.core.method import Method  # noqa: E402
 from winnow.core.plan import Plan  # noqa: E402
 from winnow.core.registry import built_in, method_class  # noqa: E402
-from winnow.learn.markdown import table  # noqa: E402
+from winnow.models.load import quiet  # noqa: E402
 from winnow.reference import text  # noqa: E402
 from winnow.world.recall import draw  # noqa: E402
 
 TARGET = ROOT / "docs" / "cache.md"
-LENGTH = 512
+STORE = ROOT / "out" / "cache-table.jsonl"
 FIRST = 1000  # the first text: those before were looked at while the model was trained
 BUDGETS = ("50%", "25%", "12.5%", "5%")
-CELLS = (("needle", True), ("pairs", True), ("needle", False), ("pairs", False))
-# Settings that fit texts of this length, where the defaults are those of the papers' thousands of tokens.
-FITTED = {
-    "adakv": {"base": "snapkv"},
-    "compresskv": {"window": 8, "floor": 16},
-    "ems": {"window": 8, "kernel": 1},
-    "pyramidkv": {"window": 8},
-    "snapkv": {"window": 8},
-}
-HEADS = ("method", "budget", "needle, question known", "pairs, question known", "needle, not known", "pairs, not known",
-         "bytes")  # fmt: skip
-HEAD = f"""# What is left of long texts
+FEWER = ("25%", "5%")  # those of pictures, which take longer
+MEASURED = ("bench", "cache", "core", "engine", "methods", "models", "parts", "reference", "signals", "world")
 
-Every method of the KV cache on the reference text model (`winnow/reference/recall`), on held-out texts of {LENGTH}
-tokens: a *needle* in filler, and one of 24 *pairs* of names and values. **Question known:** text and question are read
-together, and the cache is cut behind them, so a method can keep what the question needs. **Not known:** the text is
-read and cut alone, and the question comes later, on what is left. The two must not be mixed: most scores are the
-attention of the last tokens.
-
-A budget is slots of a head, a share of what was read; a later turn adds its share. *Bytes* are of the cache behind the
-text, as shares of the plain one. A figure is the share of right answers; in bold where the paired 95 % interval of its
-difference to the full cache includes 0. Methods have their default settings, but for windows that fit texts of this
-length ({", ".join(f"`{slug}:" + ",".join(f"{k}={v}" for k, v in own.items()) + "`" for slug, own in FITTED.items())}).
-The first word of an answer is said by the forward that reads the question, whose layers are cut behind it: the answer
-to a pair is one word, so that with the question known only a method that cuts before a layer attends (ZipVL) can lose
-it.
-RazorAttention was calibrated on the model; CompressKV was not, so all its heads vote. The model is small and its words
-are few: what fails here says where not to take a claim for granted. `make cache-table` remakes this page.
-"""
+Found = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A plan's line: the right answers of each cell, and the bytes of its cache as a share of the plain one's."""
+@functools.cache
+def text_model() -> Any:
+    return text.load()[0]
 
-    slug: str
-    budget: str
-    plan: str
-    right: tuple[tuple[bool, ...], ...]
-    bytes: float
+
+@functools.cache
+def picture_model() -> tuple[Any, Any]:
+    return reference.load()
 
 
 def plans() -> list[tuple[str, str, str]]:
     """(slug, budget, plan) of every row; a codec has no budget."""
     found = [(FULL, "", FULL)]
-    model = text.load()[0]
     for slug, entry in sorted(built_in().items()):
         if not entry.of_cache or "generator" in entry.stages:
             continue
         kind = method_class(slug)
         method = kind.configured(**FITTED.get(slug, {}))
-        if slug == "razorattention":
-            method = winnow.calibrate(model, Plan((method,))).methods[0]
         if not kind.takes_budgets():
             found.append((slug, "", str(Plan((method,)))))
             continue
-        found += [(slug, budget, str(Plan((at(method, budget),)))) for budget in BUDGETS]
+        found += [(slug, budget, str(Plan((method.at_budget(budget, LENGTH),)))) for budget in BUDGETS]
     return found
 
 
-def at(method: Method, budget: str) -> Method:
-    """The method at a budget."""
-    return method.at_budget(budget, LENGTH)
-
-
-def run(job: tuple[str, str, str, int]) -> Row | str:
-    """One row, or why there is none."""
-    slug, budget, plan, questions = job
+def run(slug: str, budget: str, plan: str, cell: Cell, questions: int) -> Found:
+    """One cell of one row, or why there is none."""
     torch.set_num_threads(1)
-    model = text.load()[0]
+    start = time.perf_counter()
     try:
-        right = tuple(
-            tuple(answer.right for answer in measure(model, plan, task, questions, LENGTH, aware, seed=FIRST))
-            for task, aware in CELLS
-        )
-        return Row(slug, budget, plan, right, share_of_bytes(model, plan))
+        found: Found = _answered(slug, plan, cell, questions)
     except WinnowError as error:
-        return f"{slug} {budget}: {error}"
+        found = {"refused": str(error)}
+    return found | {"seconds": time.perf_counter() - start}
 
 
-def share_of_bytes(model: object, plan: str) -> float:
+def _answered(slug: str, plan: str, cell: Cell, questions: int) -> Found:
+    if cell.pictures:
+        model, processor = picture_model()
+        fitted, task = _fitted(slug, model, plan), cast(Task, cell.task)
+        asked = measure_pictures(
+            model, processor, fitted, task, questions, cell.pictures, cell.aware, blind=cell.blind, seed=FIRST
+        )
+        return {"right": [answer.right for answer in asked]}
+    model = text_model()
+    plan = _fitted(slug, model, plan)
+    if cell.task == "bytes":
+        return {"bytes": _share_of_bytes(model, plan)}
+    given: Found = {"asks": 1} if cell.task == "several" and cell.aware else {}
+    answers = measure(model, plan, cell.task, questions, LENGTH, cell.aware, seed=FIRST, **given)
+    return {"right": [answer.right for answer in answers]}
+
+
+@functools.cache
+def _fitted(slug: str, model: Any, plan: str) -> str:
+    """The plan, with heads that are those of the model."""
+    return str(winnow.calibrate(model, winnow.plan(plan))) if slug == "razorattention" else plan
+
+
+def _share_of_bytes(model: Any, plan: str) -> float:
     """Bytes held behind a text, as a share of the plain ones."""
     if plan == FULL:
         return 1.0
     ids = torch.tensor([draw("pairs", seed, LENGTH, "test").context for seed in range(FIRST, FIRST + 4)])
     with winnow.compress(model, plan) as handle, torch.no_grad():
-        model(input_ids=ids, use_cache=True)  # type: ignore[operator]
-        return handle.last.kv_bytes / handle.last.kv_bytes_full
+        model(input_ids=ids, use_cache=True)
+        ledger = handle.last
+    return float(ledger.kv_bytes / ledger.kv_bytes_full)  # type: ignore[union-attr]
 
 
-def line(row: Row, full: Row) -> tuple[str, ...]:
-    cells = []
-    for own, whole in zip(row.right, full.right, strict=True):
-        gap = paired(own, whole)
-        shown = f"{sum(own) / len(own):.2f}"
-        cells.append(f"**{shown}**" if gap.low <= 0 <= gap.high else shown)
-    return (f"`{row.slug}`", row.budget, *cells, f"{row.bytes:.0%}")
+def code() -> str:
+    """A hash of what could change a figure."""
+    digest = hashlib.sha256(f"{torch.__version__}".encode())
+    for folder in MEASURED:
+        for path in sorted((ROOT / "winnow" / folder).rglob("*")):
+            if path.suffix in (".py", ".safetensors"):
+                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def known(store: Path) -> dict[str, Found]:
+    """What the store has, by key."""
+    if not store.exists():
+        return {}
+    lines = store.read_text(encoding="utf-8").splitlines()
+    return {line["key"]: line for line in map(json.loads, lines)}
+
+
+def measured(processes: int, jobs: dict[str, tuple[Any, ...]]) -> dict[str, Found]:
+    """All jobs by key: from the store, or run now and put there one by one."""
+    found = known(STORE)
+    left = {key: job for key, job in jobs.items() if key not in found}
+    STORE.parent.mkdir(exist_ok=True)
+    with (
+        ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=quiet) as pool,
+        STORE.open("a", encoding="utf-8") as out,
+    ):
+        waiting = {pool.submit(run, *job): key for key, job in left.items()}
+        for number, done in enumerate(as_completed(waiting), 1):
+            key = waiting[done]
+            found[key] = {"key": key, **done.result()}
+            out.write(json.dumps(found[key]) + "\n")
+            out.flush()
+            slug, budget, _, cell, _ = jobs[key]
+            print(f"{number}/{len(left)}  {slug} {budget}  {cell.head}  {found[key]['seconds']:.0f} s", flush=True)
+    return found
+
+
+def rows(asked: argparse.Namespace, lines: list[tuple[str, str, str]], cells: Sequence[Cell]) -> list[Row]:
+    """Rows of the page: these plans in these cells."""
+    version = code()
+    jobs = {
+        (line[:2], cell): (f"{version} {line[2]} | {cell.head} | {asked.questions}", (*line, cell, asked.questions))
+        for line in lines
+        for cell in cells
+    }
+    found = measured(asked.processes, dict(jobs.values()))
+    return [Row(*line[:2], {cell: found[jobs[line[:2], cell][0]] for cell in cells}) for line in lines]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--questions", type=int, default=32)
+    parser.add_argument("--anew", action="store_true", help="forget what was measured before")
     asked = parser.parse_args()
-    jobs = [(*row, asked.questions) for row in plans()]
-    rows: list[Row] = []
-    said: list[str] = []
-    with ProcessPoolExecutor(asked.processes) as pool:
-        for number, found in enumerate(pool.map(run, jobs), 1):
-            print(
-                f"{number}/{len(jobs)}  {found if isinstance(found, str) else (found.slug, found.budget)}", flush=True
-            )
-            (said if isinstance(found, str) else rows).append(found)  # type: ignore[arg-type]
-    full = rows[0]
-    lines = [line(row, full) for row in rows]
-    notes = "".join(f"- {text}\n" for text in said)
-    body = f"{HEAD}\n{asked.questions} texts in each cell.\n\n{table(HEADS, lines)}\n"
-    TARGET.write_text(body + (f"\nNot measured:\n\n{notes}" if said else ""), encoding="utf-8")
+    if asked.anew:
+        STORE.unlink(missing_ok=True)
+    start = time.perf_counter()
+    every = plans()
+    texts = rows(asked, every, (*TEXTS, BYTES))
+    (full,) = rows(asked, every[:1], abilities())
+    fewer = [line for line in every if line[1] in ("", *FEWER)]
+    pictures = rows(asked, fewer, able(full))
+    TARGET.write_text(page(texts, pictures, full, asked.questions), encoding="utf-8")
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes")
     return 0
 
 

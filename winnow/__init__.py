@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from winnow.models.families import register_family
     from winnow.tuning.result import Tuned
     from winnow.tuning.search import tune
+    from winnow.video import Sampling, Video, VideoLimits, open_video
+    from winnow.video.thumbnail import with_thumbnail
 
     plan = Plan.of
 
@@ -53,14 +55,18 @@ _LAZY = {
     "Plan": "winnow.core.plan:Plan",
     "Prepared": "winnow.engine.prepared:Prepared",
     "Reduction": "winnow.core.reduction:Reduction",
+    "Sampling": "winnow.video:Sampling",
     "Session": "winnow.engine.stream:Session",
     "Tuned": "winnow.tuning.result:Tuned",
+    "Video": "winnow.video:Video",
+    "VideoLimits": "winnow.video:VideoLimits",
     "View": "winnow.core.view:View",
     "calibrate": "winnow.engine.calibrate:calibrate",
     "compress": "winnow.engine.compress:compress",
     "handle_of": "winnow.engine.handle:handle_of",
     "list_methods": "winnow.core.registry:entries",
     "load": "winnow.engine.load:load",
+    "open_video": "winnow.video:open_video",
     "plan": "winnow.core.plan:Plan.of",
     "prepare": "winnow.engine.prepare:prepare",
     "prepare_many": "winnow.engine.prepare:prepare_many",
@@ -68,6 +74,7 @@ _LAZY = {
     "register_family": "winnow.models.families:register_family",
     "stream": "winnow.engine.stream:stream",
     "tune": "winnow.tuning.search:tune",
+    "with_thumbnail": "winnow.video.thumbnail:with_thumbnail",
 }
 _METHODS = [
     "DivPrune",
@@ -92,10 +99,13 @@ __all__ = [
     "Prepared",
     "PyramidDrop",
     "Reduction",
+    "Sampling",
     "Session",
     "ToDRE",
     "Tuned",
     "UnsupportedError",
+    "Video",
+    "VideoLimits",
     "View",
     "VisionZip",
     "VtcCls",
@@ -107,6 +117,7 @@ __all__ = [
     "handle_of",
     "list_methods",
     "load",
+    "open_video",
     "plan",
     "prepare",
     "prepare_many",
@@ -114,6 +125,7 @@ __all__ = [
     "register_family",
     "stream",
     "tune",
+    "with_thumbnail",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command line: `winnow run`, `bench`, `speed`, `turns`, `report`, `tune`, `methods`, `doctor` and others."""
+"""The command line: `winnow run`, `bench`, `speed`, `turns`, `report`, `tune`, `serve`, `studio` and others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from winnow import __version__, cli_bench, cli_tune
+from winnow import __version__, cli_bench, cli_serve, cli_studio, cli_tune
 from winnow.cli_options import Device, DeviceMap, Dtype, Json, Model, Positions, Quantization, Revision, Trust
 from winnow.cli_streams import flush, forgiving, mistake, print_json, say, warn
 from winnow.cli_train import Trainable, frames, toc3d
@@ -58,6 +58,8 @@ train.command("toc3d")(toc3d)
 train.command("frames")(frames)
 cli_bench.register(app)
 cli_tune.register(app)
+cli_serve.register(app)
+cli_studio.register(app)
 
 
 def _version(wanted: bool) -> None:
@@ -77,7 +79,9 @@ def _root(
 
 @app.command()
 def run(
-    picture: Annotated[str, typer.Argument(help="A picture file, or world:SEED for a scene of the reference world.")],
+    picture: Annotated[
+        str, typer.Argument(help="A picture, a video, or world:SEED for a scene of the reference world.")
+    ],
     question: Annotated[
         str | None, typer.Argument(help="The question; a scene has its own.", show_default=False)
     ] = None,
@@ -94,7 +98,15 @@ def run(
         str | None, typer.Option(help="Visual tokens to keep: 64, 0.25 or 25%.", show_default="as the method says")
     ] = None,
     positions: Positions = None,
-    overlay: Annotated[Path | None, typer.Option(help="Draw the kept tokens into this picture file.")] = None,
+    overlay: Annotated[
+        Path | None,
+        typer.Option(help="Draw the kept tokens into this picture file; of a video also into an .mp4 or .gif."),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option("--frames", help="Of a video: this many frames, evenly.", show_default="8")
+    ] = None,
+    fps: Annotated[float | None, typer.Option("--fps", help="Of a video: this many frames a second.")] = None,
+    keyframes: Annotated[bool, typer.Option("--keyframes", help="Of a video: the frames stored whole.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Length of the answer.")] = 16,
     runs: Annotated[int, typer.Option(min=1, max=1000, help="Timed runs after a warm-up; medians are shown.")] = 3,
     device: Device = None,
@@ -105,7 +117,7 @@ def run(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Answer a question about a picture, with and without compression, and say what each answer cost."""
+    """Answer a question about a picture or a video, with and without compression, and say what each answer cost."""
     import torch
 
     from winnow import cli_run
@@ -116,8 +128,8 @@ def run(
     quiet()
     wanted = cli_run.plans(method or [DEFAULT], keep, positions)
     paths = cli_run.overlay_paths(overlay, wanted)
-    asked = cli_run.subject(picture, question)
-    cli_run.check_overlays(paths, asked.image.size)
+    asked = cli_run.subject(picture, question, cli_run.sampling_of(count, fps, keyframes))
+    cli_run.check_overlays(paths, asked)
     reason = busy()
     if model is None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # the bundled model gains little from more, and loses much when a core is taken
@@ -130,7 +142,9 @@ def run(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    warnings = cli_run.warnings(asked) if model is None else []
+    warnings = cli_run.warnings(asked) if model is None and asked.video is None else []
+    if asked.video is not None and asked.video.sampled.broken:
+        warnings.append("the video is damaged or cut off, and frames at its end are missing.")
     for warning in warnings:
         warn(f"warning: {warning}")
     result = cli_run.compare(
@@ -331,6 +345,30 @@ def train_recall(
     quiet()
     keep_memory()
     say(fit(out, resume=resume, device=device, seed=seed, scale=scale))
+
+
+@train.command("video")
+def train_video(
+    out: Annotated[Path, typer.Option(help="The folder of the run.")] = Path("runs/video"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    scale: Annotated[float, typer.Option(help="Share of the full schedule.")] = 1.0,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so long, to go on later.", show_default="at the end")
+    ] = None,
+) -> None:
+    """Train the reference model of winnow's clips, which begins with the words of the one of its pictures."""
+    import time
+
+    from winnow.learn.recipes.video import train as fit
+    from winnow.learn.workers import keep_memory
+    from winnow.models.load import quiet
+
+    quiet()
+    keep_memory()
+    stop = None if minutes is None else time.time() + 60 * minutes
+    say(fit(out, resume=resume, device=device, seed=seed, scale=scale, stop_at=stop))
 
 
 def main() -> None:

@@ -53,6 +53,10 @@ def bench(
     ] = None,
     model: Model = None,
     data: Data = None,
+    clips: Annotated[
+        int | None,
+        typer.Option(help="Frames of clips to ask about instead of pictures; the model is then one of `train video`."),
+    ] = None,
     split: Annotated[str, typer.Option(help="Of winnow's world: train, test or heldout_glyphs.")] = "test",
     start: Annotated[int, typer.Option(min=0, help="Of winnow's world: the first scene.")] = 0,
     baselines: Annotated[
@@ -83,6 +87,7 @@ def bench(
         None if data is None else str(data), questions, split, start,
         several.listed(baselines, "--baselines random,uniform"), batch, seed, max_new_tokens, positions, device, dtype,
         trust_remote_code, threads=threads if threads is not None or processes == 1 else 1, resume=not fresh,
+        clips=clips,
     )  # fmt: skip
     run = several.run_all(sweep, processes, progress=sys.stderr.isatty() and not as_json, say=warn)
     with Store(store) as results:

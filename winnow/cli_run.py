@@ -1,46 +1,42 @@
-"""`winnow run`: answer one question about one picture, with and without compression, and say what each cost."""
+"""`winnow run`: one question about a picture or a video, with and without compression, and what each answer cost."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
-from winnow.cli_meter import answer
+from winnow.bench.phases import answer
 from winnow.core.errors import WinnowError
 from winnow.core.plan import Plan
 from winnow.core.registry import method_class
 from winnow.engine.compress import compress
-from winnow.media import open_image
+from winnow.media import MediaError, open_image
 from winnow.models.inputs import model_inputs
-from winnow.overlay import Box, overlay, panel_size, shown_box
-from winnow.reference import unknown_words
-from winnow.world import SPLITS, VERSION, Scene, scene
-from winnow.world.export import origin
-from winnow.world.names import SIZES
+from winnow.overlay import Box, covered, overlay, panel_size, shown_box
+from winnow.reference.doubts import doubts
+from winnow.video import Sampling, Video, container_of, open_video
+from winnow.video.overlay import MOVING, contact_sheet, film, save_film
+from winnow.world import Scene, scene
+from winnow.world.export import scene_in
 
-CHECKPOINT = "llava-hf/llava-1.5-7b-hf"  # what a picture that the bundled model does not know is for
-FOREIGN = (
-    "the bundled reference model knows only winnow's own world of drawn scenes, and its answer to this picture means "
-    f"nothing; use a real checkpoint: --model {CHECKPOINT}"
-)
 LONGEST = {".png": 2**31 - 1, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # pixels of a side
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A picture and a question, with what is known of the answer.
+    """A picture or a video and a question, with what is known of the answer.
 
     Attributes:
         name: the picture, as the user gave it.
+        image: the picture; of a video its first frame.
         truth: the right answer, where the scene knows it.
         evidence: pixels on which the answer depends.
         bundled: whether the picture is a scene of winnow's world.
@@ -52,10 +48,38 @@ class Subject:
     truth: str | None = None
     evidence: tuple[Box, ...] = ()
     bundled: bool = False
+    video: Video | None = None
+
+    @property
+    def shown(self) -> Image.Image | Video:
+        """What the model is asked about."""
+        return self.image if self.video is None else self.video
 
 
-def subject(picture: str, question: str | None) -> Subject:
-    """Open a file, or draw the scene of `world:SEED`, whose first question is asked when none is given."""
+def sampling_of(count: int | None, fps: float | None, keyframes: bool) -> Sampling | None:
+    """The rule of `--frames`, `--fps` or `--keyframes`, of which at most one is given."""
+    rules = [Sampling.count(count)] if count is not None else []
+    rules += [Sampling.rate(fps)] if fps is not None else []
+    rules += [Sampling.keyframes()] if keyframes else []
+    if len(rules) > 1:
+        raise WinnowError("--frames, --fps and --keyframes exclude one another: give one of them.")
+    return rules[0] if rules else None
+
+
+def subject(picture: str, question: str | None, sampling: Sampling | None = None) -> Subject:
+    """Open a file, or draw the scene of `world:SEED`, whose first question is asked when none is given.
+
+    Args:
+        sampling: of a video; where it is given, a GIF is one.
+    """
+    if picture.startswith("world:") and sampling is not None:
+        raise WinnowError(f"{picture} is a picture: --frames, --fps and --keyframes are for videos.")
+    if _is_video(picture, sampling):
+        asked = (question or "").strip()
+        if not asked:
+            raise WinnowError(f'What do you want to ask about {picture}? Say winnow run {picture} "QUESTION".')
+        video = open_video(picture, sampling=sampling)
+        return Subject(picture, Image.fromarray(video.frames[0]), asked, video=video)
     if picture.startswith("world:"):
         seed = picture.removeprefix("world:")
         if not seed.isdecimal():
@@ -66,7 +90,7 @@ def subject(picture: str, question: str | None) -> Subject:
         image = drawn.image  # type: ignore[union-attr]
     else:
         image = open_image(picture)
-        drawn = _scene_of(picture, image)
+        drawn = scene_in(picture, image)
     asked = (question or "").strip()
     if not asked and (question is not None or not (drawn and drawn.questions)):
         raise WinnowError(f'What do you want to ask about {picture}? Say winnow run {picture} "QUESTION".')
@@ -78,28 +102,24 @@ def subject(picture: str, question: str | None) -> Subject:
     return Subject(picture, image, known.text, known.answer, known.evidence, True)
 
 
-def _scene_of(path: str, image: Image.Image) -> Scene | None:
-    """The scene that a file says it holds, if drawing it again gives the same pixels."""
-    said = origin(path)
-    if said is None or said.version != VERSION or said.split not in SPLITS or said.size not in SIZES:
-        return None
-    with contextlib.suppress(WinnowError):  # the stamp is not ours: its seed is out of range
-        drawn = scene(said.seed, said.size, said.split)
-        if np.array_equal(drawn.pixels, np.asarray(image)):
-            return drawn
-    return None
+def _is_video(picture: str, sampling: Sampling | None) -> bool:
+    """Told by the content. A GIF is a picture unless frames of it are asked for."""
+    if picture.startswith("world:"):
+        return False
+    try:
+        container = container_of(picture)
+    except MediaError as refused:
+        if refused.code == "unsupported_format":
+            raise
+        return False  # whoever opens it as a picture says what is wrong
+    if container is None and sampling is not None:
+        raise WinnowError(f"{picture} is not a video: --frames, --fps and --keyframes are for videos.")
+    return container is not None and (container != "gif" or sampling is not None)
 
 
 def warnings(asked: Subject) -> list[str]:
-    """Warnings about answers of the bundled model, which knows one world and about three hundred words."""
-    unknown = unknown_words(asked.question)
-    found = [] if asked.bundled else [FOREIGN]
-    if unknown and asked.bundled:
-        found.append(
-            f"the bundled reference model does not know the words {', '.join(unknown)}, so its answer means nothing; "
-            "winnow world show draws scenes with the questions that it does know."
-        )
-    return found
+    """Warnings about answers of the bundled model."""
+    return doubts(asked.question, asked.bundled)
 
 
 def plans(methods: Sequence[str], keep: str | None, positions: str | None) -> list[Plan]:
@@ -139,17 +159,26 @@ def compare(
         picture: where to save the overlay; with several plans, their methods are added to the name.
     """
     wanted = list(wanted)
-    inputs = model_inputs(model, processor, asked.image, asked.question)
+    inputs = model_inputs(model, processor, asked.shown, asked.question)
     paths = overlay_paths(picture, wanted)
-    text, times = answer(model, processor, inputs, max_new_tokens=max_new_tokens, runs=runs)
+    asking = {"max_new_tokens": max_new_tokens, "runs": runs}
+    text, times = answer(model, processor, inputs, **asking)
     plain: dict[str, Any] = {"answer": text, "ms": times}
+    if asked.video is not None:
+        plain |= _full_costs(model, processor, inputs)
     results = []
     for plan, path in zip(wanted, paths, strict=True):
         with compress(model, plan, processor=processor) as handle:
             handle.timing = True
-            text, times = answer(model, processor, inputs, max_new_tokens=max_new_tokens, runs=runs, handle=handle)
+            if asked.video is None:
+                text, times = answer(model, processor, inputs, **asking, handle=handle)
+            else:
+                video = handle.frames(asked.video)
+                own = inputs if video is asked.video else model_inputs(model, processor, video, asked.question)
+                with handle.using(plan, videos=[video]):
+                    text, times = answer(model, processor, own, **asking, handle=handle)
             result, full = _costs(handle.last)
-        plain |= full
+        plain = full | plain
         result = {
             "method": str(plan),
             "plan": plan.key,
@@ -158,9 +187,13 @@ def compare(
             **result,
             "ms": times,
         }
-        result |= _picture(asked, processor, handle, path, str(plan))
+        if asked.video is None:
+            result |= _picture(asked, processor, handle, path, str(plan))
+        elif path is not None:
+            result |= _moving(asked.question, processor, handle.last, video, path, str(plan))
         results.append(result)
-    return {
+    about = {} if asked.video is None else {"video": asked.video.sampled.facts() | {"says": str(asked.video.sampled)}}
+    return about | {
         "ran_on": _where(model),
         "picture": asked.name,
         "question": asked.question,
@@ -182,7 +215,9 @@ def _costs(ledger: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the ledger says of the compressed run, and of the plain run that it replaces."""
     item = ledger.items[0]
     layers = [samples[0] for samples in ledger.layer_tokens]
-    points = [{"point": str(at), "method": slug, "from": r.n, "to": r.m} for at, slug, r in item.reductions]
+    frames = () if item.frames is None else item.frames.reductions
+    points = [{"point": at, "method": slug, "from": r.n, "to": r.m} for at, slug, r in frames]
+    points += [{"point": str(at), "method": slug, "from": r.n, "to": r.m} for at, slug, r in item.reductions]
     compressed = {
         "tokens": {"visual": len(item.kept), "layers": layers, "mean": statistics.fmean(layers)},
         "points": points,
@@ -194,18 +229,20 @@ def _costs(ledger: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return compressed, full | {"flops": ledger.flops_full, "kv_bytes": ledger.kv_bytes_full}
 
 
+def _full_costs(model: Any, processor: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What all sampled frames cost without compression; a plan that chooses frames never sees the others."""
+    with compress(model, Plan(()), processor=processor) as handle, torch.inference_mode():
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        return _costs(handle.last)[1]
+
+
 def _picture(asked: Subject, processor: Any, handle: Any, path: Path | None, name: str) -> dict[str, Any]:
     """Evidence recall, where the evidence is known, and the overlay, where it is wanted."""
     item = handle.last.items[0]
     box = shown_box(processor, asked.image.size)
     found: dict[str, Any] = {}
     if asked.evidence:
-        x0, y0, x1, y1 = box
-        shares = [
-            ((a - x0) / (x1 - x0), (b - y0) / (y1 - y0), (c - x0) / (x1 - x0), (d - y0) / (y1 - y0))
-            for a, b, c, d in asked.evidence
-        ]
-        matters = item.layout.covering(shares)
+        matters = covered(item.layout, asked.evidence, box)
         found["evidence_recall"] = float(matters[item.kept.numpy()].sum() / max(1, matters.sum()))
     if path is not None:
         caption = f"{name}: {len(item.kept)} of {item.layout.n_content} tokens · {asked.question}"
@@ -215,12 +252,28 @@ def _picture(asked: Subject, processor: Any, handle: Any, path: Path | None, nam
     return found
 
 
+def _moving(question: str, processor: Any, ledger: Any, video: Video, path: Path, name: str) -> dict[str, Any]:
+    """The overlay of a video: a contact sheet, or a short video where the name of the file asks for one."""
+    item = ledger.items[0]
+    shown = shown_box(getattr(processor, "video_processor", processor), (video.frames.shape[2], video.frames.shape[1]))
+    if path.suffix.lower() in MOVING:
+        drawn = film(video, item.layout, item.provenance(), shown=shown)
+        _write(path, lambda part: save_film(drawn, part))
+    else:
+        caption = f"{name}: {len(item.kept)} of {item.layout.n_content} tokens · {item.frames} · {question}"
+        save(contact_sheet(video, item.layout, item.provenance(), shown=shown, caption=caption), path)
+    return {"overlay": str(path)}
+
+
 def overlay_paths(picture: Path | None, wanted: Sequence[Plan]) -> list[Path | None]:
     """Where each plan's overlay goes."""
     if picture is None:
         return [None] * len(wanted)
-    if picture.suffix.lower() not in LONGEST:
-        raise WinnowError(f"--overlay {picture} is not the name of a picture; end it in one of {', '.join(LONGEST)}.")
+    if picture.suffix.lower() not in (*LONGEST, *MOVING):
+        raise WinnowError(
+            f"--overlay {picture} is not the name of a picture; end it in one of {', '.join(LONGEST)}, or for videos "
+            f"in {' or '.join(MOVING)}."
+        )
     if len(wanted) == 1:
         return [picture]
     names = ["+".join(method.slug for method in plan.methods) for plan in wanted]
@@ -228,14 +281,13 @@ def overlay_paths(picture: Path | None, wanted: Sequence[Plan]) -> list[Path | N
     return [picture.with_stem(f"{picture.stem}-{name}") for name in numbered]
 
 
-def check_overlays(paths: Iterable[Path | None], size: tuple[int, int]) -> None:
-    """Refuse overlays that cannot be written, before a model is loaded.
-
-    Args:
-        size: width and height of the picture.
-    """
+def check_overlays(paths: Iterable[Path | None], asked: Subject) -> None:
+    """Refuse overlays that cannot be written, before a model is loaded."""
     for path in filter(None, paths):
-        _check_sides(path, panel_size(size))
+        if asked.video is None:
+            if path.suffix.lower() in MOVING:
+                raise WinnowError(f"--overlay {path} names a short video, and {asked.name} is a picture.")
+            _check_sides(path, panel_size(asked.image.size))
         try:
             above = next(folder for folder in path.absolute().parents if folder.exists())
             if path.is_dir():
@@ -262,12 +314,20 @@ def _check_sides(path: Path, size: tuple[int, int]) -> None:
 def save(image: Image.Image, path: Path) -> None:
     """Write a picture completely or not at all."""
     _check_sides(path, image.size)
+    _write(path, image.save)
+
+
+def _write(path: Path, save_to: Callable[[Path], Any]) -> None:
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     failed = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(part)
+        save_to(part)
         os.replace(part, path)
+    except WinnowError:
+        with contextlib.suppress(OSError, ValueError):
+            part.unlink()
+        raise
     except Exception as error:  # Pillow has errors of every kind for what a format cannot hold
         failed = getattr(error, "strerror", None) or type(error).__name__
     if failed:

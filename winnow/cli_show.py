@@ -53,6 +53,8 @@ def comparison(result: dict[str, Any]) -> None:
     truth = f"   right answer: {result['truth']}" if result["truth"] else ""
     rest = f"  {result['question']}{truth}   model: {result['model']} ({result['ran_on']})"
     out.print(f"[bold]{escape(result['picture'])}[/]{escape(rest)}")
+    if "video" in result:
+        out.print(escape(f"video: {result['video']['says']}"), soft_wrap=True)
     columns = [("none", result["plain"]), *((m["method"], m) for m in result["methods"])]
     table = Table("compression", *(escape(name) for name, _ in columns), box=None, pad_edge=False, header_style="bold")
     for label, cells in _rows([column for _, column in columns]):

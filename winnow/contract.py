@@ -5,6 +5,7 @@ from winnow.contract import Budget, Method, View, VisionAttention, register
 
 from winnow.core.budget import Budget, split_evenly
 from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.frames_view import FramesView
 from winnow.core.info import ModelInfo
 from winnow.core.kv import Codec, KVStep, KVView
 from winnow.core.kv_budget import KVBudget
@@ -32,6 +33,7 @@ from winnow.core.step import (
     State,
     Step,
 )
+from winnow.core.stretch import Stretch
 from winnow.core.tiles import in_thumbnail, n_tiles, quotas, rank_in_tile, tile_of, top_k_per_tile
 from winnow.core.view import View
 from winnow.signals.clip import ClipPatches, ClipText
@@ -47,6 +49,7 @@ from winnow.signals.language import (
     LMSignal,
 )
 from winnow.signals.layers import KeyNorm, LayerChange, LayerStates, PageRank, RowStates, TokenTransition
+from winnow.signals.peaks import TextPeak
 from winnow.signals.question import Question, QuestionCosine, QuestionSignal, QuestionTokens
 from winnow.signals.vision import HiddenStates, Pixels, TowerAttention, VisionAttention, VisionKeys, VisionSignal
 from winnow.signals.words import TextAttention, TextKeyNorm, TextRaters, WordAttention
@@ -70,6 +73,7 @@ __all__ = [
     "Count",
     "Emit",
     "Follow",
+    "FramesView",
     "HiddenStates",
     "KVBudget",
     "KVReduce",
@@ -109,8 +113,10 @@ __all__ = [
     "Site",
     "State",
     "Step",
+    "Stretch",
     "TextAttention",
     "TextKeyNorm",
+    "TextPeak",
     "TextRaters",
     "TextSummary",
     "TokenTransition",

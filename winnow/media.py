@@ -55,11 +55,13 @@ _GREY16_TO_8 = ((np.arange(65_536, dtype=np.uint32) + 128) // 257).astype(np.uin
 
 
 class MediaError(WinnowError):
-    """A picture that winnow will not take.
+    """A picture or a video that winnow will not take.
 
     ``code`` is one of ``bad_type``, ``bad_url``, ``bad_base64``, ``unreadable_file``, ``invalid_image``,
     ``truncated_image``, ``unsupported_format``, ``unsupported_mode``, ``too_large``, ``bad_size``, ``bad_shape``,
-    ``bad_dtype``, ``bad_values``, ``too_many_images``; ``status`` is the HTTP status that fits it (400, 413 or 415).
+    ``bad_dtype``, ``bad_values``, ``too_many_images``; for videos also ``invalid_video``, ``truncated_video``,
+    ``no_video``, ``no_frames``, ``too_many_frames``, ``too_slow``. ``status`` is the HTTP status that fits it (400, 413
+    or 415).
     """
 
     def __init__(self, message: str, code: str = "invalid_image") -> None:
@@ -183,12 +185,8 @@ def _read(source: Any, limits: Limits) -> bytes:
         buffer = _attempt(lambda: memoryview(source), MediaError("the buffer has been released", "bad_type"))
         _check_bytes(buffer.nbytes, limits)
         return bytes(buffer)
-    if isinstance(source, str) and re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+:|//|\\\\)", source):
-        raise MediaError(
-            "got a URL or network path, and nothing is fetched: give a local path (./a:b.png where it holds a colon), "
-            "or bytes; data: URLs go through open_base64",
-            "bad_url",
-        )
+    if isinstance(source, str):
+        check_local(source)
     if isinstance(source, (str, os.PathLike)):
         unreadable = MediaError("the given path is not a readable file", "unreadable_file")
         return _attempt(lambda: _read_path(source, limits), unreadable)
@@ -197,6 +195,16 @@ def _read(source: Any, limits: Limits) -> bytes:
         return _attempt(lambda: _read_stream(source, limits), unreadable)
     wanted = "a path, bytes, a binary file, a PIL image, or an array of shape (height, width, 3)"
     raise MediaError(f"got {type(source).__name__}: give {wanted}", "bad_type")
+
+
+def check_local(path: str) -> None:
+    """Refuse a text that is a URL or a network path and no local one."""
+    if re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]+:|//|\\\\)", path):
+        raise MediaError(
+            "got a URL or network path, and nothing is fetched: give a local path (./a:b.png where it holds a colon), "
+            "or bytes; data: URLs go through open_base64",
+            "bad_url",
+        )
 
 
 def _read_path(path: str | os.PathLike[str], limits: Limits) -> bytes:

@@ -73,6 +73,19 @@ def _resized(images: Any, wide: float, high: float) -> tuple[int, int]:
     return (short, long) if wide <= high else (long, short)
 
 
+def covered(layout: Layout, evidence: Iterable[Box], shown: Box) -> Bool[np.ndarray, " v"]:
+    """Which content tokens of a picture lie on its evidence.
+
+    Args:
+        evidence: boxes, in pixels of the picture.
+        shown: the part of the picture that the model was shown (`shown_box`), in pixels.
+    """
+    x0, y0, x1, y1 = shown
+    wide, high = x1 - x0, y1 - y0
+    shares = [((a - x0) / wide, (b - y0) / high, (c - x0) / wide, (d - y0) / high) for a, b, c, d in evidence]
+    return layout.covering(shares)
+
+
 def levels(layout: Layout, kept: Reduction | Sequence[int] | np.ndarray | Any) -> Int[np.ndarray, " v"]:
     """DROPPED, MERGED or KEPT for each content token of an item.
 
@@ -128,30 +141,42 @@ def overlay(
     found = levels(layout, kept)
     place = layout.place[layout.content]
     panels = [
-        _panel(image, layout.boxes[layout.content][chosen], found[chosen], tuple(evidence), shown)
+        token_panel(image, layout.boxes[layout.content][chosen], found[chosen], tuple(evidence), shown)
         for panel in np.unique(place[:, :2], axis=0)
         for chosen in [(place[:, :2] == panel).all(1)]
     ]
-    return _sheet(panels or [_panel(image, np.zeros((0, 4)), found, tuple(evidence), shown)], caption)
+    return _sheet(panels or [token_panel(image, np.zeros((0, 4)), found, tuple(evidence), shown)], caption)
 
 
-def panel_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Width and height of a panel of the overlay; size: those of the picture."""
-    zoom = _zoom(size)
+def panel_size(size: tuple[int, int], smallest: int = SMALLEST) -> tuple[int, int]:
+    """Width and height of a panel of the overlay; size: those of the picture, smallest: of the shorter side."""
+    zoom = _zoom(size, smallest)
     return max(1, round(size[0] * zoom)), max(1, round(size[1] * zoom))
 
 
-def _zoom(size: tuple[int, int]) -> float:
-    zoom = SMALLEST / min(size)
+def _zoom(size: tuple[int, int], smallest: int) -> float:
+    zoom = smallest / min(size)
     zoom = round(zoom) if zoom > 1.5 else zoom  # whole pixels stay crisp
     return max(1.0, min(zoom, math.isqrt(LARGEST // (size[0] * size[1]))))
 
 
-def _panel(
-    image: Image.Image, boxes: np.ndarray, found: np.ndarray, evidence: tuple[Box, ...], shown: Box | None
+def token_panel(
+    image: Image.Image,
+    boxes: np.ndarray,
+    found: np.ndarray,
+    evidence: tuple[Box, ...] = (),
+    shown: Box | None = None,
+    smallest: int = SMALLEST,
 ) -> Image.Image:
-    """One grid of tokens over the picture."""
-    zoom, size = _zoom(image.size), panel_size(image.size)
+    """One grid of tokens over the picture.
+
+    Args:
+        boxes: `[n, 4]` of the tokens, as fractions of what the model was shown.
+        found: `[n]` of `levels`.
+        evidence, shown: as in `overlay`.
+        smallest: pixels of the shorter side, to which smaller pictures are scaled up.
+    """
+    zoom, size = _zoom(image.size, smallest), panel_size(image.size, smallest)
     clear = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
     x0, y0, x1, y1 = (zoom * edge for edge in shown or (0, 0, *image.size))
     seen, level = np.zeros(clear.shape[:2], bool), np.zeros(clear.shape[:2], np.int64)

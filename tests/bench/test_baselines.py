@@ -14,6 +14,9 @@ from winnow.core.budget import Budget
 from winnow.core.errors import WinnowError
 from winnow.core.layout import Layout, grid_rows
 from winnow.core.view import View
+from winnow.signals.sound import SoundLevel
+from winnow.signals.vision import Pixels
+from winnow.world.sounds import mel_tokens, sound
 
 SQUARE = Layout.grid(16, 16)
 ASK = Ask("q", "count", "how many?", "2", "world:test:0:224")
@@ -109,6 +112,27 @@ def test_choices_belong_to_the_samples_of_their_layout_in_order():
     assert small.index.tolist() == [[0]]
     with pytest.raises(WinnowError, match="0 choices"):
         chosen.reduce(View.of(torch.zeros(1, 256, 1), layout=SQUARE))
+
+
+def test_the_loudest_tokens_of_a_sound_stay_in_their_order():
+    level = torch.tensor([[0.1, 3.0, 0.2, 2.0, 5.0, 0.3]])
+    (method,) = baseline_plan("drop-low-energy", 3).methods
+    kept = method.reduce(View.of(torch.zeros(1, 6, 2), level, layout=Layout.sound(6, 0.04)))
+    assert kept.index.tolist() == [[1, 3, 4]]
+    with pytest.raises(WinnowError, match="baseline of sounds"):
+        method.reduce(View.of(torch.zeros(1, 6, 2), level, layout=Layout.grid(2, 3)))
+
+
+def test_silence_leaves_first():
+    """Of drawn sounds: what is left is nearly all of events, and not of the silence between them."""
+    for seed in range(5):
+        made = sound(seed, "words")
+        x = torch.from_numpy(mel_tokens(made.wave)).float()
+        layout, level = Layout.sound(len(x), 0.04), SoundLevel().read(Pixels(x))[None]
+        (method,) = baseline_plan("drop-low-energy", "30%").methods
+        kept = set(method.reduce(View.of(x[None], level, layout=layout)).index[0].tolist())
+        heard = {t for e in made.events for t in range(round(e.span[0] / 0.04), round(e.span[1] / 0.04))}
+        assert len(kept & heard) >= 0.95 * len(kept)
 
 
 def test_baselines_that_do_not_choose_are_plans_of_the_contract():

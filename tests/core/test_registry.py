@@ -18,7 +18,15 @@ from winnow.core.errors import WinnowError
 from winnow.core.listing import described_class, read_class
 from winnow.core.method import Method
 from winnow.core.plan import Plan
-from winnow.core.registry import METHODS_DIR, built_in, entries, method_class, register
+from winnow.core.registry import (
+    METHODS_DIR,
+    built_in,
+    entries,
+    method_class,
+    picture_methods,
+    register,
+    token_methods,
+)
 from winnow.signals.vision import VisionAttention
 
 BUILTIN = sorted(path.stem for path in METHODS_DIR.glob("*.py") if path.stem != "__init__")
@@ -216,3 +224,12 @@ def test_the_command_lists_settings_and_released_without_torch():
         "type": "VisionAttention",
         "default": "VisionAttention(query=auto)",
     }
+
+
+def test_methods_of_sounds_are_not_offered_for_pictures():
+    """Neither by a sweep nor by the search for a plan; on a model that hears they are."""
+    of_sounds = {entry.slug for entry in token_methods()} - {entry.slug for entry in picture_methods()}
+    assert of_sounds == {"a-tome", "audio-pool", "audio-segments", "speechprune"}
+    for slug in of_sounds:
+        assert method_class(slug).modalities == ("audio",)
+    assert all("image" in method_class(entry.slug).modalities for entry in picture_methods())

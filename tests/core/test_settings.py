@@ -35,7 +35,13 @@ def wrong(hint: Any) -> list[Any]:
             found += [kind(bound.most + 1)] if bound.most is not None else []
         return found
     if origin is Literal:
-        return ["no such word", 7, None, *(v.upper() for v in get_args(hint) if isinstance(v, str) and v.upper() != v)]
+        return [
+            "no such word",
+            7,
+            None,
+            [1],
+            *(v.upper() for v in get_args(hint) if isinstance(v, str) and v.upper() != v),
+        ]
     if hint == str | tuple[str, ...]:  # a plan with commas comes apart
         return [3, None, True, [], [3]]
     if origin in (typing.Union, UnionType):

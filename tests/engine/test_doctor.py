@@ -15,8 +15,7 @@ from transformers.cache_utils import DynamicLayer
 import winnow
 from winnow.core.errors import UnsupportedError
 from winnow.engine import doctor, doctor_checks, forward, whole_call
-from winnow.engine.doctor import diagnose, run_checks
-from winnow.engine.doctor_checks import CHECKS
+from winnow.engine.doctor import CHECKS, diagnose, run_checks
 from winnow.models import supported_versions
 
 ROWS = ("3 A 6", "3 B 9")

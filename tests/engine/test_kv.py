@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedLayer, QuantoQuantizedLayer
 
 import winnow
-from tests import kvhand, zoo
+from tests import kvdecode, kvhand, zoo
 from winnow.cache.layer import HeldLayer, held_bytes
 from winnow.contract import CacheMethod, KVBudget, KVView, register
 from winnow.core.errors import UnsupportedError, WinnowError
@@ -45,36 +45,21 @@ class RaggedCache(CacheMethod):
 
 def model_and_inputs(build: str, ragged: bool = True) -> tuple[Any, dict[str, Tensor]]:
     if build in kvhand.TEXTS:
-        return kvhand.text_model(build), kvhand.prompt((19, 26, 11) if ragged else (21, 21, 21))
+        return kvhand.text_model(build), kvhand.prompt(kvdecode.LENGTHS if ragged else (21, 21, 21))
     return zoo.model(build), zoo.inputs(build, zoo.RAGGED if ragged else ("3 A 6",) * 3)
-
-
-def check_against_masked(model: Any, inputs: dict[str, Tensor], plan: str, tokens: Tensor = STEPS) -> Any:
-    """Decode logits under a plan equal those of the full cache with what was evicted in the prefill masked."""
-    with winnow.compress(model, plan):
-        first = kvhand.written(model, inputs, tokens[:, :1])
-        evicted = kvhand.evicted_of(first.past_key_values)
-        got = kvhand.written(model, inputs, tokens)
-    assert evicted
-    with kvhand.evicting(model, lambda layer, n: evicted.get(layer)):
-        wanted = kvhand.written(model, inputs, tokens)
-    plain = kvhand.written(model, inputs, tokens)
-    for step, (a, b) in enumerate(zip(got.logits, wanted.logits, strict=True)):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=lambda m, step=step: f"step {step}: {m}")
-    assert (got.logits[-1] - plain.logits[-1]).abs().max() > 1e-3  # something was really dropped
-    return got
 
 
 @pytest.mark.parametrize("build", [*TEXTS, *zoo.BUILDS])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_eviction_equals_the_full_cache_with_evicted_keys_masked(build: str, ragged: bool) -> None:
     model, inputs = model_and_inputs(build, ragged)
-    check_against_masked(model, inputs, "snapkv:keep=30%,window=4")
+    kvdecode.Case(model, inputs).check_evictions("snapkv:keep=30%,window=4", STEPS)
 
 
 @pytest.mark.parametrize("name", kvhand.OTHERS)
 def test_s4_classes_that_attend_in_other_ways(name: str) -> None:
-    check_against_masked(kvhand.other_model(name), kvhand.prompt((19, 26, 11)), "snapkv:keep=30%,window=4")
+    case = kvdecode.Case(kvhand.other_model(name), kvhand.prompt(kvdecode.LENGTHS))
+    case.check_evictions("snapkv:keep=30%,window=4", STEPS)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +89,7 @@ def test_s4_caches_that_cannot_hold_it_are_refused() -> None:
 @pytest.mark.parametrize("ragged", [False, True])
 def test_heads_may_hold_unequal_numbers_of_slots(build: str, ragged: bool) -> None:
     model, inputs = model_and_inputs(build, ragged)
-    got = check_against_masked(model, inputs, "a-ragged-cache:keep=30%")
+    got, _ = kvdecode.Case(model, inputs).check_evictions("a-ragged-cache:keep=30%", STEPS)
     lengths = got.past_key_values.layers[0].store.lengths
     assert len(set(lengths)) > 1
 
@@ -122,17 +107,7 @@ def test_a_full_budget_changes_no_bit(build: str) -> None:
 
 @pytest.mark.parametrize("build", ["llama", "gemma3", "llava_clip", "qwen2_5_vl"])
 def test_a_batch_equals_its_samples(build: str) -> None:
-    model, inputs = model_and_inputs(build)
-    if build in kvhand.TEXTS:
-        alone = [{k: v[row : row + 1, -n:] for k, v in inputs.items()} for row, n in enumerate((19, 26, 11))]
-    else:
-        alone = zoo.samples(build, zoo.RAGGED)
-    with winnow.compress(model, "snapkv:keep=40%,window=4"):
-        batch = kvhand.written(model, inputs, STEPS)
-        for row, one in enumerate(alone):
-            single = kvhand.written(model, one, STEPS[row : row + 1])
-            for a, b in zip(batch.logits, single.logits, strict=True):
-                torch.testing.assert_close(a[row], b[0], atol=2e-5, rtol=1e-5)
+    kvdecode.case(build).check_batch("snapkv:keep=40%,window=4", STEPS)
 
 
 @pytest.mark.parametrize("build", ["llava_clip", "llava_next", "qwen2_5_vl"])
@@ -160,7 +135,7 @@ def test_connector_decoder_and_cache_in_one_plan(build: str, kv: str) -> None:
 def test_a_method_may_follow_another_in_one_prefill(ragged: bool) -> None:
     """The second one sees the queries of what the first has left, also where that is less than was read."""
     model, inputs = model_and_inputs("llama", ragged)
-    got = check_against_masked(model, inputs, "snapkv:keep=60%,window=4 + snapkv:keep=5,window=4")
+    got, _ = kvdecode.Case(model, inputs).check_evictions("snapkv:keep=60%,window=4 + snapkv:keep=5,window=4", STEPS)
     real = got.past_key_values.layers[0].store.slots.shape[2]
     assert real == 5
 
@@ -263,7 +238,7 @@ def test_crop_takes_back_what_came_after_the_cut_and_refuses_more() -> None:
 
 @pytest.mark.parametrize("plan", ["snapkv:keep=40%,window=4", "a-ragged-cache:keep=40%"])
 def test_beams_and_several_answers_equal_those_with_evicted_keys_masked(plan: str) -> None:
-    model, inputs = kvhand.text_model("llama"), kvhand.prompt((19, 26, 11))
+    model, inputs = kvhand.text_model("llama"), kvhand.prompt(kvdecode.LENGTHS)
     options = {"max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
     with winnow.compress(model, plan):
         evicted = kvhand.evicted_of(kvhand.written(model, inputs, STEPS[:, :1]).past_key_values)

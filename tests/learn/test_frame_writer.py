@@ -10,14 +10,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.learn.resuming import check_resumes
 from tests.methods.directional import gap
 from winnow.cli import app
-from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.learn.generation.clips import TEST, Clip, clip, distance, drift, look, motion, spoiled
 from winnow.learn.generation.deep_forcing import DEEP, GIVEN, LATE, POLICIES, TRAINED, WRITTEN, load, train, unseen
 from winnow.learn.generation.writer import GRID, IN_TIME, ROTARY, TOKENS, FrameCache, FrameWriter, pixels, tokens
-from winnow.learn.pruners import fit as fitting
 from winnow.parts.learned import SHIPPED
 
 SMALL = 0.012
@@ -72,32 +71,10 @@ def test_keys_have_the_phase_that_the_cache_turns():
     assert not torch.allclose(seen[0][:, :, GRID + 1], seen[0][:, :, 0])
 
 
-class Stopped(Exception):
-    pass
-
-
 def test_a_run_is_its_seed_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    options = {"scale": SMALL, "save": 4, "quiet": True}
     for name, size in {"WRITTEN": 8, "LATE": 5, "MEASURED": 1}.items():
         monkeypatch.setattr(f"winnow.learn.generation.deep_forcing.{name}", size)
-    whole = train(tmp_path / "whole", **options)
-    cosine, steps = fitting.cosine, []
-
-    def stopping(*args):
-        steps.append(args)
-        if len(steps) == 6:
-            raise Stopped
-        return cosine(*args)
-
-    monkeypatch.setattr(fitting, "cosine", stopping)
-    with pytest.raises(Stopped):
-        train(tmp_path / "parts", **options)
-    monkeypatch.setattr(fitting, "cosine", cosine)
-    with pytest.raises(WinnowError, match="already holds a run"):
-        train(tmp_path / "parts", **options)
-    again = train(tmp_path / "parts", resume=True, **options)
-    assert again.read_bytes() == whole.read_bytes()
-    assert again.with_suffix(".json").read_text() == whole.with_suffix(".json").read_text()
+    whole = check_resumes(train, tmp_path, stop=6, scale=SMALL, save=4)
     assert load(whole).write(unseen(1).frames[:, :2], 5).shape == (1, 5, 8, 8, 3)
 
 

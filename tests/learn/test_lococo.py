@@ -10,10 +10,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import winnow
+from tests.learn.resuming import check_resumes
 from winnow.cli import app
 from winnow.core.errors import WinnowError
 from winnow.core.kv_budget import KVBudget
-from winnow.learn.pruners import fit as fitting
 from winnow.learn.pruners.text import lococo
 from winnow.learn.pruners.text.lococo import CHUNK, SHIPPED, Recipe, read, row_of, train
 from winnow.methods.lococo import LoCoCo
@@ -30,35 +30,8 @@ def folder(tmp_path_factory):
     return target
 
 
-class Stopped(Exception):
-    pass
-
-
-def test_a_run_is_its_seed_and_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
-    options = {"model": str(folder), "scale": SMALL, "save": 2, "quiet": True}
-    whole = train(tmp_path / "whole", **options)
-    steps = []
-
-    def stopping(*args):
-        steps.append(args)
-        if len(steps) == 4:
-            raise Stopped
-        return cosine(*args)
-
-    cosine = fitting.cosine
-    monkeypatch.setattr(fitting, "cosine", stopping)
-    with pytest.raises(Stopped):
-        train(tmp_path / "parts", **options)
-    monkeypatch.setattr(fitting, "cosine", cosine)
-    with pytest.raises(WinnowError, match="already holds a run"):
-        train(tmp_path / "parts", **options)
-    again = train(tmp_path / "parts", resume=True, **options)
-    for suffix in (".safetensors", ".json"):
-        assert again.with_suffix(suffix).read_bytes() == whole.with_suffix(suffix).read_bytes()
-    with pytest.raises(WinnowError, match="other options"):
-        train(tmp_path / "parts", resume=True, **(options | {"scale": 2 * SMALL}))
-    with pytest.raises(WinnowError, match="seed -1"):
-        train(tmp_path / "none", seed=-1)
+def test_a_run_is_its_seed_and_goes_on_where_it_stopped(folder, tmp_path):
+    whole = check_resumes(train, tmp_path, stop=4, model=str(folder), scale=SMALL, save=2)
     model = lococo.load(str(folder))
     with winnow.compress(model, f"lococo:weights={whole},keep=32"):
         model(input_ids=row_of(1).ids)

@@ -3,17 +3,18 @@ the weights belong to the model that they were trained on."""
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
 from typer.testing import CliRunner
 
 import winnow
+from tests.learn.resuming import check_resumes
 from winnow import reference, world
 from winnow.cli import app
 from winnow.core.errors import WinnowError
 from winnow.core.registry import method_class
-from winnow.learn.pruners import fit as fitting
 from winnow.learn.pruners import frozen, trainable
 from winnow.learn.pruners.fit import fit
 from winnow.learn.run import export
@@ -30,37 +31,9 @@ def folder(tmp_path_factory, micro):
     return target
 
 
-def bytes_of(path):
-    return path.read_bytes(), path.with_suffix(".json").read_text()
-
-
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize("slug", trainable())
-def test_a_run_is_its_seed_and_goes_on_where_it_stopped(slug, folder, tmp_path, monkeypatch):
-    options = {"model": str(folder), "scale": SMALL, "save": 4, "quiet": True}
-    whole = fit(slug, tmp_path / "whole", **options)
-    steps = []
-
-    def stopping(*args):
-        steps.append(args)
-        if len(steps) == 7:
-            raise Stopped
-        return cosine(*args)
-
-    cosine = fitting.cosine
-    monkeypatch.setattr(fitting, "cosine", stopping)
-    with pytest.raises(Stopped):
-        fit(slug, tmp_path / "parts", **options)
-    monkeypatch.setattr(fitting, "cosine", cosine)
-    with pytest.raises(WinnowError, match="already holds a run"):
-        fit(slug, tmp_path / "parts", **options)
-    assert bytes_of(fit(slug, tmp_path / "parts", resume=True, **options)) == bytes_of(whole)
-    with pytest.raises(WinnowError, match="other options"):
-        fit(slug, tmp_path / "parts", resume=True, **(options | {"scale": 2 * SMALL}))
-
+def test_a_run_is_its_seed_and_goes_on_where_it_stopped(slug, folder, tmp_path):
+    whole = check_resumes(functools.partial(fit, slug), tmp_path, stop=7, model=str(folder), scale=SMALL, save=4)
     facts = json.loads(whole.with_suffix(".json").read_text())
     assert facts["held_out"] == 2
     assert set(facts["measured"]) == {"trained", "untrained"}

@@ -10,14 +10,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.learn.resuming import check_resumes
 from tests.methods.directional import gap
 from winnow.cli import app
-from winnow.core.errors import WinnowError
-from winnow.learn.detection import detector as parts
-from winnow.learn.detection.detector import TOKENS, Detector, Memory, centers, unwindowed, windowed
+from winnow.learn.detection import blocks
+from winnow.learn.detection.blocks import TOKENS, unwindowed, windowed
+from winnow.learn.detection.detector import Detector, Memory, centers
 from winnow.learn.detection.drives import as_record, precision, recall
 from winnow.learn.detection.toc3d import KEPT, at, followed, load, scores, shown, train
-from winnow.learn.pruners import fit as fitting
 from winnow.parts.history import MOTION, MotionQueries, QueryScores, moved, waves
 from winnow.parts.learned import SHIPPED
 from winnow.world.streets import drive
@@ -67,7 +67,7 @@ def test_windows_keep_equal_shares_of_one_camera_each(monkeypatch):
         seen.append((x.shape[1], keep))
         return x
 
-    monkeypatch.setattr(parts, "slow_fast", counting)
+    monkeypatch.setattr(blocks, "slow_fast", counting)
     Detector()(images(), remembered())
     assert seen == [(16, 16), (16, 8), (64, 32), (16, 5), (16, 5), (64, 20)]
 
@@ -123,30 +123,8 @@ def test_precision_counts_each_object_once():
     assert precision(type(found)(-kinds, 0 * own["values"], found.features, (), ()), things)[0] < 0.2
 
 
-class Stopped(Exception):
-    pass
-
-
-def test_a_run_is_its_seed_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    options = {"scale": SMALL, "save": 4, "quiet": True}
-    whole = train(tmp_path / "whole", **options)
-    cosine, steps = fitting.cosine, []
-
-    def stopping(*args):
-        steps.append(args)
-        if len(steps) == 7:
-            raise Stopped
-        return cosine(*args)
-
-    monkeypatch.setattr(fitting, "cosine", stopping)
-    with pytest.raises(Stopped):
-        train(tmp_path / "parts", **options)
-    monkeypatch.setattr(fitting, "cosine", cosine)
-    with pytest.raises(WinnowError, match="already holds a run"):
-        train(tmp_path / "parts", **options)
-    again = train(tmp_path / "parts", resume=True, **options)
-    assert again.read_bytes() == whole.read_bytes()
-    assert again.with_suffix(".json").read_text() == whole.with_suffix(".json").read_text()
+def test_a_run_is_its_seed_and_goes_on_where_it_stopped(tmp_path):
+    whole = check_resumes(train, tmp_path, stop=7, scale=SMALL, save=4)
     assert sum(p.numel() for p in load(whole).parameters()) == sum(p.numel() for p in Detector().parameters())
 
 

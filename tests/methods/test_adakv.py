@@ -201,23 +201,23 @@ def test_heads_that_look_at_few_slots_lend_theirs_to_those_that_look_at_many():
 @pytest.mark.system("adakv", "model")
 @pytest.mark.parametrize("build", ["llama", "qwen3", "llava_clip", "qwen2_5_vl"])
 def test_decoding_equals_the_full_cache_with_evicted_keys_masked(build):
-    model, inputs, alone = kvdecode.model_and_inputs(build)
+    own = kvdecode.case(build)
     plan = "adakv:base=snapkv:window=3,keep=40%"
-    got, _ = kvdecode.check_against_masked(model, inputs, plan, TOKENS)
+    got, _ = own.check_evictions(plan, TOKENS)
     assert any(len(set(layer.store.lengths)) > 3 for layer in got.past_key_values.layers)
-    kvdecode.check_batch(model, inputs, alone, plan, TOKENS)
+    own.check_batch(plan, TOKENS)
 
 
 def test_a_limit_bounds_each_head_by_itself():
-    model, inputs, alone = kvdecode.model_and_inputs("llama")
+    own = kvdecode.case("llama")
     plan = "adakv:base=snapkv:window=2,keep=40%,limit=6,every=2"
-    got, gone = kvdecode.check_against_masked(model, inputs, plan, LONGER)
+    got, gone = own.check_evictions(plan, LONGER)
     read = max(n for _, n in gone)
     for layer in got.past_key_values.layers:
         assert max(layer.store.lengths) <= 6 + 2
         for lane in range(6):
             assert layer.store.lane(lane)[2][-2:].tolist() == [read - 2, read - 1]
-    kvdecode.check_batch(model, inputs, alone, plan, LONGER)
+    own.check_batch(plan, LONGER)
 
 
 @torch.no_grad()
@@ -243,8 +243,8 @@ def test_a_later_turn_keeps_heads_of_unequal_length():
     ("build", "base"), [("llama", "pyramidkv:window=2"), ("llama", "kvpress"), ("qwen2_5_vl", "small-keys-first")]
 )
 def test_any_base_that_ranks(build, base):
-    model, inputs, _ = kvdecode.model_and_inputs(build)
-    _, gone = kvdecode.check_against_masked(model, inputs, f"adakv:base={base},keep=40%", TOKENS[:, :3])
+    own = kvdecode.case(build)
+    _, gone = own.check_evictions(f"adakv:base={base},keep=40%", TOKENS[:, :3])
     assert min(layer for layer, _ in gone) == (1 if base == "small-keys-first" else 0)
 
 

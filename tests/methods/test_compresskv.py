@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import winnow
-from tests import kvhand, zoo
+from tests import kvdecode, kvhand, zoo
 from winnow.contract import KVView, State
 from winnow.core.errors import WinnowError
 from winnow.learn import needles
@@ -398,16 +398,10 @@ def test_a_model_is_calibrated_and_runs_with_it(tmp_path):
     assert handle.last.kv_slots == tuple(2 * n for n in budgets)
 
 
-def _model(build):
-    if build in kvhand.TEXTS:
-        return kvhand.text_model(build), kvhand.prompt((19, 26, 11))
-    return zoo.model(build), zoo.inputs(build, zoo.RAGGED)
-
-
 @pytest.mark.system("compresskv", "model")
 @pytest.mark.parametrize("build", ["llama", "llava_clip"])
 def test_on_a_model_equals_the_full_cache_with_evicted_keys_masked(build, calibrated):
-    model, inputs = _model(build)
+    model, inputs, samples = kvdecode.case(build)
     depth = 3 if build == "llama" else zoo.DEPTH
     path = calibrated(
         [[layer % 4, 2] if layer % 4 != 2 else [2] for layer in range(depth)], [1 + 2 * i for i in range(depth)]
@@ -416,13 +410,7 @@ def test_on_a_model_equals_the_full_cache_with_evicted_keys_masked(build, calibr
         first = kvhand.written(model, inputs, STEPS[:, :1])
         evicted = kvhand.evicted_of(first.past_key_values)
         got = kvhand.written(model, inputs, STEPS)
-        alone = []
-        if build == "llama":
-            samples = [{k: v[row : row + 1, -n:] for k, v in inputs.items()} for row, n in enumerate((19, 26, 11))]
-        else:
-            samples = zoo.samples(build, zoo.RAGGED)
-        for row, one in enumerate(samples):
-            alone.append(kvhand.written(model, one, STEPS[row : row + 1]))
+        alone = [kvhand.written(model, one, STEPS[row : row + 1]) for row, one in enumerate(samples)]
     assert len({int((~gone).sum()) for gone in evicted.values()}) == depth  # each layer has its own budget
     with kvhand.evicting(model, lambda layer, n: evicted.get(layer)):
         wanted = kvhand.written(model, inputs, STEPS)

@@ -10,7 +10,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import winnow
-from tests import kvhand
+from tests import kvdecode, kvhand
+from tests.kvdecode import LENGTHS
 from winnow.cache.rotary import Rotary
 from winnow.contract import KVBudget, KVReduce, KVView, ModelInfo, Observe, Repose, State, WinnowError
 from winnow.core.errors import UnsupportedError
@@ -209,7 +210,6 @@ def test_positions_that_do_not_count_tokens_are_refused_unless_nothing_moves():
     assert len(DeepForcing().steps(ModelInfo(depth=2))) == 4
 
 
-LENGTHS = (19, 26, 11)
 STEPS = torch.randint(2, 120, (3, 12), generator=torch.Generator().manual_seed(5))
 PLAN = "deep-forcing:sink=4,recent=3,window=13,top=4"
 
@@ -283,10 +283,4 @@ def test_decoding_under_the_policy_is_the_run_by_hand(build):
 
 @pytest.mark.parametrize("build", ["llama", "qwen3"])
 def test_a_batch_decodes_as_its_samples(build):
-    model, inputs = kvhand.text_model(build), kvhand.prompt(LENGTHS)
-    with winnow.compress(model, PLAN):
-        batch = kvhand.written(model, inputs, STEPS)
-        for row, n in enumerate(LENGTHS):
-            alone = kvhand.written(model, {k: x[row : row + 1, -n:] for k, x in inputs.items()}, STEPS[row : row + 1])
-            for a, b in zip(batch.logits, alone.logits, strict=True):
-                torch.testing.assert_close(a[row], b[0], atol=1e-4, rtol=1e-4)
+    kvdecode.case(build).check_batch(PLAN, STEPS, atol=1e-4)

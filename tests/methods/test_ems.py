@@ -6,23 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import winnow
-from tests import kvhand
+from tests.kvdecode import BUILDS, case, words
 from winnow.contract import KVBudget, KVReduce, KVView, Observe, State
 from winnow.core.errors import WinnowError
 from winnow.methods.ems import EMS
 
-from .kvsteps import (
-    BUILDS,
-    attention_by_hand,
-    batch_of,
-    check_batch,
-    check_evictions,
-    close,
-    model_of,
-    view_of,
-    words,
-)
+from .kvchecks import attention_by_hand, sample, view_of
 
 SMALL = {"window": 4, "kernel": 3, "zero": 0.6}
 
@@ -189,8 +178,7 @@ def test_a_batch_equals_its_samples_and_broken_keys_do_no_harm() -> None:
     view.values[1, 0, 20] = torch.nan
     action = method.evict(view, State())[0]
     for row in range(3):
-        one = KVView.of(*(x[row : row + 1] for x in (view.keys, view.values, view.queries)))
-        own = method.evict(one, State())[0]
+        own = method.evict(sample(view, row), State())[0]
         assert torch.equal(own.v.lane(0).to_matrix(), action.v.lane(row).to_matrix())
     broken = view_of(n=48)
     broken.keys[0, 0, 7] = torch.nan
@@ -276,48 +264,18 @@ def test_the_direction_fails_for_a_stub(stub) -> None:
 @pytest.mark.system("ems", "model")
 @pytest.mark.parametrize("build", BUILDS)
 def test_without_merging_decoding_equals_the_full_cache_with_evicted_keys_masked(build: str) -> None:
-    check_evictions(build, "ems:keep=50%,window=2,kernel=3,limit=13,every=3,zero=2")
-
-
-class Recorded(EMS):
-    """EMS that writes down what it did to each layer."""
-
-    done: dict[tuple[int, int], KVReduce] = {}  # noqa: RUF012
-
-    def evict(self, view: KVView, state: State):
-        action, state = super().evict(view, state)
-        Recorded.done[view.layer, view.n] = action
-        return action, state
+    case(build, layers=2).check_evictions("ems:keep=50%,window=2,kernel=3,limit=13,every=3,zero=2", words(6))
 
 
 @pytest.mark.system("ems", "model")
 @pytest.mark.parametrize("build", BUILDS)
 def test_decoding_reads_merged_values(build: str) -> None:
     """As the full cache, in the place of which the maps that were asked for are applied to it."""
-    model, inputs, tokens = model_of(build), batch_of(build), words(5)
-    lengths, prompt = inputs["attention_mask"].sum(1).tolist(), inputs["input_ids"].shape[1]
-    Recorded.done.clear()
-    with winnow.compress(model, Recorded(keep="50%", window=2, kernel=3, zero=-1.0, mass=1.0)):
-        got = kvhand.written(model, inputs, tokens)
-
-    def held(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        made = [torch.zeros_like(x) for x in (keys, values)]
-        added = torch.full(keys.shape[:3], -torch.inf)
-        for row, n in enumerate(lengths):
-            action = Recorded.done[layer, n]
-            for out, x, chosen in ((made[0], keys, action.k), (made[1], values, action.v)):
-                old = chosen.to_matrix()[0] @ x[row, :, prompt - n : prompt]
-                new = torch.cat([old, x[row, :, prompt:]], 1)
-                out[row, :, : new.shape[1]] = new
-                added[row, :, : new.shape[1]] = 0
-        return made[0], made[1], added
-
-    assert len(set(lengths)) == 3  # so that each sample is a group
-    with kvhand.holding(model, held):
-        wanted = kvhand.written(model, inputs, tokens)
-    close(got.logits, wanted.logits)
+    method = EMS(keep="50%", window=2, kernel=3, zero=-1.0, mass=1.0)
+    maps = case(build, layers=2).check_maps(method, words(5))
+    assert not any(action.v.is_selection for action in maps)
 
 
 @pytest.mark.parametrize("build", BUILDS[:2])
 def test_a_padded_batch_equals_its_samples(build: str) -> None:
-    check_batch(build, "ems:keep=50%,window=2,kernel=3,limit=12,every=3,zero=0.1")
+    case(build, layers=2).check_batch("ems:keep=50%,window=2,kernel=3,limit=12,every=3,zero=0.1", words(6))

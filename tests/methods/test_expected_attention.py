@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import winnow
-from tests import kvhand
+from tests import kvhand, zoo
+from tests.kvseen import projected, witnessed
 from winnow.cache.rotary import Rotary
-from winnow.core.info import ModelInfo
 from winnow.methods.expected_attention import ExpectedAttention
 
 from .kvchecks import (
@@ -110,6 +112,24 @@ def test_only_distances_count():
 
 
 @pytest.mark.system("expected-attention", "exact")
+@pytest.mark.parametrize("build", ["llava_clip", "qwen2_5_vl"])
+def test_behind_a_reduction_true_positions_count(build):
+    """The formula on queries that never had a phase, and on keys as they stand before the newest token."""
+    with witnessed() as views, winnow.compress(zoo.model(build), "divprune:keep=50% + a-witness-of-places") as handle:
+        handle.model(**zoo.samples(build, ("3 A 6",))[0])
+        seen = list(views)
+    for view in seen:
+        newest = view.positions()[:, :1, -1:].amax()
+        frequencies = view.rotary.frequencies
+        keys = rotated(view.keys, (view.n - 1 - newest).expand(view.n), frequencies)
+        layer = Layer(projected(view, "q_proj").detach(), keys, view.values, frequencies)
+        found, wanted = ExpectedAttention().score(view)[..., 4:].detach(), _expected(layer, 0)[..., 4:]
+        counted = ExpectedAttention().score(replace(view, places=None, query_places=None))[..., 4:]
+        assert (found - wanted).abs().max() < 1e-3 * (counted - wanted).abs().max()  # in slots it is another score
+    assert len(seen) == zoo.DEPTH
+
+
+@pytest.mark.system("expected-attention", "exact")
 def test_promises():
     check_method(ExpectedAttention(keep=9), rotary=ROTARY)
     check_method(ExpectedAttention(keep=9, use_covariance=False, use_vnorm=False), rotary=ROTARY)
@@ -190,5 +210,4 @@ def test_on_models(build, plan):
 def test_bad_settings():
     refused(lambda: ExpectedAttention(n_future_positions=0), "n_future_positions=0")
     refused(lambda: ExpectedAttention(epsilon=-1.0), "epsilon=-1.0")
-    refused(lambda: ExpectedAttention().steps(ModelInfo(mrope=True)), "three axes")
     refused(lambda: ExpectedAttention().score(views()), "not rotary")

@@ -11,9 +11,8 @@ from winnow.core.step import State
 from winnow.core.view import View
 from winnow.methods.fastv import FastV
 from winnow.signals.language import LMAttention
-from winnow.testing import Picture
 
-from .stubs import STUBS, ids, scores, tokens
+from .stubs import STUBS, check_tiles_are_one_pool, ids, scores, tokens
 
 LLAMA = ModelInfo(model="Llama", depth=32)
 
@@ -71,9 +70,7 @@ def test_layer_zero_drops_at_random_with_the_seed_of_the_plan():
 
 
 def test_tiles_are_one_pool():
-    layout, row = Picture.tiled(4, 2, 1).lm, torch.zeros(1, 48)
-    row[0, 16:24] = 1
-    assert ids(FastV(keep=8).reduce(View.of(tokens(0, 48), row, layout=layout))) == list(range(16, 24))
+    check_tiles_are_one_pool(lambda view, k: FastV(keep=k).reduce(view))
 
 
 def test_share_is_of_the_tokens_at_entry_not_of_what_is_left():

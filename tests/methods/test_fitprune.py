@@ -9,7 +9,6 @@ import torch
 
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
-from winnow.core.layout import Layout
 from winnow.core.packing import Packing
 from winnow.core.plan import Plan
 from winnow.core.step import State
@@ -17,25 +16,20 @@ from winnow.core.view import View
 from winnow.methods.fitprune import FitPrune, LargestHeads
 from winnow.parts.recipes import RECIPES
 from winnow.signals.language import LMAttentionInputs, TextSpans
-from winnow.testing import Picture
 
 from .directional import at_random, blind_cuts, evenly, gap
-from .stubs import STUBS, ids, scores, tokens
+from .stubs import (
+    STUBS,
+    chain,
+    check_keeps_largest,
+    check_ties_and_broken_values,
+    check_tiles_are_one_pool,
+    ids,
+    scores,
+    tokens,
+)
 
 LLAMA = ModelInfo(model="Llama", depth=32)
-
-
-def chain(method, scored, n, info=LLAMA):
-    """Ids that are left before each layer; layer k scores token j by `scored[k][j]`."""
-    held, found = torch.arange(n)[None], {}
-    for step in method.bind(info)[1]:
-        (signal,) = step.needs
-        assert signal == LargestHeads(step.at.index - 1)
-        values = {signal: scored[signal.layer].gather(1, held)}
-        view = View(tokens(0, held.shape[1], 2), Layout.grid(1, n), held, n, values)
-        held = held.gather(1, step.act(view, State())[0].reduction.index)
-        found[step.at.index] = held[0].tolist()
-    return found
 
 
 def code(drops, scored, n):
@@ -52,11 +46,12 @@ def code(drops, scored, n):
 @pytest.mark.parametrize("reduction", sorted(RECIPES[576]))
 def test_released_code_on_its_576_tokens(reduction):
     drops = RECIPES[576][reduction].drops
-    scored = [scores(layer, 576) for layer in range(32)]
+    scored = {layer: scores(layer, 576) for layer in range(32)}
     (method,) = Plan.of(f"fitprune:released,reduction={reduction}").methods
-    found, want = chain(method, scored, 576), code(drops, scored, 576)
+    found, want = chain(method, scored, LLAMA), code(drops, scored, 576)
     assert sorted(found) == [layer + 1 for layer, drop in enumerate(drops) if drop]
-    assert all(held == want[layer - 1] for layer, held in found.items())
+    assert all(step.needs == (LargestHeads(step.at.index - 1),) for step in method.bind(LLAMA)[1])
+    assert all(held[0].tolist() == want[layer - 1] for layer, held in found.items())
 
 
 @pytest.mark.system("fitprune", "exact")
@@ -64,10 +59,10 @@ def test_released_code_on_its_576_tokens(reduction):
 @pytest.mark.parametrize("reduction", [40, 60])
 def test_released_code_for_llava_next_scales_each_drop_down(reduction, n):
     drops = [int(drop * n / 2880) for drop in RECIPES[2880][reduction].drops]
-    scored = [scores(layer, n) for layer in range(32)]
+    scored = {layer: scores(layer, n) for layer in range(32)}
     (method,) = Plan.of(f"fitprune:released,fitted=2880,reduction={reduction}").methods
-    found, want = chain(method, scored, n), code(drops, scored, n)
-    assert all(held == want[layer - 1] for layer, held in found.items())
+    found, want = chain(method, scored, LLAMA), code(drops, scored, n)
+    assert all(held[0].tolist() == want[layer - 1] for layer, held in found.items())
 
 
 def test_recipes_are_those_that_were_released():
@@ -123,40 +118,30 @@ def test_without_text_behind_the_image_it_is_what_the_image_attends_to():
     torch.testing.assert_close(found[0], torch.tensor(naive(weights, items.tolist(), [])))
 
 
-def _keeps_the_best(reduce):
-    for seed in range(5):
-        row = scores(seed, 30)
-        assert ids(reduce(View.of(tokens(0, 30), row), 9)) == row[0].topk(9).indices.sort().values.tolist()
+def choose(view, k):
+    return FitPrune().cut(view, LargestHeads(0), k)
 
 
 @pytest.mark.system("fitprune", "exact")
 def test_kept_are_the_largest_products():
-    _keeps_the_best(lambda view, k: FitPrune().cut(view, LargestHeads(0), k))
+    check_keeps_largest(choose)
 
 
 @pytest.mark.parametrize("stub", STUBS)
 def test_kept_fails_for_a_stub(stub):
     with pytest.raises(AssertionError):
-        _keeps_the_best(stub)
+        check_keeps_largest(stub)
 
 
 def test_ties_nan_and_half_precision():
-    flat = torch.ones(1, 8)
-    assert ids(FitPrune().cut(View.of(tokens(0, 8), flat), LargestHeads(0), 3)) == [0, 1, 2]
-    flat[0, [0, 2]] = torch.nan
-    view = View.of(tokens(0, 8), flat)
-    assert ids(FitPrune().cut(view, LargestHeads(0), 3)) == [1, 3, 4]
-    assert int(view.notes["nan_scores"]) == 2
+    check_ties_and_broken_values(choose, (torch.nan, torch.nan))
     row = scores(0, 40).bfloat16()
-    both = [ids(FitPrune().cut(View.of(tokens(0, 40), x), LargestHeads(0), 9)) for x in (row, row.float())]
+    both = [ids(choose(View.of(tokens(0, 40), x), 9)) for x in (row, row.float())]
     assert both[0] == both[1]
 
 
 def test_tiles_are_one_pool():
-    layout, row = Picture.tiled(4, 2, 1).lm, torch.zeros(1, 48)
-    row[0, 16:28] = 1
-    view = View.of(tokens(0, 48), row, layout=layout)
-    assert ids(FitPrune().cut(view, LargestHeads(0), 12)) == [*range(16, 28)]
+    check_tiles_are_one_pool(choose)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 8, 28, 32, 40])
@@ -191,8 +176,8 @@ def test_at_a_budget_the_nearest_recipe_ends_there(budget):
     method = FitPrune().at_budget(budget, 576)
     nearest = {32: 90, "12.5%": 80, 500: 10, "100%": 10, 1: 90}
     assert method.reduction == nearest[budget]
-    found = chain(method, [scores(layer, 576) for layer in range(32)], 576)
-    lengths = [len(held) for held in found.values()]
+    found = chain(method, {layer: scores(layer, 576) for layer in range(32)}, LLAMA)
+    lengths = [held.shape[1] for held in found.values()]
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[-1] == method.left.of(576)
     assert Plan.of(str(Plan((method,)))).methods[0] == method

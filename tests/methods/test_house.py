@@ -56,6 +56,16 @@ def test_a_method_needs_nothing_of_the_engine_and_knows_no_model_family(path):
     assert not {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & {"family"}
 
 
+def test_methods_that_tell_frames_apart_say_that_they_look_across_them():
+    """So that a user is told where a model is given the frames of a video as pictures."""
+    blind = []
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        if "from winnow.parts.frames import" in text and "    across_frames = True\n" not in text:
+            blind.append(path.stem)
+    assert not blind
+
+
 def test_nothing_outside_a_method_decides_by_its_slug():
     """The public face and commands may name methods as examples and defaults; no code asks which one it has."""
     package = METHODS_DIR.parent

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import winnow
 from tests import kvhand
+from tests.kvdecode import case, words
 from winnow.contract import KVBudget, KVReduce, KVView, ModelInfo, Observe, Reduction, State
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.learn.pruners.text import lococo as learning
@@ -21,16 +22,7 @@ from winnow.parts.convolved import SHARPNESS, mixtures
 from winnow.parts.learned import untrained
 from winnow.reference import text
 
-from .kvsteps import (
-    attention_by_hand,
-    batch_of,
-    check_batch,
-    check_evictions,
-    close,
-    model_of,
-    view_of,
-    words,
-)
+from .kvchecks import attention_by_hand, sample, view_of
 
 INFO = ModelInfo(depth=2, head_dim=8)
 SLOTS, CHUNK = learning.SLOTS, learning.CHUNK
@@ -169,7 +161,7 @@ def _read_in_chunks(model, plan: str, chunk: int, tokens: Tensor) -> list[int]:
 @pytest.mark.system("lococo", "exact")
 @torch.no_grad()
 def test_a_cache_never_holds_more_than_its_slots_the_buffer_and_a_chunk() -> None:
-    model, tokens = model_of("llama"), words(150)[:1]
+    model, tokens = kvhand.text_model("llama", layers=2), words(150)[:1]
     sizes = _read_in_chunks(model, "lococo:weights=untrained,keep=16,buffer=5,limit=16,every=4", 11, tokens)
     assert len(sizes) == 21
     assert max(sizes) <= 16 + 5
@@ -185,8 +177,7 @@ def test_a_batch_equals_its_samples_and_broken_slots_do_no_harm() -> None:
     view = shown(module, b=3)
     action = method.evict(view, State())[0]
     for row in range(3):
-        one = (x[row : row + 1] for x in (view.keys, view.values, view.queries))
-        own = method.evict(KVView.of(*one, layer=1, module=module), State())[0]
+        own = method.evict(sample(view, row, layer=1, module=module), State())[0]
         assert torch.equal(own.k.lane(0).to_matrix(), action.k.lane(row).to_matrix())
     left = sorted(set(range(48)) - set(action.k.representatives[0, 0].tolist()))[5]
     assert (action.k.to_matrix()[0, 0, :, left] > 0).any()
@@ -221,7 +212,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="one width"):
         LoCoCo(keep=8).evict(shown(made(keep=8)[1], d=4), State())
     with pytest.raises(WinnowError, match="winnow train lococo"):
-        winnow.compress(model_of("llama"), "lococo")
+        winnow.compress(kvhand.text_model("llama", layers=2), "lococo")
 
 
 @cache
@@ -287,48 +278,17 @@ def test_training_reads_as_the_engine_does() -> None:
 @pytest.mark.system("lococo", "model")
 @pytest.mark.parametrize("build", ["llama", "qwen3"])
 def test_without_mixing_decoding_equals_the_full_cache_with_evicted_keys_masked(build: str) -> None:
-    check_evictions(build, "lococo:keep=50%,alpha=0,limit=13,every=3")
-
-
-class Recorded(LoCoCo):
-    """LoCoCo that writes down what it did to each layer."""
-
-    done: dict[tuple[int, int], KVReduce] = {}  # noqa: RUF012
-
-    def evict(self, view: KVView, state: State):
-        action, state = super().evict(view, state)
-        Recorded.done[view.layer, view.n] = action
-        return action, state
+    case(build, layers=2).check_evictions("lococo:keep=50%,alpha=0,limit=13,every=3", words(6))
 
 
 @pytest.mark.system("lococo", "model")
 @pytest.mark.parametrize("build", ["llama", "qwen3", "llava_clip"])
 def test_decoding_reads_mixed_keys_and_values(build: str) -> None:
     """As the full cache, in the place of which the maps that were asked for are applied to it."""
-    model, inputs, tokens = model_of(build), batch_of(build), words(5)
-    lengths, prompt = inputs["attention_mask"].sum(1).tolist(), inputs["input_ids"].shape[1]
-    Recorded.done.clear()
-    with winnow.compress(model, Recorded(keep="50%", weights="untrained")):
-        got = kvhand.written(model, inputs, tokens)
-
-    def held(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        made = [torch.zeros_like(x) for x in (keys, values)]
-        added = torch.full(keys.shape[:3], -torch.inf)
-        for row, n in enumerate(lengths):
-            action = Recorded.done[layer, n]
-            assert not action.k.is_selection
-            for out, x, chosen in ((made[0], keys, action.k), (made[1], values, action.v)):
-                old = chosen.to_matrix()[0] @ x[row, :, prompt - n : prompt]
-                new = torch.cat([old, x[row, :, prompt:]], 1)
-                out[row, :, : new.shape[1]] = new
-                added[row, :, : new.shape[1]] = 0
-        return made[0], made[1], added
-
-    assert len(set(lengths)) == 3  # so that each sample is a group
-    with kvhand.holding(model, held):
-        wanted = kvhand.written(model, inputs, tokens)
-    close(got.logits, wanted.logits)
+    maps = case(build, layers=2).check_maps(LoCoCo(keep="50%", weights="untrained"), words(5))
+    assert not any(action.k.is_selection for action in maps)
 
 
 def test_a_padded_batch_equals_its_samples() -> None:
-    check_batch("llama", "lococo:weights=untrained,keep=12,local=1,limit=12,every=3")
+    plan = "lococo:weights=untrained,keep=12,local=1,limit=12,every=3"
+    case("llama", layers=2).check_batch(plan, words(6))

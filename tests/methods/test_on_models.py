@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import zoo
+from builds.qwen_audio import SOUNDS
 from byhand import Entry, Reference, Vision
 from clips import CLIPS
 
-from winnow.core.registry import method_class, picture_methods
+from winnow.core.registry import method_class, token_methods
 from winnow.testing import Build, Worked, check_on_models
+
+ELSEWHERE = CLIPS | SOUNDS  # builds that are not in the zoo
 
 # Three sizes of pictures and of text; one picture, none, and two with text between them.
 ROWS = ("3 A 6", "3 B 9", "3 C 5", "11", "2 B 4 C 5")
-SLUGS = [entry.slug for entry in picture_methods() if entry.family != "user"]
+SLUGS = [entry.slug for entry in token_methods() if entry.family != "user"]
 
 
 def hand(slug):
@@ -58,7 +61,7 @@ def written(sample) -> tuple[tuple[str, bytes], ...]:
 
 @functools.cache
 def of_build(build: str) -> Remembering:
-    return Remembering(CLIPS[build].model() if build in CLIPS else zoo.model(build))
+    return Remembering(ELSEWHERE[build].model() if build in ELSEWHERE else zoo.model(build))
 
 
 @functools.lru_cache(maxsize=1)
@@ -82,8 +85,8 @@ def worked(slug, plain, sample, forced, **settings) -> Worked:
 
 
 def of_zoo(build, rows) -> Build:
-    if build in CLIPS:
-        return Build(CLIPS[build].model, CLIPS[build].samples(rows), CLIPS[build].collate)
+    if build in ELSEWHERE:
+        return Build(ELSEWHERE[build].model, ELSEWHERE[build].samples(rows), ELSEWHERE[build].collate)
     return Build(partial(zoo.model, build), zoo.samples(build, rows), zoo.collate)
 
 

@@ -132,18 +132,18 @@ def test_where_attention_narrows_with_depth_a_pyramid_holds_more_of_it():
 @pytest.mark.system("pyramidkv", "model")
 @pytest.mark.parametrize("build", ["llama", "llava_clip"])
 def test_decoding_equals_the_full_cache_with_evicted_keys_masked(build):
-    model, inputs, alone = kvdecode.model_and_inputs(build)
+    own = kvdecode.case(build)
     plan = "pyramidkv:keep=50%,window=2,beta=4,limit=8,every=2"
-    got, _ = kvdecode.check_against_masked(model, inputs, plan, TOKENS)
+    got, _ = own.check_evictions(plan, TOKENS)
     lengths = [layer.store.length for layer in got.past_key_values.layers]
     assert lengths[0] > lengths[-1]
     assert sum(lengths) <= len(lengths) * (8 + 2)
-    kvdecode.check_batch(model, inputs, alone, plan, TOKENS)
+    own.check_batch(plan, TOKENS)
 
 
 def test_without_a_limit_what_is_decoded_stays():
     model, inputs = kvhand.text_model("llama"), kvhand.prompt((40,))
-    got, _ = kvdecode.check_against_masked(model, inputs, "pyramidkv:keep=50%,window=2", TOKENS[:1, :4])
+    got, _ = kvdecode.Case(model, inputs).check_evictions("pyramidkv:keep=50%,window=2", TOKENS[:1, :4])
     assert [layer.store.length for layer in got.past_key_values.layers] == [41, 23, 5]
 
 

@@ -9,25 +9,15 @@ import torch
 from torch import Tensor
 
 import winnow
-from tests import kvhand
+from tests import kvhand, zoo
+from tests.kvdecode import BUILDS, LENGTHS, case, close, words
 from winnow.contract import Budget, KVBudget, KVView, Observe, State
 from winnow.core.errors import WinnowError
 from winnow.engine.calibrate import ordinary_tokens
 from winnow.methods.razorattention import RazorAttention
 from winnow.parts.retrieval import best_heads, head_scores, heads_of, known_heads, repeated
 
-from .kvsteps import (
-    BUILDS,
-    LENGTHS,
-    attention_by_hand,
-    batch_of,
-    check_batch,
-    check_evictions,
-    close,
-    model_of,
-    view_of,
-    words,
-)
+from .kvchecks import attention_by_hand, sample, view_of
 
 
 def _output(keys: Tensor, values: Tensor, query: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -154,7 +144,7 @@ def test_a_batch_equals_its_samples_and_broken_keys_do_no_harm() -> None:
     action = method.evict(view, State())[0]
     whole = action.k.apply(view.keys)
     for row in range(3):
-        one = KVView.of(*(x[row : row + 1] for x in (view.keys, view.values, view.queries)))
+        one = sample(view, row)
         own = method.evict(one, State())[0]
         torch.testing.assert_close(own.k.apply(one.keys)[0], whole[row], atol=0, rtol=0, equal_nan=True)
     assert whole[1].isnan().any(-1).nonzero().tolist() == [[0, 4], [1, 20]] or whole[1, 0, 4].isnan().all()
@@ -275,21 +265,21 @@ def test_the_search_repeats_distinct_ordinary_words() -> None:
     assert len(set(ids[0, :50].tolist())) == 50
     assert torch.equal(ids[0, :50], ids[0, 150:])
     assert repeated(torch.arange(9), 50).shape == (1, 36)
-    model = model_of("llava_clip")
+    model = zoo.model("llava_clip")
     named = {model.config.image_token_id, model.config.get_text_config().pad_token_id}
     assert not named & set(ordinary_tokens(model).tolist())
 
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_calibrate_finds_heads_of_a_model_and_its_plan_says_them(build: str) -> None:
-    model = model_of(build)
+    model, inputs, _ = case(build, layers=2)
     plan = winnow.calibrate(model, "snapkv + razorattention:keep=30%,tokens=12,induction=25%")
     razor = plan.methods[1]
     assert plan.methods[0] == winnow.plan("snapkv").methods[0]
     assert razor.heads
     assert winnow.plan(str(plan)) == plan
     with winnow.compress(model, razor):
-        got = model.generate(**batch_of(build), max_new_tokens=3)
+        got = model.generate(**inputs, max_new_tokens=3)
     assert got.shape[0] == 3
 
 
@@ -359,7 +349,8 @@ def _held(lengths: tuple[int, ...], full: set[tuple[int, int]], prompt: int, sin
 @pytest.mark.system("razorattention", "model")
 @pytest.mark.parametrize("build", BUILDS)
 def test_decoding_equals_the_softmax_with_one_slot_for_the_rest(build: str) -> None:
-    model, inputs, tokens = model_of(build), batch_of(build), words(8)
+    model, inputs, _ = case(build, layers=2)
+    tokens = words(8)
     lengths = LENGTHS if build == "llama" else tuple(inputs["attention_mask"].sum(1).tolist())
     plan = "razorattention:keep=60%,sinks=2,heads=[L0H1,L1H0,L1H1]"
     with winnow.compress(model, plan):
@@ -378,16 +369,19 @@ def test_decoding_equals_the_softmax_with_one_slot_for_the_rest(build: str) -> N
 
 @pytest.mark.parametrize("build", BUILDS[:2])
 def test_without_compensation_it_is_the_full_cache_with_evicted_keys_masked(build: str) -> None:
-    check_evictions(build, "razorattention:keep=50%,sinks=1,heads=[L0H0],compensate=false", steps=4)
+    plan = "razorattention:keep=50%,sinks=1,heads=[L0H0],compensate=false"
+    case(build, layers=2).check_evictions(plan, words(4))
 
 
 @pytest.mark.parametrize("plan", ["keep=14,sinks=2,heads=[L0H1]", "keep=40%,every=3,sinks=2,heads=[L1H0]"])
 def test_a_padded_batch_equals_its_samples(plan: str) -> None:
-    check_batch("llama", f"razorattention:{plan}", steps=9)  # with 14, the shortest is cut while it is decoded
+    case("llama", layers=2).check_batch(
+        f"razorattention:{plan}", words(9)
+    )  # with 14, the shortest is cut while it is decoded
 
 
 def test_beams_of_ragged_heads_go_on_with_what_they_remember() -> None:
-    model, inputs = model_of("llama"), batch_of("llama")
+    model, inputs, _ = case("llama", layers=2)
     options = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
     with winnow.compress(model, "razorattention:keep=60%,sinks=2,heads=[L0H1,L1H0,L1H1]"):
         got = model.generate(**inputs, **options)

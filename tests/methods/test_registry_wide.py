@@ -10,10 +10,10 @@ import zoo
 
 import winnow
 from winnow.core import registry
-from winnow.core.registry import built_in, method_class, picture_methods
+from winnow.core.registry import built_in, method_class, token_methods
 from winnow.testing import CHECKS, WITH_CLS, Picture, Subject, check_method, run
 
-SLUGS = [entry.slug for entry in picture_methods()]
+SLUGS = [entry.slug for entry in token_methods()]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -30,6 +30,7 @@ def test_every_method_of_the_cache(slug):
 NOT_THE_LOWEST = {
     "evs": "of a frame with none before it an even part stays",
     "hiprune": "neighbours of the representative, the token below it among them, come before the third token",
+    "ts-llava": "it looks at no token, and takes them at equal distances",
     "holov": "shares the budget over strips of the picture",
     "vispruner": "equal tokens are duplicates, of which those at even places of its list go",
 }
@@ -48,7 +49,7 @@ def test_ties_go_to_the_lowest_index(slug):
 
 
 # How many tokens are left depends on the data: one read for each step.
-READS_THE_DEVICE = {"dyvte", "pixelprune"}
+READS_THE_DEVICE = {"dyvte", "pixelprune", "prunevid"}
 
 
 @pytest.mark.gpu

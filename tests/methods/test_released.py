@@ -26,14 +26,17 @@ from .stubs import ids, scores, tokens
 LLAVA = ModelInfo("LLaVA", depth=32, vision_depth=24, feature_layer=-2)
 # Of these there is no code; the code of most others numbers positions anew.
 NO_CODE = {
+    *("a-tome", "audio-pool", "audio-segments", "kffocus", "speechprune", "visual-context-window-extension"),
     *("covipal", "efficientvla", "explainability-compression", "fopru", "todre", "token-correlation-compression"),
     "token-transforming",
 }
-KEEP_POSITIONS = {"dart", "diffrate", "dyvte", "fastv", "fitprune", "pixelprune", "tome", "v2drop", "vflowopt", "vtw"}
-KEEP_POSITIONS |= {"evs"}
+KEEP_POSITIONS = {
+    *("dart", "diffrate", "dyvte", "evs", "fastv", "fastvid", "fitprune", "pixelprune", "tome", "v2drop", "vflowopt"),
+    "centerclip",  # no language model stands behind it
+    "vtw",
+}
 BUILT_IN = {slug for slug, entry in built_in().items() if not entry.of_cache}
 RELEASED = sorted(BUILT_IN - NO_CODE)
-KEEP_POSITIONS |= {"centerclip"}  # no language model stands behind it
 
 
 def released(text: str):

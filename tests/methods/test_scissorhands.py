@@ -10,12 +10,13 @@ from torch import Tensor
 
 import winnow
 from tests import kvhand
+from tests.kvdecode import BUILDS, case, recorded, words
 from winnow.contract import KVBudget, KVView, Observe, State
 from winnow.core.errors import WinnowError
 from winnow.methods.scissorhands import Scissorhands, low_rows
 from winnow.parts.bits import packed, unpacked
 
-from .kvsteps import BUILDS, attention_by_hand, check_batch, check_evictions, view_of, words
+from .kvchecks import attention_by_hand, sample, view_of
 
 
 def _stub(view: KVView, method: Scissorhands) -> list[list[int]]:
@@ -119,13 +120,13 @@ def test_a_limit_that_holds_the_whole_is_the_identity() -> None:
 @pytest.mark.system("scissorhands", "exact")
 def test_in_a_model_the_cache_holds_at_most_b_and_the_newest_stay() -> None:
     model, inputs = kvhand.text_model("llama", layers=1), kvhand.prompt((18,))
-    tokens = words(14)[:1]
-    sizes = []
-    with winnow.compress(model, "scissorhands:keep=18,limit=20,recent_slots=6,history=7"):
-        _, gone = kvhand.watched(model, inputs, tokens)
-    for read, layers in gone.items():
-        assert not layers or not layers[0][:, :, -6:].any()
-        sizes.append(read - int(layers[0][0, 0].sum()) if layers else read)
+    tokens, sizes = words(14)[:1], []
+    with winnow.compress(model, "scissorhands:keep=18,limit=20,recent_slots=6,history=7"), recorded(model) as gone:
+        kvhand.written(model, inputs, tokens)
+    for read in range(18, 32):
+        own = gone.get((0, read), torch.zeros(1, 2, read, dtype=torch.bool))
+        assert not own[:, :, -6:].any()
+        sizes.append(read - int(own[0, 0].sum()))
     assert sizes == [18, 19, 20, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 11]
 
 
@@ -152,8 +153,7 @@ def test_a_batch_equals_its_samples_and_broken_keys_do_no_harm() -> None:
     method = Scissorhands(keep=9, history=6, recent_slots=2)
     kept = method.evict(view, State())[0].k.index
     for row in range(3):
-        one = KVView.of(*(x[row : row + 1] for x in (view.keys, view.values, view.queries)))
-        assert torch.equal(method.evict(one, State())[0].k.index[0], kept[row])
+        assert torch.equal(method.evict(sample(view, row), State())[0].k.index[0], kept[row])
     half = KVView.of(view.keys.bfloat16(), view.values.bfloat16(), view.queries.bfloat16())
     assert method.score(half).dtype == torch.float64
     assert method.shorten(view, KVBudget(9)).k.m == 9
@@ -251,9 +251,9 @@ PLAN = "scissorhands:keep=40%,limit=14,recent_slots=3,history=6,drop=4"
 @pytest.mark.system("scissorhands", "model")
 @pytest.mark.parametrize("build", BUILDS)
 def test_decoding_equals_the_full_cache_with_evicted_keys_masked(build: str) -> None:
-    check_evictions(build, PLAN)
+    case(build, layers=2).check_evictions(PLAN, words(6))
 
 
 @pytest.mark.parametrize("build", BUILDS[:2])
 def test_a_padded_batch_equals_its_samples(build: str) -> None:
-    check_batch(build, PLAN)
+    case(build, layers=2).check_batch(PLAN, words(6))

@@ -57,7 +57,7 @@ def test_kvpress_fails_for_a_stub():
 @pytest.mark.parametrize("build", ["llama", "qwen3"])
 def test_kvpress_keeps_the_same_slots_of_a_model(build):
     model, inputs = kvhand.text_model(build, layers=2), kvhand.prompt((90,))
-    _, gone = kvdecode.check_against_masked(model, inputs, "snapkv:released,keep=0.8", TOKENS[:1, :2])
+    _, gone = kvdecode.Case(model, inputs).check_evictions("snapkv:released,keep=0.8", TOKENS[:1, :2])
     for layer, (queries, keys) in enumerate(kvdecode.heard(model, inputs)):
         scores = kvpress.snapkv_scores(queries[0].double(), keys[0].double())
         left = [(~own).nonzero()[:, 0].tolist() for own in gone[layer, 90][0]]
@@ -166,12 +166,12 @@ def test_a_tenth_of_the_cache_holds_what_the_end_of_the_prompt_asks_for():
 @pytest.mark.system("snapkv", "model")
 @pytest.mark.parametrize("build", ["llama", "llava_clip"])
 def test_decoding_equals_the_full_cache_with_evicted_keys_masked(build):
-    model, inputs, alone = kvdecode.model_and_inputs(build)
+    own = kvdecode.case(build)
     plan = "snapkv:keep=40%,window=3,limit=9,every=3"
-    got, gone = kvdecode.check_against_masked(model, inputs, plan, TOKENS)
+    got, gone = own.check_evictions(plan, TOKENS)
     assert got.past_key_values.layers[0].store.length <= 9 + 3
     assert len({n for _, n in gone}) == 9
-    kvdecode.check_batch(model, inputs, alone, plan, TOKENS)
+    own.check_batch(plan, TOKENS)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def each_head(view: KVView, count: int) -> list[list[int]]:
 @pytest.mark.parametrize("build", ["llama", "qwen3"])
 def test_kvpress_keeps_the_same_slots_of_a_model(build):
     model, inputs = kvhand.text_model(build, layers=2), kvhand.prompt((60,))
-    _, gone = kvdecode.check_against_masked(model, inputs, "tova:released,keep=30%", TOKENS[:1, :2])
+    _, gone = kvdecode.Case(model, inputs).check_evictions("tova:released,keep=30%", TOKENS[:1, :2])
     for layer, (queries, keys) in enumerate(kvdecode.heard(model, inputs)):
         scores = kvpress.tova_scores(queries[0].double(), keys[0].double())
         left = [(~own).nonzero()[:, 0].tolist() for own in gone[layer, 60][0]]
@@ -125,16 +125,16 @@ def test_what_is_asked_for_again_and_again_outlives_a_long_decoding():
 @pytest.mark.system("tova", "model")
 @pytest.mark.parametrize("build", ["llama", "llava_clip"])
 def test_decoding_equals_the_full_cache_with_evicted_keys_masked(build):
-    model, inputs, alone = kvdecode.model_and_inputs(build)
+    own = kvdecode.case(build)
     plan = "tova:keep=8,limit=8"
-    got, _ = kvdecode.check_against_masked(model, inputs, plan, TOKENS)
+    got, _ = own.check_evictions(plan, TOKENS)
     assert {layer.store.length for layer in got.past_key_values.layers} == {8}
-    kvdecode.check_batch(model, inputs, alone, plan, TOKENS)
+    own.check_batch(plan, TOKENS)
 
 
 def test_several_tokens_may_come_between_two_evictions():
     model, inputs = kvhand.text_model("llama"), kvhand.prompt((20,))
-    got, _ = kvdecode.check_against_masked(model, inputs, "tova:keep=25%,limit=6,every=4", TOKENS[:1])
+    got, _ = kvdecode.Case(model, inputs).check_evictions("tova:keep=25%,limit=6,every=4", TOKENS[:1])
     assert {layer.store.length for layer in got.past_key_values.layers} == {8}  # 5, … 9, 6 at the tenth, 7, 8
 
 

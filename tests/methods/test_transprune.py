@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.methods.directional import at_random, blind_cuts, evenly, gap
+from winnow.core.budget import Budget
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
@@ -18,9 +19,8 @@ from winnow.methods.transprune import TransPrune
 from winnow.signals.language import LMAttention
 from winnow.signals.layers import TokenTransition, transition
 from winnow.signals.words import WordAttention
-from winnow.testing import Picture
 
-from .stubs import STUBS, ids, scores, tokens
+from .stubs import STUBS, check_tiles_are_one_pool, ids, scores, tokens
 
 LLAMA = ModelInfo(model="Llama", depth=32)
 EVERY = torch.ones(1, 12, dtype=torch.bool)
@@ -168,10 +168,7 @@ def test_half_precision_is_summed_in_single():
 
 
 def test_tiles_are_one_pool():
-    layout, moved = Picture.tiled(4, 2, 1).lm, torch.zeros(1, 48)
-    moved[0, 16:22] = 1
-    view = View.of(tokens(0, 48), moved, layout=layout)
-    assert ids(TransPrune().cut(view, MOVED, (), FEW)) == [*range(16, 22)]
+    check_tiles_are_one_pool(lambda view, k: TransPrune().cut(view, MOVED, (), Budget(k)))
 
 
 @pytest.mark.parametrize(

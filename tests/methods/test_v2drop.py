@@ -6,33 +6,27 @@ import pytest
 import torch
 
 from tests.methods.directional import at_random, blind_cuts, evenly, gap
+from winnow.core.budget import Budget
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
-from winnow.core.layout import Layout
 from winnow.core.plan import Plan
-from winnow.core.step import State
 from winnow.core.view import View
 from winnow.methods.v2drop import V2Drop
 from winnow.signals.layers import LayerChange
-from winnow.testing import Picture
 
-from .stubs import STUBS, ids, scores, tokens
+from .stubs import (
+    STUBS,
+    chain,
+    check_keeps_largest,
+    check_ties_and_broken_values,
+    check_tiles_are_one_pool,
+    ids,
+    scores,
+    tokens,
+)
 
 LLAMA = ModelInfo(model="Llama", depth=32)
 HALF, QUARTER = V2Drop().ratios[:2]
-
-
-def _chain(method, varied, info=LLAMA):
-    """Ids that are left after each cut; layer k changes token j by `varied[k][:, j]`."""
-    b, n = next(iter(varied.values())).shape
-    held, found = torch.arange(n).expand(b, n), {}
-    for step in method.bind(info)[1]:
-        signal = step.needs[0]
-        values = {signal: varied[signal.layer].gather(1, held)}
-        view = View(tokens(0, held.shape[1], b=b), Layout.grid(1, n), held, n, values)
-        held = held.gather(1, step.act(view, State())[0].reduction.index)
-        found[step.at.index] = held
-    return found
 
 
 @pytest.mark.system("v2drop", "exact")
@@ -40,7 +34,7 @@ def _chain(method, varied, info=LLAMA):
 def test_released_code_written_naively(n):
     """Half of what is left, half of that, and one token; sorted back into the order of the picture."""
     varied = {layer: scores(layer, n) for layer in (2, 16, 21)}
-    found = _chain(Plan.of("v2drop:released").methods[0], varied)
+    found = chain(Plan.of("v2drop:released").methods[0], varied, LLAMA)
     held = list(range(n))
     for layer, ratio in ((3, 0.5), (17, 0.5), (22, 0)):
         row = varied[layer - 1][0].tolist()
@@ -48,21 +42,19 @@ def test_released_code_written_naively(n):
         assert found[layer][0].tolist() == held
 
 
-def _most_changed(reduce):
-    for seed in range(5):
-        varied = scores(seed, 30)
-        assert ids(reduce(View.of(tokens(0, 30), varied), 15)) == varied[0].topk(15).indices.sort().values.tolist()
+def choose(view, k):
+    return V2Drop().cut(view, LayerChange(2), Budget(k))
 
 
 @pytest.mark.system("v2drop", "exact")
 def test_a_cut_keeps_the_most_changed():
-    _most_changed(lambda view, k: V2Drop().cut(view, LayerChange(2), HALF))
+    check_keeps_largest(choose)
 
 
 @pytest.mark.parametrize("stub", STUBS)
 def test_most_changed_fails_for_a_stub(stub):
     with pytest.raises(AssertionError):
-        _most_changed(stub)
+        check_keeps_largest(stub)
 
 
 @pytest.mark.system("v2drop", "exact")
@@ -85,18 +77,11 @@ def test_the_signal_is_the_norm_of_the_difference():
 
 
 def test_ties_nan_and_infinite_values():
-    varied = torch.ones(1, 8)
-    assert ids(V2Drop().cut(View.of(tokens(0, 8), varied), LayerChange(2), HALF)) == [0, 1, 2, 3]
-    varied[0, [0, 2]] = torch.tensor([torch.nan, torch.inf])
-    view = View.of(tokens(0, 8), varied)
-    assert ids(V2Drop().cut(view, LayerChange(2), HALF)) == [1, 3, 4, 5]
-    assert int(view.notes["nan_scores"]) == 2
+    check_ties_and_broken_values(choose)
 
 
 def test_tiles_are_one_pool():
-    layout, varied = Picture.tiled(4, 2, 1).lm, torch.zeros(1, 48)
-    varied[0, 16:28] = 1
-    assert ids(V2Drop().cut(View.of(tokens(0, 48), varied, layout=layout), LayerChange(2), QUARTER)) == [*range(16, 28)]
+    check_tiles_are_one_pool(choose)
 
 
 def test_counts_are_of_what_entered_the_lm():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import winnow
-from tests import kvhand, zoo
+from tests import kvdecode, kvhand
 from winnow.contract import Attend, KVView, Observe, State
 from winnow.core.errors import WinnowError
 from winnow.methods.zipvl import ZipVL
@@ -210,19 +210,13 @@ def test_late_evidence_fails_for_a_stub():
             _late_evidence_stays(stub)
 
 
-def _model(build):
-    if build in kvhand.TEXTS:
-        return kvhand.text_model(build), kvhand.prompt((19, 26, 11))
-    return zoo.model(build), zoo.inputs(build, zoo.RAGGED)
-
-
 PLAN = "zipvl:keep=mass=0.8,last=3,random=8"
 
 
 @pytest.mark.system("zipvl", "model")
 @pytest.mark.parametrize("build", ["llama", "llava_clip"])
 def test_on_a_model_equals_the_full_cache_with_the_others_masked_in_the_prefill_too(build):
-    model, inputs = _model(build)
+    model, inputs, _ = kvdecode.case(build)
     with winnow.compress(model, PLAN):
         first = kvhand.written(model, inputs, STEPS[:, :1])
         evicted = kvhand.evicted_of(first.past_key_values)
@@ -237,23 +231,12 @@ def test_on_a_model_equals_the_full_cache_with_the_others_masked_in_the_prefill_
     assert (got.logits[0] - plain.logits[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("build", ["llama"])
-def test_a_padded_batch_equals_its_samples(build):
-    model, inputs = _model(build)
-    if build in kvhand.TEXTS:
-        alone = [{k: v[row : row + 1, -n:] for k, v in inputs.items()} for row, n in enumerate((19, 26, 11))]
-    else:
-        alone = zoo.samples(build, zoo.RAGGED)
-    with winnow.compress(model, PLAN):
-        batch = kvhand.written(model, inputs, STEPS)
-        for row, one in enumerate(alone):
-            single = kvhand.written(model, one, STEPS[row : row + 1])
-            for a, b in zip(batch.logits, single.logits, strict=True):
-                torch.testing.assert_close(a[row], b[0], atol=2e-5, rtol=1e-5)
+def test_a_padded_batch_equals_its_samples():
+    kvdecode.case("llama").check_batch(PLAN, STEPS)
 
 
 def test_all_of_it_changes_no_bit():
-    model, inputs = _model("llama")
+    model, inputs, _ = kvdecode.case("llama")
     plain = kvhand.written(model, inputs, STEPS)
     with winnow.compress(model, "zipvl:keep=100%"):
         got = kvhand.written(model, inputs, STEPS)
@@ -355,17 +338,7 @@ def test_the_first_version_on_a_model_equals_a_plain_cache_changed_by_hand():
 @pytest.mark.system("zipvl", "model")
 @pytest.mark.parametrize("build", ["llava_clip"])
 def test_the_first_version_in_a_padded_batch_equals_its_samples(build):
-    model, inputs = _model(build)
-    if build in kvhand.TEXTS:
-        alone = [{k: v[row : row + 1, -n:] for k, v in inputs.items()} for row, n in enumerate((19, 26, 11))]
-    else:
-        alone = zoo.samples(build, zoo.RAGGED)
-    with winnow.compress(model, f"{PLAN},kv=mixed"):
-        batch = kvhand.written(model, inputs, STEPS)
-        for row, one in enumerate(alone):
-            single = kvhand.written(model, one, STEPS[row : row + 1])
-            for a, b in zip(batch.logits, single.logits, strict=True):
-                torch.testing.assert_close(a[row], b[0], atol=1e-4, rtol=1e-4)
+    kvdecode.case(build).check_batch(f"{PLAN},kv=mixed", STEPS, atol=1e-4)
 
 
 @pytest.mark.parametrize(

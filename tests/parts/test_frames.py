@@ -11,7 +11,7 @@ import torch
 from winnow.core.errors import WinnowError
 from winnow.core.layout import Layout, grid_rows
 from winnow.core.view import View
-from winnow.parts.frames import clip_of, frame_grid, frame_of, whole_clip
+from winnow.parts.frames import clip_of, frame_grid, frame_of, frame_slots, whole_clip
 from winnow.testing import Picture
 
 CPU = torch.device("cpu")
@@ -89,3 +89,14 @@ def test_tokens_that_share_a_place_are_refused():
     layout = Layout.of("twice", [grid_rows(1, 2, 2), grid_rows(1, 2, 2)])
     with pytest.raises(WinnowError, match="share a place"):
         clip_of(view_of(layout))
+
+
+def test_slots_of_a_picture_are_its_tokens_and_those_of_a_video_its_frames():
+    tokens = torch.zeros(2, 12, 3)
+    assert frame_slots(View.of(tokens, layout=Layout.grid(2, 3, 2)), "any")[0] == 2
+    frames, slot = frame_slots(View.of(tokens, layout=Layout.grid(3, 4)), "any")
+    assert (frames, slot.tolist()) == (1, [list(range(12))] * 2)
+    fewer = View(tokens[:, :5], Layout.grid(3, 4), torch.arange(5).expand(2, -1), 12)
+    assert frame_slots(fewer, "any")[1].tolist() == [list(range(5))] * 2
+    with pytest.raises(WinnowError, match="any needs a token at each of 6 places of 2 frames"):
+        frame_slots(replace(fewer, layout=Layout.grid(2, 3, 2)), "any")

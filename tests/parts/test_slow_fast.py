@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from winnow.learn.detection.detector import Block
+from winnow.learn.detection.blocks import Block
 from winnow.parts.slow_fast import shares, slow_fast, slow_fast_naive
 
 

@@ -4,8 +4,11 @@
 - `random`: M tokens drawn at random, for each question anew.
 - `uniform`: M tokens evenly spread over the grid.
 - `downsample`: the grid average-pooled to at most M cells, which is the picture made smaller after the tower.
+- `seconds`: of a clip, whole frames of tokens evenly spread over time: what sampling fewer frames does.
 - `ceiling`: the tokens of the question's evidence, then tokens of other things in the picture, then any: what a method
   could do if it knew where to look.
+- `drop-low-energy`: the M loudest tokens of a sound. Silence is most of a sound, so this must be beaten; quiet parts
+  matter, so it is not hard to.
 - `oracle`: the evidence and nothing else. A diagnostic, not a ceiling: without distractors the task is easier.
 
 Choices that depend on the question come with the request (`Choice`), never from the model or the method.
@@ -25,6 +28,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from winnow.bench.tasks import Ask, Boxes
 from winnow.core.budget import Budget, split_evenly
@@ -34,8 +38,11 @@ from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.reduction import Reduction
 from winnow.core.view import View
+from winnow.signals.sound import SoundLevel
 
 Choice = tuple[Layout, tuple[int, ...]]  # of one sample: its item's layout, and ascending content ids to keep
+
+LEVEL = SoundLevel()
 
 _choices: ContextVar[Sequence[Choice] | None] = ContextVar("winnow_bench_choices", default=None)
 
@@ -99,19 +106,55 @@ class Downsample(Method):
         return Reduction.mix(weights, representative=representative.to(view.tokens.device).expand(view.b, -1))
 
 
+@dataclass(frozen=True)
+class Seconds(Method):
+    """Keep whole frames of tokens, evenly spread over time; of the last as many as are left, spread over it."""
+
+    keep: Budget = Budget(64)
+
+    slug: ClassVar[str] = "baseline-seconds"
+
+    def reduce(self, view: View) -> Reduction:
+        ids = torch.tensor(whole_frames(view.layout, self.keep.of(view)), device=view.tokens.device)
+        return Reduction.select(ids.expand(view.b, -1), view.n)
+
+
+@dataclass(frozen=True)
+class DropLowEnergy(Method):
+    """Keep the M loudest tokens of a sound, in their order."""
+
+    keep: Budget = Budget(64)
+    level: SoundLevel = LEVEL
+
+    slug: ClassVar[str] = "baseline-drop-low-energy"
+    modalities: ClassVar[tuple[str, ...]] = ("audio",)
+
+    def score(self, view: View) -> Tensor:
+        if view.layout.seconds is None:
+            raise WinnowError("drop-low-energy is a baseline of sounds; a picture or a video has no energy to drop.")
+        return view[self.level]
+
+
 BASELINES = ("random", "uniform", "downsample", "ceiling", "oracle")
-LABELS = {"random": "random-M", "uniform": "uniform-M", "downsample": "downsample-M"}
+OF_CLIPS = ("seconds",)
+OF_SOUNDS = ("random", "uniform", "downsample", "drop-low-energy")
+KNOWN = tuple(dict.fromkeys((*BASELINES, *OF_CLIPS, *OF_SOUNDS)))
+LABELS = {"seconds": "seconds-M", "random": "random-M", "uniform": "uniform-M", "downsample": "downsample-M"}
 PER_QUESTION = ("random", "ceiling", "oracle")
 NEED_EVIDENCE = ("ceiling", "oracle")
 
 
 def baseline_plan(name: str, budget: int | float | str) -> Plan:
     """The plan of a baseline at a budget; `Chosen` ones also need `choosing` around each request."""
-    if name not in BASELINES:
-        raise WinnowError(f"Unknown baseline {name!r}; baselines are full, {', '.join(BASELINES)}.")
+    if name not in KNOWN:
+        raise WinnowError(f"Unknown baseline {name!r}; baselines are full, {', '.join(KNOWN)}.")
     keep = Budget(budget)
+    if name == "drop-low-energy":
+        return Plan((DropLowEnergy(keep),))
     if name == "uniform":
         return Plan((Uniform(keep),))
+    if name == "seconds":
+        return Plan((Seconds(keep),))
     if name == "downsample":
         return Plan((Downsample(keep),))
     return Plan((Chosen(name, keep),))
@@ -153,6 +196,20 @@ def uniform_ids(layout: Layout, m: int) -> tuple[int, ...]:
             row = ids[int((i + 0.5) * h / rows)]
             found += [int(row[int((j + 0.5) * w / own)]) for j in range(own)]
     return tuple(sorted(found))
+
+
+@lru_cache(maxsize=256)
+def whole_frames(layout: Layout, m: int) -> tuple[int, ...]:
+    """M content ids: all of evenly spaced frames, and of one more what is left, evenly spread over it."""
+    frames = _grids(layout)
+    if len(frames) < 2:
+        raise WinnowError("This item has one frame, so no frames can be left out; use `uniform`.")
+    size = frames[0].size
+    number = -(-m // size)
+    chosen = [frames[int((i + 0.5) * len(frames) / number)].reshape(-1) for i in range(number)]
+    left = m - size * (number - 1)
+    last = [int(chosen[-1][int((i + 0.5) * size / left)]) for i in range(left)]
+    return tuple(sorted([*(int(i) for ids in chosen[:-1] for i in ids), *last]))
 
 
 def _grids(layout: Layout) -> list[np.ndarray]:

@@ -6,10 +6,10 @@ the x-axis of every comparison is the mean of that over layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from winnow.bench.baselines import BASELINES, LABELS, PER_QUESTION, baseline_plan
+from winnow.bench.baselines import BASELINES, LABELS, OF_CLIPS, PER_QUESTION, baseline_plan
 from winnow.bench.schema import Cell
 from winnow.core.budget import Budget
 from winnow.core.errors import WinnowError
@@ -27,12 +27,14 @@ class Job:
     Attributes:
         baseline: its name, for baselines that choose per question.
         fed: embeddings of the picture that the untouched model is given (native-M); None: the whole picture.
+        show: of a task's `shows`, for baselines that show less; "" shows all.
     """
 
     cell: Cell
     plan: Plan
     baseline: str = ""
     fed: int | None = None
+    show: str = ""
 
     @property
     def key(self) -> str:
@@ -49,6 +51,7 @@ def jobs(
     *,
     baselines: Sequence[str] = BASELINES,
     positions: str | None = None,
+    shows: Iterable[str] = (),
 ) -> list[Job]:
     """The full model, then baselines and methods at every budget, largest first.
 
@@ -56,17 +59,20 @@ def jobs(
         methods: slugs, to which budgets apply (where a method takes none, it is measured once, as it is), or plan
             strings and plan files, which have their own settings.
         content: content tokens of a typical item; shares and stepwise methods are made from it.
-        baselines: of `BASELINES`; random-M and downsample-M are always measured.
+        baselines: of `BASELINES` and, for clips, `OF_CLIPS`; random-M and downsample-M are always measured.
+        shows: baselines that show less, always measured.
     """
-    unknown = [name for name in baselines if name not in BASELINES]
+    known = (*BASELINES, *OF_CLIPS)
+    unknown = [name for name in baselines if name not in known]
     if unknown:
-        raise WinnowError(f"Unknown baseline {', '.join(unknown)}; baselines are {', '.join(BASELINES)}.")
+        raise WinnowError(f"Unknown baseline {', '.join(unknown)}; baselines are {', '.join(known)}.")
     if not methods:
         raise WinnowError("No method was named; `winnow methods` lists them.")
-    names = [name for name in BASELINES if name in {*baselines, "random", "downsample"}]
+    names = [name for name in known if name in {*baselines, "random", "downsample"}]
     counts = {str(b): Budget(_number(b)).of(content) for b in budgets}
     ordered = sorted(counts, key=lambda b: -counts[b])
     found = [FULL_JOB]
+    found += [Job(Cell(f"baseline:{show}", show, "baseline", "", None), Plan(()), show=show) for show in shows]
     for name in names:
         for budget in ordered:
             m = counts[budget]

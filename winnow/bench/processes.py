@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from winnow.bench.baselines import BASELINES
+from winnow.bench.baselines import BASELINES, OF_CLIPS
+from winnow.bench.clips import clip_task
 from winnow.bench.environment import code_hash
 from winnow.bench.plans import FULL_JOB
 from winnow.bench.runner import CHECKED, NEW_TOKENS, bench, refuse_mismatches
@@ -19,7 +20,8 @@ from winnow.bench.tasks import Task, data_task, world_task
 from winnow.children import end_with_parent
 from winnow.core.errors import WinnowError
 from winnow.core.registry import picture_methods
-from winnow.models.load import load, quiet
+from winnow.models.load import device_of, load, quiet
+from winnow.reference import video
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Sweep:
     Attributes:
         model: a Hub id or a folder; None is the bundled reference model.
         data: the user's file; None means winnow's own world, with the given split, start and size.
+        clips: frames of clips to ask about, instead of pictures; the model is then the video reference model, or a
+            folder of one.
         threads: of each process; None leaves torch's choice.
         code: hash of the code that the first process runs; the others must run the same.
     """
@@ -50,12 +54,17 @@ class Sweep:
     dtype: str | None = None
     trust_remote_code: bool = False
     checked: int = CHECKED
+    clips: int | None = None
     threads: int | None = None
     resume: bool = True
     shard: tuple[int, int] = (0, 1)
     code: str = ""
 
     def task(self, model: Any) -> Task:
+        if self.clips is not None:
+            if self.data is not None:
+                raise WinnowError("--clips asks about winnow's own clips; leave --data out.")
+            return clip_task(self.questions or 400, frames=self.clips, split=self.split, seed=self.start)
         if self.data is not None:
             return data_task(self.data, self.questions)
         side = getattr(getattr(model.config, "vision_config", None), "image_size", 224)
@@ -65,14 +74,25 @@ class Sweep:
     def loaded(self) -> tuple[Any, Any]:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+        if self.clips is not None:
+            model, processor = video.load(self.model)
+            return model.to(device_of(self.device)), processor  # type: ignore[arg-type]
         return load(self.model, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def name(self) -> str:
+        return self.model or f"bundled {'video ' if self.clips is not None else ''}reference model"
+
+    @property
+    def all_baselines(self) -> tuple[str, ...]:
+        return self.baselines if self.clips is None else (*self.baselines, *OF_CLIPS)
 
     def answer_length(self) -> int:
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         from winnow.reference import MAX_NEW_TOKENS
 
-        return MAX_NEW_TOKENS if self.model is None else NEW_TOKENS
+        return MAX_NEW_TOKENS if self.model is None or self.clips is not None else NEW_TOKENS
 
 
 def run(sweep: Sweep, *, progress: bool = False, say: Callable[[str], None] = lambda text: None) -> str:
@@ -83,7 +103,7 @@ def run(sweep: Sweep, *, progress: bool = False, say: Callable[[str], None] = la
     with Store(sweep.store, create=True) as store:
         return bench(
             model, processor, sweep.methods, sweep.budgets, sweep.task(model), store,
-            name=sweep.model or "bundled reference model", baselines=sweep.baselines, batch=sweep.batch,
+            name=sweep.name, baselines=sweep.all_baselines, batch=sweep.batch,
             seed=sweep.seed, max_new_tokens=sweep.answer_length(), positions=sweep.positions, checked=sweep.checked,
             shard=sweep.shard, resume=sweep.resume, progress=progress, say=say,
         )  # fmt: skip

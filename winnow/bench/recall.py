@@ -64,7 +64,7 @@ def measure(
         raise WinnowError(f"{task!r} asks nothing; the tasks with questions are {', '.join(TASKS[:-1])}")
     samples = _samples(task, n, length, split, seed, counts)
     found: list[Answer] = []
-    with _under(model, plan):
+    with under(model, plan):
         for start in range(0, n, BATCH):
             part = samples[start : start + BATCH]
             said = _aware(model, part) if aware else _agnostic(model, part)
@@ -86,7 +86,7 @@ def perplexity(model: Any, plan: Any, n: int = 16, length: int = 512, *, split: 
     """Perplexity of the last quarter of filler texts, word by word on the cache of the rest that the plan left."""
     samples = _samples("filler", n, length, split, seed, {})
     losses: list[Tensor] = []
-    with _under(model, plan):
+    with under(model, plan):
         for start in range(0, n, BATCH):
             ids = _rows(model, [sample.context for sample in samples[start : start + BATCH]])
             read = round(READ * length)
@@ -103,7 +103,7 @@ def _samples(task: str, n: int, length: int, split: str, seed: int, counts: dict
     return [draw(task, seed + i, length, split, **counts) for i in range(n)]
 
 
-def _under(model: Any, plan: Any) -> Any:
+def under(model: Any, plan: Any) -> Any:
     """The model with the plan attached, for a `with` block."""
     if plan is None or plan == FULL:
         return nullcontext()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,9 +15,10 @@ from winnow.bench.tasks import Ask, Boxes, Task
 from winnow.core.errors import WinnowError
 from winnow.models.inputs import model_inputs
 from winnow.overlay import shown_box
+from winnow.reference.video import ClipProcessor
 
 PIXELS = ("pixel_values", "pixel_values_videos")
-SIZES = ("image_sizes", "image_grid_thw")  # pictures of equal sizes have equal layouts
+SIZES = ("image_sizes", "image_grid_thw", "video_grid_thw")  # pictures of equal sizes have equal layouts
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,15 @@ class Request:
     objects: Boxes
 
 
-def request(model: Any, processor: Any, task: Task, ask: Ask) -> Request:
-    """Raises WinnowError when the model cannot be asked this."""
+def request(model: Any, processor: Any, task: Task, ask: Ask, show: str = "") -> Request:
+    """Raises WinnowError when the model cannot be asked this.
+
+    Args:
+        show: of `task.shows`; "" shows all.
+    """
     picture = task.open(ask)
+    if isinstance(picture, np.ndarray):
+        return _of_clip(model, processor, task.shows[show](picture, ask) if show else picture, ask)
     shown = shown_box(processor, picture.size)
     return Request(
         ask,
@@ -39,6 +47,19 @@ def request(model: Any, processor: Any, task: Task, ask: Ask) -> Request:
         _as_shown(ask.evidence, shown, picture.size),
         _as_shown(ask.objects, shown, picture.size),
     )
+
+
+def _of_clip(model: Any, processor: Any, frames: np.ndarray, ask: Ask) -> Request:
+    if not isinstance(processor, ClipProcessor):
+        raise WinnowError(
+            f"Clips are asked of the video reference model, not through {type(processor).__name__}; see "
+            "`winnow.reference.video.load`."
+        )
+    made = processor(frames, ask.text)
+    inputs = {
+        n: x.to(model.device, model.dtype if x.is_floating_point() and n in PIXELS else None) for n, x in made.items()
+    }
+    return Request(ask, inputs, ask.evidence, ask.objects)
 
 
 def _as_shown(boxes: Boxes, shown: tuple[float, ...], size: tuple[int, int]) -> Boxes:

@@ -63,13 +63,14 @@ class Encoded:
     def __init__(self, handle: Handle, reader: Plan, inputs: dict[str, Tensor]) -> None:
         self.bound = handle.bound
         self.handle, self.inputs = handle, inputs
+        self.modality = "video" if "pixel_values_videos" in inputs else "image"
         self._own: dict[str, Any] = {}
         self._output = self._encode(reader)
 
     def _encode(self, plan: Plan) -> Any:
         base = self.bound.base
         for name, modality, _ in self.bound.family.encoders:
-            if modality == "image":
+            if modality == self.modality:
                 call = getattr(base, name)
         names = [n for n in inspect.signature(call).parameters if n in self.inputs]
         with torch.no_grad(), self.handle.using(plan):
@@ -81,7 +82,7 @@ class Encoded:
         return record_of(self._output).layouts  # type: ignore[union-attr]
 
     def under(self, plan: Plan) -> Any:
-        """Encoder outputs for `mm_encoder_outputs={"image": …}` inside `using(plan)`."""
+        """Encoder outputs for `mm_encoder_outputs={modality: …}` inside `using(plan)`."""
         bound = self.handle.bind(plan)
         if bound.acts_in_tower:
             return self._encode(plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from winnow.bench.baselines import BASELINES, NEED_EVIDENCE
 from winnow.bench.environment import code_settings, environment, model_settings, run_key
 from winnow.bench.plans import FULL_JOB, Job, Keep, jobs
-from winnow.bench.requests import batches, joined, request
+from winnow.bench.requests import Request, batches, joined, request
 from winnow.bench.reuse import Encoded, listening
 from winnow.bench.schema import Question
 from winnow.bench.store import Store
@@ -104,7 +105,9 @@ def _jobs(
     layouts = Encoded(handle, listening(handle, []), joined([alone])).layouts
     if not any(ask.evidence for ask in task.questions):
         baselines = [b for b in baselines if b not in NEED_EVIDENCE]
-    return jobs(methods, budgets, layouts[0].n_content, baselines=baselines, positions=positions)
+    return jobs(
+        methods, budgets, layouts[0].n_content, baselines=baselines, positions=positions, shows=tuple(task.shows)
+    )
 
 
 def _supported(handle: Handle, planned: list[Job], cells: dict[str, int], store: Store) -> list[Job]:
@@ -131,13 +134,15 @@ def _batch(
 ) -> None:
     """One batch of questions in every cell that lacks an answer to any of them."""
     lacking = {job.key: [a for a in asks if a.id not in store.answered(cells[job.key])] for job in planned}
-    requests = []
-    if any(lacking.values()):
-        requests = [request(sweeper.handle.model, sweeper.processor, task, ask) for ask in asks]
-    encoded = sweeper.shared(requests)
+
+    @functools.cache
+    def shown(show: str) -> tuple[list[Request], Callable[[], Encoded]]:
+        requests = [request(sweeper.handle.model, sweeper.processor, task, ask, show) for ask in asks]
+        return requests, sweeper.shared(requests)
+
     for job in planned:
         if lacking[job.key]:
-            outcome = sweeper.run(job, cells[job.key], requests, encoded, checked(job))
+            outcome = sweeper.run(job, cells[job.key], *shown(job.show), checked(job))
             _write(store, cells[job.key], outcome, {ask.id for ask in lacking[job.key]})
         step()
 

@@ -74,7 +74,7 @@ class Question:
 
     Attributes:
         image: how to get the picture again: `world:<split>:<seed>:<size>`, or a path relative to the data file.
-        evidence: boxes x0, y0, x1, y1 as fractions of the picture.
+        evidence: boxes x0, y0, x1, y1 as fractions of the picture; of a clip t0, t1 behind them.
     """
 
     run: str
@@ -83,7 +83,7 @@ class Question:
     text: str
     truth: str
     image: str
-    evidence: tuple[tuple[float, float, float, float], ...]
+    evidence: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class Sweeper:
         choices = self.choices(job, requests, encoded.layouts)
         given = without_pixels(encoded.inputs)
         with self.handle.using(job.plan), choosing(choices):
-            ids, ledger = self._generate(given | {"mm_encoder_outputs": {"image": encoded.under(job.plan)}})
+            ids, ledger = self._generate(given | {"mm_encoder_outputs": {encoded.modality: encoded.under(job.plan)}})
             mismatch = self._compare(requests, encoded.inputs, ids, ledger) if check else ""
         prompt = given["input_ids"].shape[1]
         read = [self._read(cell, r, row, ids[row, prompt:], ledger) for row, r in enumerate(requests)]

@@ -15,7 +15,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from winnow.core.errors import WinnowError
 from winnow.media import MediaError, fingerprint, open_image
 from winnow.world import TYPES, VERSION, Scene, fractions, scene
 
-Boxes = tuple[tuple[float, float, float, float], ...]
+Boxes = tuple[tuple[float, ...], ...]  # x0, y0, x1, y1; of a clip t0, t1 behind them: see `Layout.covering`
 
 SCENES_FOR_EACH = 200  # drawn at most for one question of a type, before the world is said to have no more
 LONGEST_ROW = 2**20  # bytes
@@ -58,13 +58,15 @@ class Task:
     Attributes:
         settings: what could change a result; part of a run's key.
         bad: rows that could not be used, by name, each with the reason.
-        open: the picture of a question, upright RGB.
+        open: the picture of a question, upright RGB; of a clip its frames, uint8 [T, S, S, 3].
+        shows: baselines that show less, by name: from the frames of a question to those that the model gets.
     """
 
     settings: dict[str, Any]
     questions: tuple[Ask, ...]
-    open: Callable[[Ask], Image.Image] = field(repr=False, compare=False)
+    open: Callable[[Ask], Any] = field(repr=False, compare=False)
     bad: tuple[str, ...] = ()
+    shows: Mapping[str, Callable[[Any, Ask], Any]] = field(default_factory=dict, repr=False, compare=False)
 
 
 def world_task(
@@ -102,7 +104,7 @@ def world_task(
             f"The split {split!r} gives too few questions of {', '.join(missing)}; ask fewer than {count}."
         )
     settings = {"task": "world", "version": VERSION, "split": split, "seed": seed, "size": size}
-    return Task(settings | _identity(asked), tuple(asked), open_world)
+    return Task(settings | identity(asked), tuple(asked), open_world)
 
 
 def world_turns(count: int, *, split: str = "test", seed: int = 0, size: int = 224) -> tuple[tuple[Ask, Ask], ...]:
@@ -178,7 +180,7 @@ def data_task(path: str | Path, count: int | None = None) -> Task:
         raise WinnowError(f"{file} has no row that can be used ({shown}). {EXPORT}.")
     folder = file.parent
     settings = {"task": "data", "name": file.name, "pictures": _digest(prints), "rows_left_out": len(bad)}
-    return Task(settings | _identity(asked), tuple(asked), lambda ask: open_image(folder / ask.image), tuple(bad))
+    return Task(settings | identity(asked), tuple(asked), lambda ask: open_image(folder / ask.image), tuple(bad))
 
 
 def _rows(file: Path) -> Iterator[tuple[str, bytes]]:
@@ -237,7 +239,8 @@ def _boxes(given: Any, width: int, height: int) -> Boxes:
     return tuple(found)
 
 
-def _identity(asked: Sequence[Ask]) -> dict[str, Any]:
+def identity(asked: Sequence[Ask]) -> dict[str, Any]:
+    """What identifies the questions in the settings of a run."""
     rows = [[a.id, a.type, a.text, a.truth, a.image, a.evidence] for a in asked]
     return {
         "questions": len(asked),

@@ -18,7 +18,7 @@ from winnow.core.plan import FULL, Plan
 from winnow.engine.compress import compress
 from winnow.engine.handle import Handle
 from winnow.engine.turns import TURNS
-from winnow.models.inputs import image_token
+from winnow.models.inputs import placeholder
 
 ANSWER = "winnowanswer"
 
@@ -125,7 +125,7 @@ def _second_turn(processor: Any, pair: tuple[Ask, Ask]) -> str:
     except Exception:  # a template is a program that comes with the checkpoint: it can fail in any way
         text = ""
     tail = text.partition(ANSWER)[2]
-    if text.count(ANSWER) != 1 or pair[1].text not in tail or text.count(image_token(processor)) != 1:
+    if text.count(ANSWER) != 1 or pair[1].text not in tail or text.count(placeholder(processor)) != 1:
         raise WinnowError(
             f"The chat template of {type(processor).__name__} does not write a second question behind an answer; "
             "use a checkpoint whose template takes a conversation."

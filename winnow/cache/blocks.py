@@ -110,6 +110,12 @@ class Lot:
         slots = None if self.slots is None else move(self.slots)
         return Lot(rows, [block.rows(move) for block in self.blocks], self.tail.rows(move), list(self.marks), slots)
 
+    def each(self, change: Move) -> None:
+        """As `Dense.each`."""
+        self.blocks = [block.rows(change) for block in self.blocks]
+        self.tail.each(change)
+        self.slots = None if self.slots is None else change(self.slots)
+
     def tensors(self) -> Iterator[Tensor]:
         for block in self.blocks:
             yield from block.tensors()
@@ -227,6 +233,11 @@ class Coded:
             if new:
                 lots.append(lot.moved([lanes[order[at]] for at in new], new))
         return Coded(lots)
+
+    def each(self, change: Move) -> None:
+        """As `Dense.each`."""
+        for lot in self.lots:
+            lot.each(change)
 
     def tensors(self) -> Iterator[Tensor]:
         for lot in self.lots:

@@ -26,11 +26,14 @@ class Context:
         modules: what the methods built, by their number.
         rotary: turns keys; None where positions are not understood.
         kinds: gives `[B, n]` what each token is that is read now; None where nobody asks.
+        places: gives, for a layer that runs now, `[B, n]` or `[B, n, 3]` the positions of the tokens that it reads;
+            None where nobody asks.
         reads: gives, for a layer that runs now, where the tokens that it reads stood when the model was called, and
             `[B, L]` which of the slots that it held before are real (None: all); None where all layers read all.
         notes: what methods recorded.
         layers: of the cache.
         few: what later layers read of the token that is decoded now.
+        room: decoded tokens for which storages are allocated once; None: they grow.
     """
 
     attachment: Any
@@ -40,15 +43,19 @@ class Context:
     modules: Any = field(default_factory=dict)
     rotary: Any = None
     kinds: Callable[[], Tensor] | None = None
+    places: Callable[[int], Tensor] | None = None
     reads: Callable[[int], tuple[Packing, Tensor | None]] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     layers: list[Any] = field(default_factory=list)
     few: Few | None = None
+    room: int | None = None
     _memo: tuple[Any, dict[Any, Any]] = field(default_factory=lambda: (None, {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Context":
         """Of a copied cache: its own layers, and the same model, which a copy must not copy."""
-        made = replace(self, kinds=None, reads=None, notes=dict(self.notes), layers=[], few=None, _memo=(None, {}))
+        made = replace(
+            self, kinds=None, places=None, reads=None, notes=dict(self.notes), layers=[], few=None, _memo=(None, {})
+        )
         memo[id(self)] = made
         made.layers = copy.deepcopy(self.layers, memo)
         return made

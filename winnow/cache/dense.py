@@ -1,11 +1,13 @@
 """Dense: keys and values of one layer in rectangular tensors; every head of a sample holds as many slots."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from winnow.core.errors import WinnowError
 
 _ROOM = 64
 
@@ -20,7 +22,10 @@ class Dense:
             last, one after the other. None: so were all.
         grows: whether room for later tokens is kept behind the last one, so that they are written in place. Off, what
             is held is a new tensor at each token, as in transformers' own cache.
+        bounded: whether the room is all that there will be for decoded tokens.
     """
+
+    bounded = False
 
     def __init__(
         self,
@@ -43,6 +48,11 @@ class Dense:
     def heads(self) -> int:
         """KV heads."""
         return self._keys.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Slots for which there is room."""
+        return self._keys.shape[2]
 
     @property
     def keys(self) -> Tensor:
@@ -75,11 +85,30 @@ class Dense:
             self._keys = torch.cat([self.keys, keys], 2)
             self._values = torch.cat([self.values, values], 2)
         else:
-            if self.length + n > self._keys.shape[2]:
+            if self.length + n > self.capacity:
+                if self.bounded and n == 1:
+                    raise WinnowError(
+                        f"this cache has room for {self.capacity} slots of a head, and all are taken; make it "
+                        "with a larger max_new_tokens."
+                    )
                 self._keys, self._values = (_with_room(x, self.length, n + _ROOM) for x in (self._keys, self._values))
             self._keys[:, :, self.length : self.length + n] = keys
             self._values[:, :, self.length : self.length + n] = values
         self.length += n
+
+    def reserve(self, capacity: int, place: "Dense | None" = None) -> None:
+        """Room for `capacity` slots, which no decoded token goes beyond.
+
+        Args:
+            place: whose storages to take, where they have exactly this room.
+        """
+        capacity = max(capacity, self.length)
+        if place is not None and place._keys.shape[:3] == (*self._keys.shape[:2], capacity):
+            place._keys[:, :, : self.length], place._values[:, :, : self.length] = self.keys, self.values
+            self._keys, self._values = place._keys, place._values
+        else:
+            self._keys, self._values = (_with_room(x, self.length, capacity - self.length) for x in self.read())
+        self.grows = self.bounded = True
 
     def crop(self, count: int) -> None:
         """Without the last slots."""
@@ -91,7 +120,17 @@ class Dense:
         """Moved samples: `move` takes a tensor and gives it with its rows chosen, repeated or reordered."""
         real, bias, slots = (None if x is None else move(x) for x in (self.real, self.bias, self.slots))
         keys, values = self.read()
-        return Dense(move(keys), move(values), real, bias, slots, self.grows)
+        made = Dense(move(keys), move(values), real, bias, slots, self.grows)
+        if self.bounded:
+            made.reserve(self.capacity)
+        return made
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put `change` of each tensor that is held in its place; the room behind the last slot stays."""
+        self._keys, self._values = change(self._keys), change(self._values)
+        self.real, self.bias, self.slots = (
+            None if x is None else change(x) for x in (self.real, self.bias, self.slots)
+        )
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is held."""

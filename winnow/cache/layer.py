@@ -16,6 +16,7 @@ from winnow.cache.blocks import Coded
 from winnow.cache.context import Context
 from winnow.cache.dense import Dense
 from winnow.cache.masks import allowed, mask_for, real_of
+from winnow.cache.placing import Placing
 from winnow.cache.queries import Asked
 from winnow.cache.ragged import Ragged
 from winnow.cache.run import Runner
@@ -56,7 +57,7 @@ class Held(AttendsItself):
         )
 
 
-class HeldLayer(CacheLayerMixin):
+class HeldLayer(Placing, CacheLayerMixin):
     """The cache of one layer.
 
     Args:
@@ -78,6 +79,7 @@ class HeldLayer(CacheLayerMixin):
         self.uncut = 0
         self.codec: tuple[int, Codec] | None = None
         self.kinds: Tensor | None = None
+        self.places: Tensor | None = None
         self.token_bytes = 0
         self.read_now: tuple[Packing, Tensor | None] | None = None
         self.called: dict[str, Any] | None = None
@@ -92,12 +94,15 @@ class HeldLayer(CacheLayerMixin):
         """Take over what a plain layer holds."""
         self.lazy_initialization(keys, values)
         self.store, self.seen = Dense(keys, values), keys.shape[2]
+        self.bound(self.store)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Take new keys and values; what it returns goes to the attention function."""
         self.context.check()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.prefetch()
+        self.waits = True
         if self.changed:
             held = Held(self, (key_states, value_states))
             return held, held
@@ -105,11 +110,13 @@ class HeldLayer(CacheLayerMixin):
         if first:
             whole = torch.contiguous_format
             self.store = Dense(key_states.clone(memory_format=whole), value_states.clone(memory_format=whole))
+            self.bound(self.store)
         else:
             self.store.append(key_states, value_states)  # type: ignore[union-attr]
         self._count(key_states.shape[2])
         moment: Moment = "decode" if key_states.shape[2] == 1 and not first else "prefill"
         if not self.runner.acts(moment) and self.context.few_of(self.index) is None:
+            self.waits = False
             return self.store.read()  # type: ignore[union-attr]
         held = Held(self, (key_states, value_states))
         return held, held
@@ -121,6 +128,13 @@ class HeldLayer(CacheLayerMixin):
         if self.context.kinds is not None:
             now = self.context.kinds()
             self.kinds = now if self.kinds is None else torch.cat([self.kinds, now], 1)
+        if self.context.places is not None:
+            now = self.context.places(self.index)
+            before = self.places
+            if before is None:  # what a plain cache held was read without gaps
+                before = torch.arange(self.seen - new, device=now.device)
+                before = before.reshape(1, -1, *(1,) * (now.ndim - 2)).expand(now.shape[0], -1, *now.shape[2:])
+            self.places = torch.cat([before, now], 1)
 
     def attend(
         self,
@@ -150,7 +164,9 @@ class HeldLayer(CacheLayerMixin):
         else:
             output = self._attend(plain, asked, rest)
         self.runner.run(moment, asked)
-        self.called = None
+        self.called, self.waits = None, False
+        if self.leaves:
+            self.offload()
         return output
 
     def _attend(self, plain: Callable[..., Any], asked: Asked, rest: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
@@ -190,8 +206,9 @@ class HeldLayer(CacheLayerMixin):
             before = mask.new_ones(mask.shape[0], self.seen - packing.width) if past is None else past.bool()
             self.store.real = torch.cat([before.to(mask.device), mask], 1)
 
-    def cut(self, store: Dense | Coded | Ragged) -> None:
+    def cut(self, store: Dense | Coded | Ragged, decoding: bool = False) -> None:
         """Put another store in the place of this one."""
+        self.bound(store, decoding)
         self.store, self.changed = store, True
         self.uncut = min(self.uncut, store.uncut) if isinstance(store, Coded) else 0
 
@@ -223,6 +240,7 @@ class HeldLayer(CacheLayerMixin):
         self.seen -= count
         self.uncut -= count
         self.kinds = None if self.kinds is None else self.kinds[:, : self.seen]
+        self.places = None if self.places is None else self.places[:, : self.seen]
         self.runner.crop(count)
 
     def _move(self, move: Callable[[Tensor], Tensor]) -> None:
@@ -231,6 +249,7 @@ class HeldLayer(CacheLayerMixin):
             self.store = self.store.rows(move)
             self.runner.move(move, samples)
             self.kinds = None if self.kinds is None else move(self.kinds)
+            self.places = None if self.places is None else move(self.places)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._move(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -243,18 +262,9 @@ class HeldLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.store, self.seen, self.uncut, self.changed, self.is_initialized = None, 0, 0, False, False
-        self.codec = self.kinds = self.read_now = None
+        self.codec = self.kinds = self.places = self.read_now = None
+        self.waits = self.leaves = self.away = False
         self.runner.reset()
-
-    def offload(self) -> None:
-        raise UnsupportedError("a compressed cache is not offloaded; leave cache_implementation unset.")
-
-    def prefetch(self) -> None:
-        pass
-
-    def tensors(self) -> list[Tensor]:
-        """All that this layer holds."""
-        return [] if self.store is None else [*self.store.tensors(), *self.runner.tensors()]
 
 
 def held_bytes(cache: Any) -> int:

@@ -1,6 +1,6 @@
 """What methods remember of the slots of one layer, kept in step with them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -80,6 +80,17 @@ class Memory:
                 if found is not None:
                     moved[number, ((new,), None)] = found
         self._states = moved
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put `change` of each tensor that is remembered in its place."""
+
+        def changed(fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: change(x) for name, x in fields.items()}
+
+        self._states = {
+            key: State(changed(own.token), changed(own.item), own.request, changed(own.summed))
+            for key, own in self._states.items()
+        }
 
     def tensors(self) -> Iterator[Tensor]:
         for state in self._states.values():

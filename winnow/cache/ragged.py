@@ -3,7 +3,7 @@
 All heads lie behind one another in one tensor, each with a little room for later tokens, which are written in place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -112,6 +112,13 @@ class Ragged:
         order = move(torch.arange(samples)[:, None])[:, 0].tolist()
         lanes = [self.lane(row * self.heads + head) for row in order for head in range(self.heads)]
         return Ragged.of(lanes, self.heads, self.bias is not None)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """As `Dense.each`."""
+        self.flat_keys, self.flat_values, self._ends = (
+            change(x) for x in (self.flat_keys, self.flat_values, self._ends)
+        )
+        self.slots, self.bias = (None if x is None else change(x) for x in (self.slots, self.bias))
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (x for x in (self.flat_keys, self.flat_values, self.slots, self.bias, self._ends) if x is not None)

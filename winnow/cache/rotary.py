@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from winnow.core.errors import WinnowError
+
 _WHOLE = "full_attention"  # the layers whose cache can be compressed
 
 
@@ -19,14 +21,28 @@ class Rotary:
     Attributes:
         frequencies: `[r]` of each rotated pair.
         interleaved: whether a pair is two neighbours; else its halves lie r apart.
+        axes: `[r]` which of three axes (time, height, width) turns each pair; None where positions are numbers.
     """
 
     frequencies: Float[Tensor, " r"]
     interleaved: bool = False
+    axes: Int[Tensor, " r"] | None = None
 
-    def turn(self, x: Float[Tensor, "b g n d"], shift: Int[Tensor, "#b #g n"]) -> Float[Tensor, "b g n d"]:
-        """Keys or queries as they would be `shift` positions later. A shift of 0 leaves the bits as they are."""
-        angle = shift[..., None].to(self.frequencies.device, torch.float32) * self.frequencies
+    def turn(
+        self, x: Float[Tensor, "b g n d"], shift: Int[Tensor, "#b #g n"] | Int[Tensor, "#b #g n 3"]
+    ) -> Float[Tensor, "b g n d"]:
+        """Keys or queries as they would be `shift` positions later. A shift of 0 leaves the bits as they are.
+
+        Args:
+            shift: along all axes, or along each of three.
+        """
+        shift = shift.to(self.frequencies.device, torch.float32)
+        if shift.ndim < x.ndim:
+            angle = shift[..., None] * self.frequencies
+        elif self.axes is not None:
+            angle = shift[..., self.axes] * self.frequencies
+        else:
+            raise WinnowError(f"positions are numbers here, and a shift of shape {tuple(shift.shape)} has three axes.")
         return self._rotated(x, angle.cos(), angle.sin())
 
     def turn_on_average(self, x: Float[Tensor, "*lanes d"], shifts: Int[Tensor, " s"]) -> Float[Tensor, "*lanes d"]:
@@ -80,8 +96,9 @@ class Rotary:
             own = [at_positions(0), at_positions(7)]
         except (RuntimeError, TypeError, ValueError, IndexError):
             return None
+        axes = _axes_of(rotary, x, frequencies.shape[0]) if hasattr(rotary, "mrope_section") else None
         for interleaved in (False, True):
-            made = Rotary(frequencies.float(), interleaved)
+            made = Rotary(frequencies.float(), interleaved, axes)
             if torch.allclose(made.turn(own[0], torch.full((1, 1, 4), 7)), own[1], atol=1e-4):
                 return made
         return None
@@ -90,6 +107,17 @@ class Rotary:
 def _axes(rotary: Any, positions: Tensor) -> Tensor:
     """Positions as the embedding takes them: three equal axes where it knows sections."""
     return positions.expand(3, 1, -1) if hasattr(rotary, "mrope_section") else positions
+
+
+def _axes_of(rotary: Any, x: Tensor, pairs: int) -> Tensor | None:
+    """`[r]` the axis that turns each pair; None where it is not one alone."""
+    moved = []
+    for axis in range(3):
+        at = torch.zeros(3, 1, 1, dtype=torch.int64, device=x.device)
+        at[axis] = 1
+        moved.append(_one_axis(rotary(x, position_ids=at)[1])[0, 0, :pairs] != 0)
+    found = torch.stack(moved)
+    return found.int().argmax(0) if bool((found.sum(0) == 1).all()) else None
 
 
 def _one_axis(embedding: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Runner: the one place where a method's step meets the cache of a layer."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from winnow.cache.blocks import Coded, Lot, encode
 from winnow.cache.dense import Dense
 from winnow.cache.few import Few, Rows
-from winnow.cache.groups import Group, groups_of, of_group, parts_of, slots_of
+from winnow.cache.groups import Group, at_slots, groups_of, of_group, parts_of, slots_of
 from winnow.cache.joining import Part, joined
 from winnow.cache.masks import real_of
 from winnow.cache.memory import Memory
@@ -38,6 +38,7 @@ class Runner:
         self.queries: Tensor | None = None
         self._recent = max((step.recent for _, step in steps), default=0)
         self._calls = any(step.calls for _, step in steps)
+        self.most = min((step.most for _, step in steps if step.most is not None), default=None)
         self._moments = {moment for _, step in steps for moment in step.when}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Runner":
@@ -110,7 +111,7 @@ class Runner:
                 if moment == "decode" and any(isinstance(action, Attend) for *_, action in answers):
                     self.layer.context.few = Few.of(self.layer, self._slug(number), answers)
                 else:
-                    self._apply(number, answers)
+                    self._apply(number, answers, moment == "decode")
         self._encode_tail()
 
     def _answers(self, number: int, step: KVStep, moment: Moment, asked: Asked) -> Answers:
@@ -141,6 +142,7 @@ class Runner:
         if layer.kinds is not None:
             own = layer.kinds.to(slots.device)[torch.tensor(group.rows, device=slots.device)]
             kinds = own[:, None].expand(-1, keys.shape[1], -1).gather(2, slots.long())
+        places, query_places = self._places(group, slots, queries.shape[2], recent is not None)
         return KVView(
             keys,
             values,
@@ -165,25 +167,53 @@ class Runner:
             asked.call_of(group, fresh) if self._calls and moment == "prefill" else None,
             bias,
             group.heads,
+            places,
+            query_places,
         )
+
+    def _places(self, group: Group, slots: Tensor, q: int, remembered: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Where the slots of a group stand, and its q newest queries; None where nobody asks.
+
+        Args:
+            remembered: whether the queries are those of several forwards.
+        """
+        layer = self.layer
+        if layer.places is None:
+            return None, None
+        own = layer.places.to(slots.device)[torch.tensor(group.rows, device=slots.device)]
+        stand = at_slots(own[:, None].expand(-1, slots.shape[1], *own.shape[1:]), slots.long())
+        if remembered or group.index is None:
+            return stand, own[:, layer.seen - q :]
+        columns = group.index[:, -q:].to(slots.device) + layer.seen - layer.store.length
+        return stand, at_slots(own[:, None], columns[:, None])[:, 0]
 
     def _below(self, group: Group) -> tuple[Tensor, Tensor] | None:
         """Keys and values of the layer before, where it holds as many slots."""
         index = self.layer.index
-        store = getattr(self.layer.context.layers[index - 1], "store", None) if index else None
+        other: Any = self.layer.context.layers[index - 1] if index else None
+        store = None if getattr(other, "away", False) else getattr(other, "store", None)
         if not isinstance(store, Dense) or store.length != self.layer.store.length or group.heads is not None:
             return None
         keys, values = store.read()
         return of_group(keys, group), of_group(values, group)
 
+    @property
+    def slugs(self) -> str:
+        """The methods whose steps run here."""
+        return ", ".join(dict.fromkeys(self._slug(number) for number, _ in self.steps))
+
     def _slug(self, number: int) -> str:
         return self.layer.context.methods[number]
 
-    def _apply(self, number: int, answers: Answers) -> None:
+    def _apply(self, number: int, answers: Answers, decoding: bool = False) -> None:
         for index in {i for *_, action in answers if isinstance(action, Follow) for i in action.layers}:
             other: Any = self.layer.context.layers[index]
             if hasattr(other, "runner") and self.layer.read_now is not None:
+                away = other.away
+                other.prefetch()
                 other.runner.follow(number, self.layer.read_now[0])
+                if away:
+                    other.offload()
         if all(isinstance(action, Observe | Follow) for *_, action in answers):
             return
         layer, store = self.layer, self.layer.store
@@ -202,7 +232,7 @@ class Runner:
             if ragged or part.counts is not None:
                 each = (part.keys.shape[2],) * (len(part.group.rows) * part.keys.shape[1])
                 self.memory.split(part.group, part.counts or each, heads, ragged)
-        layer.cut(joined(parts, heads, ragged))
+        layer.cut(joined(parts, heads, ragged), decoding)
 
     def follow(self, number: int, left: Packing) -> None:
         """Of what this layer read in this forward, the tokens of another layer alone stay."""
@@ -293,6 +323,11 @@ class Runner:
         if not codec.pair:
             return [layer]
         below: Any = layer.context.layers[layer.index - 1] if layer.index else None
+        if getattr(below, "away", False):
+            raise UnsupportedError(
+                f"{self._slug(number)} stores two layers together, of which an offloaded cache has one on the device; "
+                "leave cache_implementation unset, or use another codec."
+            )
         own: Any = layer.store
         other: Any = getattr(below, "store", None)
         same = isinstance(other, Dense) and other.length == own.length and other.bias is None
@@ -337,6 +372,11 @@ class Runner:
 
     def reset(self) -> None:
         self.memory, self.queries = Memory(), None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put `change` of each tensor that is remembered in its place."""
+        self.memory.each(change)
+        self.queries = None if self.queries is None else change(self.queries)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.memory.tensors()

@@ -23,6 +23,7 @@ class ModelInfo:
         points: points at which this family can act.
         mrope: whether positions are 3-D (temporal, height, width).
         merge: patches of one side that make one token (2: a token is 2 × 2 patches).
+        modalities: of the items that the model reads; empty where there is no model.
         vision_width: width of the tower's output at `features`.
         heads: query heads of an LM layer.
         head_dim: width of a key of one head.
@@ -40,6 +41,7 @@ class ModelInfo:
     mrope: bool = False
     merge: int = 1
     vision_width: int = 1
+    modalities: tuple[str, ...] = ()
     heads: int = 1
     head_dim: int = 1
     fingerprint: Callable[[], str] | None = field(default=None, compare=False, repr=False)

@@ -30,12 +30,16 @@ class KVStep(Step):
         recent: queries of earlier forwards that it wants while decoding, beside the one of this token.
         calls: whether it wants what the attention module was called with; it is then given every sample by itself.
         kinds: whether it wants to know what each slot is; a view then holds samples with as many slots of each kind.
+        places: whether it wants to know where slots and queries stand; else they are numbered as they were read.
+        most: slots that a head holds while decoding, before this step shortens it again; None: it does not.
     """
 
     when: tuple[Moment, ...] = ("prefill",)
     recent: int = 0
     calls: bool = False
     kinds: bool = False
+    places: bool = False
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class KVView:
         slot_bytes: bytes of one slot of all heads and of all samples of the batch.
         softcap: the bound of logits, where the model has one.
         sinks: `[H]` logits of a key that is nowhere, which takes its share of the attention; None where there is none.
-        below: keys and values of the layer before, where both hold the same slots.
+        below: keys and values of the layer before, where both hold the same slots and it is not offloaded.
         rotary: turns keys by positions; None where the model's positions are not understood.
         seed: seeds this view's own random numbers.
         notes: counts for the ledger.
@@ -85,6 +89,8 @@ class KVView:
             of the real tokens alone.
         bias: `[b, G, N]` added to the logits of each slot as a key, where an earlier step gave slots a weight.
         own_heads: which KV heads of the layer these are, where heads hold unequal numbers of slots; None: all.
+        places: `[b, G, N]` the position of each slot, or `[b, G, N, 3]` in time, height and width, where the step asks.
+        query_places: `[b, q]` or `[b, q, 3]` those of the queries.
     """
 
     keys: Float[Tensor, "b g n d"]
@@ -110,6 +116,8 @@ class KVView:
     call: tuple[Any, Mapping[str, Any]] | None = None
     bias: Float[Tensor, "b g n"] | None = None
     own_heads: tuple[int, ...] | None = None
+    places: Int[Tensor, "b g n *axes"] | None = None
+    query_places: Int[Tensor, "b q *axes"] | None = None
 
     @staticmethod
     def of(keys: Tensor, values: Tensor, queries: Tensor | None = None, **known: Any) -> "KVView":
@@ -232,8 +240,22 @@ class KVView:
         generator = torch.Generator().manual_seed(self.seed * 1000 + self.layer)
         return torch.rand(*shape, generator=generator).to(self.keys.device).expand(self.b, *shape)
 
+    def positions(self) -> Int[Tensor, "b g n *axes"]:
+        """Where each slot stands; without `places`, as many tokens as were read before it."""
+        if self.places is not None:
+            return self.places
+        if self.slots is None:
+            raise WinnowError("this view does not know in which order its slots were read; give slots=.")
+        return self.slots
+
+    def query_positions(self) -> Int[Tensor, "b q *axes"]:
+        """Where each query stands; without `query_places`, one after the other up to the newest slot."""
+        if self.query_places is not None:
+            return self.query_places
+        return self.positions()[:, 0, -1:] + torch.arange(1 - self.rows(), 1, device=self.keys.device)
+
     def turned(self, keys: Tensor, shift: Tensor) -> Tensor:
-        """Keys or queries `[b, H, n, d]` as they would be `shift` positions later, `[b, H, n]`."""
+        """Keys or queries `[b, H, n, d]` as they would be `shift` positions later, `[b, H, n]` or `[b, H, n, 3]`."""
         return self._rotary().turn(keys, shift)
 
     def turned_on_average(self, x: Float[Tensor, "*lanes d"], shifts: Int[Tensor, " s"]) -> Float[Tensor, "*lanes d"]:

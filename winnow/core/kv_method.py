@@ -26,6 +26,7 @@ class CacheMethod(Method):
     Class attributes:
         recent: queries of earlier forwards that it wants while decoding.
         decodes: whether it runs for decoded tokens though it has no limit.
+        places: whether it wants to know where slots stand; see `KVView.positions`.
         one_scale: whether scores of different heads can be compared, as shares of attention can.
     """
 
@@ -33,6 +34,7 @@ class CacheMethod(Method):
     rounding: ClassVar[Rounding] = "floor"
     recent: ClassVar[int] = 0
     decodes: ClassVar[bool] = False
+    places: ClassVar[bool] = False
     one_scale: ClassVar[bool] = False
 
     def score(self, view: Any) -> Float[Tensor, "b g n"]:
@@ -56,9 +58,15 @@ class CacheMethod(Method):
         if view.moment == "prefill":
             keep: KVBudget = self.keep  # type: ignore[attr-defined]
             return keep
-        if limit is None or view.n < limit + max(1, getattr(self, "every", 1)):
+        if limit is None or view.n < self.most:  # type: ignore[operator]
             return None
         return KVBudget(limit)
+
+    @property
+    def most(self) -> int | None:
+        """Slots that a head holds while decoding, before it is shortened to `limit` again; None without a limit."""
+        limit = getattr(self, "limit", None)
+        return None if limit is None else int(limit) + max(1, getattr(self, "every", 1))
 
     def evict(self, view: KVView, state: State) -> tuple[Action, State]:
         """The step: what it does to the cache now, and what it remembers from now on."""
@@ -70,7 +78,8 @@ class CacheMethod(Method):
         decodes = self.decodes or getattr(self, "limit", None) is not None
         when: tuple[Moment, ...] = ("prefill", "decode") if decodes else ("prefill",)
         recent = self.recent if decodes else 0
-        return tuple(KVStep(Point("kv", k), self.evict, when=when, recent=recent) for k in range(info.depth))
+        given = {"when": when, "recent": recent, "places": self.places, "most": self.most}
+        return tuple(KVStep(Point("kv", k), self.evict, **given) for k in range(info.depth))  # type: ignore[arg-type]
 
     @classmethod
     def takes_budgets(cls) -> bool:

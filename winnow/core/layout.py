@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -26,7 +27,9 @@ class Layout:
         tile: the tile (crop; thumbnail first) that a content token came from; −1 for others.
         cell: its row of the tower's output (tile-major, patches merged), where its vision signals lie; −1 for others.
         place: grid, frame, row, column of a content token; −1 for others. Neighbours share the grid and the frame.
-        boxes: x0, y0, x1, y1 as fractions of the picture that the model was shown; NaN for others.
+        boxes: x0, y0, x1, y1 as fractions of the picture that the model was shown; NaN for others. Of a sound, x is
+            time, and y spans all of it.
+        seconds: that a sound lasts, as far as its tokens cover it; None for pictures and videos.
     """
 
     key: Hashable
@@ -35,6 +38,7 @@ class Layout:
     cell: Int[np.ndarray, " n"] = field(compare=False, repr=False)
     place: Int[np.ndarray, "n 4"] = field(compare=False, repr=False)
     boxes: Float[np.ndarray, "n 4"] = field(compare=False, repr=False)
+    seconds: float | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for array in (self.kind, self.tile, self.cell, self.place, self.boxes):
@@ -54,10 +58,20 @@ class Layout:
         return Layout.of(("sequence", n), [{**rows, "boxes": np.full((n, 4), np.nan)}])
 
     @staticmethod
+    def sound(n: int, each: float) -> Layout:
+        """n tokens in a row, one behind the other in time.
+
+        Args:
+            each: seconds that a token covers.
+        """
+        return replace(Layout.of(("sound", n, each), [grid_rows(1, n)]), seconds=n * each)
+
+    @staticmethod
     def of(key: Hashable, parts: Iterable[dict[str, np.ndarray]]) -> Layout:
         """Join parts (see `grid_rows`, `separators`) in order."""
         parts = list(parts)
-        return Layout(key, **{name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
+        arrays: dict[str, Any] = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        return Layout(key, **arrays)
 
     @property
     def n(self) -> int:
@@ -82,28 +96,50 @@ class Layout:
         """The tile of each content token, numbered from 0 without gaps."""
         return np.unique(self.tile[self.content], return_inverse=True)[1]
 
-    def covering(
-        self, boxes: Iterable[tuple[float, float, float, float]], share: float = 0.15
-    ) -> Bool[np.ndarray, " v"]:
+    @property
+    def times(self) -> Float[np.ndarray, "v 2"]:
+        """From when to when each content token of a sound lasts, in seconds."""
+        if self.seconds is None:
+            raise WinnowError(
+                "times: only the tokens of a sound have them, and this is the layout of a picture or video."
+            )
+        return self.boxes[self.content][:, [0, 2]] * self.seconds
+
+    def covering(self, boxes: Iterable[Sequence[float]], share: float = 0.15) -> Bool[np.ndarray, " v"]:
         """Which content tokens lie on any of these boxes (fractions of the picture).
 
         A token counts when the boxes cover at least `share` of it; for each box that covers no token so far, the one
         that it covers most counts, so that no evidence is without a token.
+
+        Args:
+            boxes: x0, y0, x1, y1; with t0, t1 behind them (fractions of a clip) only tokens of that stretch of time
+                count, otherwise those of all frames.
         """
         at = self.boxes[self.content]
         area = np.maximum((at[:, 2] - at[:, 0]) * (at[:, 3] - at[:, 1]), 1e-12)
         found = np.zeros(len(at), dtype=bool)
-        for x0, y0, x1, y1 in boxes:
+        for x0, y0, x1, y1, *when in boxes:
             if not (x0 < x1 and y0 < y1):
                 raise WinnowError(f"Box {(x0, y0, x1, y1)} is empty; expected x0 < x1 and y0 < y1, as fractions.")
             wide = np.clip(np.minimum(at[:, 2], x1) - np.maximum(at[:, 0], x0), 0, None)
             high = np.clip(np.minimum(at[:, 3], y1) - np.maximum(at[:, 1], y0), 0, None)
             cover = wide * high / area
+            if when:
+                cover = cover * self._during(*when)
             hit = cover >= share
             if not hit.any() and cover.max(initial=0) > 0:
                 hit = cover >= cover.max()
             found |= hit
         return found
+
+    def _during(self, start: float, end: float) -> Bool[np.ndarray, " v"]:
+        """Which content tokens show something of a stretch of time, [start, end) as fractions of the clip."""
+        if not 0 <= start < end <= 1:
+            raise WinnowError(f"The stretch {(start, end)} is empty; expected 0 ≤ t0 < t1 ≤ 1, as fractions of a clip.")
+        frame = self.place[self.content, 1]
+        count = frame.max(initial=0) + 1
+        slack = 1e-6  # of rounding, so that no neighbour counts
+        return (frame < end * count - slack) & (frame + 1 > start * count + slack)
 
 
 def grid_rows(

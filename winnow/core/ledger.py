@@ -8,6 +8,8 @@ from torch import Tensor
 
 from winnow.core.layout import Layout
 from winnow.core.reduction import Reduction
+from winnow.core.sampled import Sampled
+from winnow.core.sounds import longest_dropped, times_of
 
 
 @dataclass
@@ -16,12 +18,13 @@ class ItemLedger:
 
     Attributes:
         row: its sample in the batch.
-        modality: image or video.
+        modality: image, video or audio.
         layout: of its tokens as they stand in the LM's sequence.
         n_visual: content tokens as the encoder gave them.
         reductions: (point, slug, map) in the order in which they were applied; the first map takes the item's content
             tokens, each later one the rows of the one before.
         ids: `[M]` content ids of what is left (a merged token: its representative), on the device that made them.
+        frames: of a video: how its frames were chosen, where the caller said it (`handle.using(videos=…)`).
     """
 
     row: int
@@ -30,6 +33,7 @@ class ItemLedger:
     n_visual: int
     reductions: list[tuple[str, str, Reduction]] = field(default_factory=list)
     ids: Tensor | None = None
+    frames: Sampled | None = None
 
     @property
     def kept(self) -> Tensor:
@@ -47,6 +51,14 @@ class ItemLedger:
         if total is None:
             return Reduction.select(self.kept, self.n_visual)
         return total.cpu()
+
+    def times(self) -> Tensor:
+        """`[M]` when each token of a sound that is left is heard, in seconds; a merged one at its sources' mean."""
+        return times_of(self.provenance(), self.layout)
+
+    def longest_dropped(self) -> float:
+        """The longest span of a sound, in seconds, of which nothing is left."""
+        return longest_dropped(self.provenance(), self.layout)
 
     def to_content(self, content: Tensor, layout: Layout) -> None:
         """Turn maps from the tower's tokens into maps from the content tokens of the LM's sequence.

@@ -23,6 +23,14 @@ def read_class(node: ast.ClassDef) -> tuple[Settings, dict[str, Any] | None]:
     return settings, released
 
 
+def class_attribute(node: ast.ClassDef, name: str) -> Any:
+    """The value that the body of a class gives a name, read from source; None where it does not."""
+    for item in node.body:
+        if isinstance(item, ast.Assign) and ast.unparse(item.targets[0]) == name:
+            return ast.literal_eval(item.value)
+    return None
+
+
 def described_class(cls: Any) -> tuple[Settings, dict[str, Any] | None]:
     """The same of a class that has been imported."""
     settings = {}

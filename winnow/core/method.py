@@ -16,6 +16,7 @@ from winnow.core.select import top_k
 from winnow.core.settings import checked, types_of
 from winnow.core.signal import Signal
 from winnow.core.step import Reduce, State, Step
+from winnow.core.stretch import Stretch
 from winnow.core.tiles import top_k_per_tile
 from winnow.core.view import View
 
@@ -36,6 +37,9 @@ class Method:
         released: the settings, and the `positions` policy, under which it equals the authors' released code; None if
             no such code is known.
         pairwise: whether it builds one V × V fp32 table for each item.
+        modalities: what it acts on in a model that reads several kinds of items; in one that reads none of these, it
+            acts on all.
+        across_frames: whether it looks across the frames of a video, which a picture has one of.
         streaming: whether it remembers something in `State.request`; its views then never join samples.
     """
 
@@ -47,6 +51,8 @@ class Method:
     identity: ClassVar[dict[str, Any] | None] = {"keep": "100%"}
     released: ClassVar[dict[str, Any] | None] = None
     pairwise: ClassVar[bool] = False
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
+    across_frames: ClassVar[bool] = False
     streaming: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -101,6 +107,10 @@ class Method:
             value = getattr(self, name)
             found += [s for s in (value if isinstance(value, tuple) else (value,)) if isinstance(s, Signal)]
         return tuple(found)
+
+    def stretch(self, tokens: int) -> Stretch | None:
+        """How the rotary positions of a request are stretched that has so many visual tokens; None: they are not."""
+        return None
 
     def build(self, info: ModelInfo) -> Any:
         """Parameters of a learned method as an nn.Module; None for the others."""

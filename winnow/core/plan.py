@@ -138,6 +138,13 @@ class Plan:
         return text + (" | " + ",".join(options) if options else "")
 
 
+def slugs_of(text: str) -> tuple[str, ...]:
+    """The methods that a plan string names, read from the text alone: nothing is imported, made or checked."""
+    body = re.sub(r"^v\d+\|", "", text.strip())
+    chain = _split(body, "|")[0]
+    return () if chain.strip() == FULL else tuple(part.partition(":")[0].strip() for part in _split(chain, "+"))
+
+
 def method_of(text: str) -> Method:
     """One method, from "slug:key=value,…"."""
     return _method(text, text)[0]

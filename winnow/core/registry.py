@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
 from winnow.core.errors import WinnowError
-from winnow.core.listing import described_class, read_class
+from winnow.core.listing import class_attribute, described_class, read_class
 
 M = TypeVar("M", bound=type)
 METHODS_DIR = Path(__file__).resolve().parent.parent / "methods"
 STAGES = ("input", "encoder", "connector", "decoder", "cache", "decoding")
 KINDS = ("training-free", "learned")
+SOUNDS = ("audio",)  # `Method.modalities` of what is meant for sounds alone
 _CACHE = "CacheMethod"  # what methods of the cache derive
 _ARXIV = re.compile(r"arXiv[: ](\d{4}\.\d{4,5})")
 
@@ -45,6 +46,7 @@ class Entry:
         settings: name of each setting → its `type`, as written, and its `default` as plan strings write it.
         released: the settings and the `positions` of the authors' released code, or None.
         of_cache: whether it acts on the KV cache, and not on the tokens of pictures.
+        of_sounds: whether it is meant for sounds, and not for pictures.
     """
 
     slug: str
@@ -58,6 +60,7 @@ class Entry:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     released: Mapping[str, Any] | None = None
     of_cache: bool = False
+    of_sounds: bool = False
 
 
 _extra: dict[str, Entry] = {}
@@ -93,7 +96,8 @@ def register(
             source = arxiv or _source(getattr(sys.modules.get(cls.__module__), "__doc__", None))
             facts = ("user", tuple(stages), kind, source, summary, cls.__name__)
             of_cache = any(base.__name__ == _CACHE for base in cls.__mro__)
-            _extra[slug] = Entry(slug, cls.__module__, *facts, *described_class(cls), of_cache)
+            of_sounds = getattr(cls, "modalities", ()) == SOUNDS
+            _extra[slug] = Entry(slug, cls.__module__, *facts, *described_class(cls), of_cache, of_sounds)
         return cls
 
     return add
@@ -126,6 +130,7 @@ def _read(path: Path) -> list[Entry]:
                 facts["arxiv"] = _source(ast.get_docstring(tree)) or facts.get("arxiv", "")
                 summary = (ast.get_docstring(node) or "").split("\n")[0]
                 facts["settings"], facts["released"] = read_class(node)
+                facts["of_sounds"] = class_attribute(node, "modalities") == SOUNDS
                 facts["of_cache"] = any(ast.unparse(base).rpartition(".")[2] == _CACHE for base in node.bases)
                 entries.append(Entry(slug, f"winnow.methods.{path.stem}", summary=summary, name=node.name, **facts))
     return entries
@@ -152,7 +157,12 @@ def entries() -> tuple[Entry, ...]:
 
 
 def picture_methods() -> tuple[Entry, ...]:
-    """The methods that act on the tokens of pictures, where those of the cache have no part."""
+    """The methods that act on the tokens of pictures, where those of the cache and of sounds have no part."""
+    return tuple(entry for entry in token_methods() if not entry.of_sounds)
+
+
+def token_methods() -> tuple[Entry, ...]:
+    """The methods that act on the tokens of items, be they pictures or sounds, and not on the cache."""
     return tuple(entry for entry in entries() if not entry.of_cache)
 
 

@@ -79,7 +79,9 @@ class BoundModel:
         heads = getattr(own, "num_attention_heads", 1)
         width = getattr(own, "head_dim", None) or getattr(own, "hidden_size", heads) // heads
         info = replace(family.info(model), heads=heads, head_dim=width, fingerprint=partial(fingerprint, model))
-        info = replace(info, points=(*info.points, "kv"))
+        modalities = tuple(modality for _, modality, _ in family.encoders)
+        videos = ("frames",) if family.frames_apart or "video" in modalities else ()
+        info = replace(info, points=(*videos, *info.points, "kv"), modalities=modalities)
         tower, blocks, projector = parts
         device = device_of(model.get_input_embeddings())
         short = family.short and set(kinds) == {"full_attention"}

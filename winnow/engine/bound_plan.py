@@ -30,7 +30,8 @@ class BoundPlan:
         resolved: with settings that depend on the model made definite.
         blocks, halves: vision block → steps before it, and between its attention and its MLP. Those behind the block
             whose output feeds the projector are left out: nothing would read what they did.
-        features, projected: (number of the method, step) at the tower's output, and at the LM's input.
+        frames: (number of the method, step) on the frames of a video, which are chosen ahead (`Handle.frames`).
+        features, projected: the same at the tower's output, and at the LM's input.
         layers: LM layer → steps before it.
         kv: LM layer → steps at its cache.
         listeners: site → signals that are read there.
@@ -40,6 +41,8 @@ class BoundPlan:
         reads_question: whether any step depends on where the question is.
         text_signals: signals of the question, which are read where the language model is entered.
         text_encoder: the text tower that was handed over, where a step needs one.
+        modalities: of each method, those of the items that it acts on.
+        deaf: whether the model reads sounds beside other items, and no method acts on them: they are no items then.
     """
 
     plan: Plan
@@ -57,6 +60,9 @@ class BoundPlan:
     text_signals: tuple[Signal, ...] = ()
     text_encoder: Any = None
     kv: Mapping[int, Steps] = field(default_factory=dict)
+    frames: Steps = ()
+    modalities: tuple[tuple[str, ...], ...] = ()
+    deaf: bool = False
 
     @staticmethod
     def of(
@@ -69,8 +75,11 @@ class BoundPlan:
         """
         _check_of_cache(plan, info)
         resolved, bound = plan.bind(info)
+        acted = tuple(
+            tuple(m for m in info.modalities if m in method.modalities) or info.modalities for method in plan.methods
+        )
         steps = _without_idle(plan, bound, info)
-        at: dict[str, list[tuple[int, Step]]] = {"features": [], "projected": []}
+        at: dict[str, list[tuple[int, Step]]] = {"frames": [], "features": [], "projected": []}
         layers: dict[int, list[tuple[int, Step]]] = defaultdict(list)
         kv: dict[int, list[tuple[int, Step]]] = defaultdict(list)
         blocks: dict[int, list[tuple[int, Step]]] = defaultdict(list)
@@ -95,8 +104,8 @@ class BoundPlan:
                 at[step.at.name].append((number, step))
             else:
                 raise UnsupportedError(
-                    f"steps at {step.at} are not built yet; this version acts at blocks[i], blocks[i].mlp, features, "
-                    "projected, layers[k] and kv[k]."
+                    f"steps at {step.at} are not built yet; this version acts at frames, blocks[i], blocks[i].mlp, "
+                    "features, projected, layers[k] and kv[k]."
                 )
             for signal in step.needs:
                 _listen(signal, step, plan.methods[number].slug, info, listeners, probed)
@@ -121,7 +130,18 @@ class BoundPlan:
             any(signal.reads_question for _, step in steps for signal in step.needs),
             tuple(sorted({s for _, step in steps for s in step.needs if s.site(info).stack == "text"}, key=repr)),
             kv={k: tuple(v) for k, v in kv.items()},
+            frames=tuple(at["frames"]),
+            modalities=acted,
+            deaf=len(info.modalities) > 1 and not any("audio" in own for own in acted),
         )
+
+    def acts_on(self, number: int, modality: str) -> bool:
+        """Whether a method acts on items of a modality."""
+        return not self.modalities[number] or modality in self.modalities[number]
+
+    def listens(self, modality: str) -> bool:
+        """Whether items of a modality are seen at all."""
+        return not (self.deaf and modality == "audio")
 
     @property
     def needs_text_encoder(self) -> bool:
@@ -132,7 +152,14 @@ class BoundPlan:
     @property
     def needs_cache(self) -> bool:
         """Whether a method acts at the cache alone."""
-        others = (self.features, self.projected, *self.blocks.values(), *self.halves.values(), *self.layers.values())
+        others = (
+            self.frames,
+            self.features,
+            self.projected,
+            *self.blocks.values(),
+            *self.halves.values(),
+            *self.layers.values(),
+        )
         elsewhere = {number for steps in others for number, _ in steps}
         return any(number not in elsewhere for steps in self.kv.values() for number, _ in steps)
 
@@ -166,6 +193,11 @@ class BoundPlan:
         found = (getattr(method, name) for method in self.plan.methods for name in method.settings())
         return any(isinstance(value, KVBudget) and value.is_kinds for value in found)
 
+    @functools.cached_property
+    def asks_places(self) -> bool:
+        """Whether a step of the cache wants to know where slots stand."""
+        return any(step.places for steps in self.kv.values() for _, step in steps)  # type: ignore[attr-defined]
+
     @property
     def tower_signals(self) -> tuple[Signal, ...]:
         """What is read of the encoder."""
@@ -193,6 +225,11 @@ def _listen(
 ) -> None:
     """The layer that is about to run is probed; everything else is read when it runs, which must be earlier."""
     site = signal.site(info)
+    if step.at.name == "frames":
+        raise WinnowError(
+            f"{slug} acts at frames and cannot see {signal}: frames are chosen before any model runs. A step there "
+            "sees small pixels, times, and features that are handed over."
+        )
     if site.stack == "text":
         if step.at.name in ("blocks", "features"):
             raise WinnowError(

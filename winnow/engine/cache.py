@@ -77,6 +77,7 @@ class CacheState:
         layers: by LM layer; a layer without entry holds everything.
         rope_deltas: `[B, 1]` for 3-D positions: belongs to the request, not to the module.
         real: `[B]` real tokens seen so far; needed with 3-D positions.
+        stretches: of each row, how its positions were stretched; None where none was.
         talk: the conversation, where pictures are to be selected again; see `turns`.
         ledger: of the request that filled it.
     """
@@ -90,6 +91,7 @@ class CacheState:
     inside: bool = False
     padded: bool = False
     first_other: int | None = None
+    stretches: tuple[Any, ...] | None = None
     talk: Any = None
     ledger: Any = None
 
@@ -106,7 +108,7 @@ class CacheState:
     def __deepcopy__(self, memo: dict[int, Any]) -> "CacheState":
         made = CacheState(self.attachment, self.logical, self.prompt, rope_deltas=self.rope_deltas, real=self.real)
         made.layers = dict(self.layers)  # entries are never changed in place
-        made.padded, made.first_other = self.padded, self.first_other
+        made.padded, made.first_other, made.stretches = self.padded, self.first_other, self.stretches
         made.talk, made.ledger = None if self.talk is None else self.talk.copy(), self.ledger
         return made
 
@@ -116,6 +118,8 @@ class CacheState:
         self.layers = {i: moved[id(past)] for i, past in self.layers.items()}
         if self.talk is not None:
             self.talk.lost = "its rows were moved or repeated (beams do so)"
+        if self.stretches is not None:
+            self.stretches = tuple(self.stretches[row] for row in index.tolist())
         if self.rope_deltas is not None and self.real is not None:
             at = index.to(self.real.device)
             self.rope_deltas, self.real = self.rope_deltas[at], self.real[at]

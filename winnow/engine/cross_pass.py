@@ -21,7 +21,7 @@ from winnow.core.layout import PAD, SEPARATOR, Layout
 from winnow.core.ledger import ItemLedger, Ledger, add_notes
 from winnow.engine.cache import check_cache
 from winnow.engine.flops import cross_flops
-from winnow.engine.item_tokens import LMTokens, content_mask
+from winnow.engine.item_tokens import LMTokens, content_mask, rows_of
 from winnow.engine.ledgers import ledger_of
 from winnow.engine.packed import row_mask
 from winnow.engine.request import Request
@@ -213,37 +213,24 @@ class CrossPass:
         given = rows
 
         def tokens(group: list[LMTokens]) -> Tensor:
-            at = torch.tensor([item.row for item in group], device=rows.device)
-            return rows[at[:, None], torch.stack([item.slots for item in group])]
+            return rows_of(group, rows)
 
         for number, step in self.request.plan.projected:
             for change in runner.run(number, step, self.items, tokens):
-                at = self._leave(change, kept)
+                item: LMTokens = change.item  # type: ignore[assignment]
+                self._check_left(change)
+                self.counts[item.row] -= item.leave(change.reduction, change.separators, kept)
                 if change.rows is not None:
                     rows = rows.clone() if rows is given else rows
-                    rows[change.item.row, at] = change.rows.to(rows)
+                    rows[item.row, item.slots] = change.rows.to(rows)
         return rows
 
-    def _leave(self, change: Change, kept: Bool[Tensor, "b n"]) -> Tensor:
-        """Drop what a change leaves out; the slots in which its rows stand."""
-        item: LMTokens = change.item  # type: ignore[assignment]
-        reduction, was = change.reduction, item.slots
-        if reduction.m == 0:
+    def _check_left(self, change: Change) -> None:
+        if change.reduction.m == 0:
             raise UnsupportedError(
                 f"{self.request.plan.plan} keeps no token of a picture, and words that read only this picture would "
                 f"have nothing to attend to; keep at least one on {self.bound.info.model}."
             )
-        unique = reduction.is_selection or reduction.representative is not None
-        at = was[reduction.representatives].sort().values if unique else was[: reduction.m]
-        kept[item.row, was] = False
-        kept[item.row, at] = True
-        self.counts[item.row] -= was.shape[0] - reduction.m
-        if not change.separators:
-            kept[item.row, item.separator_slots] = False
-            self.counts[item.row] -= item.separator_slots.shape[0]
-            item.separator_slots = item.separator_slots[:0]
-        item.slots = at
-        return at
 
     def _as_kept(self, kept: Bool[Tensor, "b n"]) -> CrossKept:
         most = max(self.counts)

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from winnow.core.errors import WinnowError
 from winnow.engine.bound_model import BoundModel
-from winnow.engine.doctor_checks import CHECKS, Run, Subject
+from winnow.engine.doctor_cache import CACHE_CHECKS
+from winnow.engine.doctor_checks import ENGINE_CHECKS, Run, Subject
 from winnow.models.acceptance import accept_points
 from winnow.models.families import family_of, unwrap
 from winnow.models.inputs import model_inputs
 from winnow.models.supported_versions import NEWEST, accept, installed, is_untested, trying
+
+CHECKS = (*ENGINE_CHECKS[:-1], *CACHE_CHECKS, ENGINE_CHECKS[-1])  # detaching comes last
 
 GENERIC = "the generic adapter on this class"
 

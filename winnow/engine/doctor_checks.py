@@ -373,7 +373,7 @@ def detached(subject: Subject) -> tuple[bool, str]:
 KEYWORD = "the keyword of the KV cache in the forward of the model, the LM and its layers (past_key_values, cache)"
 
 # Name, check, and which seam of transformers is suspected when it fails.
-CHECKS: tuple[tuple[str, Run, str], ...] = (
+ENGINE_CHECKS: tuple[tuple[str, Run, str], ...] = (
     ("keep all is the identity", identity, "the hooks around the encoder, the LM and its layers"),
     ("one token kept", one_token, "the placeholders in input_ids, and the layout of a picture's tokens"),
     (

@@ -30,19 +30,28 @@ class Forced(LogitsProcessor):
         return chosen
 
 
-def without(bound: BoundModel, model: Any, inputs: dict[str, Tensor], gone: Tensor, forced: Sequence[int]) -> Tensor:
+def without(
+    bound: BoundModel,
+    model: Any,
+    inputs: dict[str, Tensor],
+    gone: Tensor,
+    forced: Sequence[int],
+    decoded_in: Sequence[int] | None = None,
+) -> Tensor:
     """`[T, vocabulary]` what the plain model says behind the prompt and behind each token, without some of the prompt.
 
     Args:
         inputs: one request, unpadded.
         gone: `[k]` the positions that nobody reads.
         forced: the T tokens that it goes on with, the last of which is not read.
+        decoded_in: layers in which the tokens that it goes on with do not read them, and nothing else is hidden; None:
+            no layer and no token does.
     """
     start = inputs["input_ids"].shape[1]
     stays = torch.ones(start, dtype=torch.bool)
     stays[gone.cpu()] = False
     linear = any(bound.is_linear(i) for i in range(len(bound.layers)))
-    hide = _Gather(stays) if linear else _Hide(bound, gone)
+    hide = _Gather(stays) if linear and decoded_in is None else _Hide(bound, gone, start, decoded_in)
     hooks = [
         layer.register_forward_pre_hook(lambda m, args, kwargs, i=i: hide(i, m, args, kwargs), with_kwargs=True)
         for i, layer in enumerate(bound.layers)
@@ -83,10 +92,10 @@ def _said(model: Any, inputs: dict[str, Tensor], forced: Sequence[int], hooks: S
 
 
 class _Hide:
-    """Hides keys in the masks of layers."""
+    """Hides keys in the masks of layers; see `without`."""
 
-    def __init__(self, bound: BoundModel, gone: Tensor) -> None:
-        self.bound, self.gone = bound, gone
+    def __init__(self, bound: BoundModel, gone: Tensor, start: int, decoded_in: Sequence[int] | None) -> None:
+        self.bound, self.gone, self.start, self.decoded_in = bound, gone, start, decoded_in
         self.total = 0
         self.held: list[int] = []
 
@@ -97,6 +106,8 @@ class _Hide:
         if index == 0:  # layers that share keys run when the cache has grown already
             self.total += hidden.shape[-2]
             self.held = [held_by(cache_of(given), own) for own in self.bound.kv_of]
+        if self.decoded_in is not None and (self.total <= self.start or index not in self.decoded_in):
+            return args, kwargs
         mask, length = given.get("attention_mask"), hidden.shape[-2]
         if mask is None:
             held = self.held[index]

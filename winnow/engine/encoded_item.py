@@ -125,8 +125,10 @@ def run_projected(
     questions: Questions | None = None,
 ) -> None:
     """The steps at `projected`, on what the encoder gave."""
-    for signal in {signal for _, step in runner.plan.projected for signal in step.needs}:
+    for number, signal in {(n, signal) for n, step in runner.plan.projected for signal in step.needs}:
         for item in items:
+            if not runner.plan.acts_on(number, item.record.modality):
+                continue
             if signal in runner.plan.text_signals:
                 item.signals[signal] = questions.read(signal, item.row, item.rows)  # type: ignore[union-attr]
                 continue

@@ -21,6 +21,7 @@ from winnow.engine.item_tokens import TowerTokens
 from winnow.engine.request import Request
 from winnow.engine.runner import StepRunner
 from winnow.engine.tower_pass import TowerPass
+from winnow.models.family import seam
 from winnow.signals.tap import scaling_of
 from winnow.signals.vision import Pixels, TowerAttention
 
@@ -30,7 +31,7 @@ class EncoderMethod:
 
     Args:
         open_request: the request that is running in this context, or a new one.
-        base, name: the method.
+        base, name: the module and its method.
         modality: what it encodes.
 
     A copy or a pickle of the model gets the plain method back.
@@ -48,10 +49,12 @@ class EncoderMethod:
 
     def _encode(self, *args: Any, **kwargs: Any) -> Any:
         with self.open_request() as request:
-            if request is None or request.encoding is not None:  # an encoder may call another one for its own work
+            # An encoder may call another one for its own work.
+            if request is None or request.encoding is not None or not request.plan.listens(self.modality):
                 return self.plain(*args, **kwargs)
             given = inspect.signature(self.plain).bind_partial(*args, **kwargs).arguments
-            record = EncoderRecord(self.modality, {**given, **given.pop("kwargs", {})}, plan=request.plan)
+            beside = {n: request.called[n] for n in request.bound.family.beside if n in request.called}
+            record = EncoderRecord(self.modality, {**beside, **given, **given.pop("kwargs", {})}, plan=request.plan)
             request.encoding = record
             try:
                 with request.clock.phase("encoder"):
@@ -65,6 +68,16 @@ class EncoderMethod:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return plain_method, (self.base, self.name)
+
+
+def methods_of(bound: BoundModel, open_request: Callable[[], Any]) -> list[EncoderMethod]:
+    """What stands in for each method that encodes; of a part of the model, where it is written with a dot."""
+    made = []
+    for path, modality, _ in bound.family.encoders:
+        part, _, name = path.rpartition(".")
+        owner = seam(bound.base, part, bound.model) if part else bound.base
+        made.append(EncoderMethod(open_request, owner, name, modality))
+    return made
 
 
 def plain_method(base: nn.Module, name: str) -> Any:

@@ -4,14 +4,13 @@ import contextlib
 import dataclasses
 import functools
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from winnow.core.errors import UnsupportedError, WinnowError, WinnowWarning
+from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.plan import Plan
 from winnow.core.signal import Site
 from winnow.engine import deepstack, encoder
@@ -23,11 +22,12 @@ from winnow.engine.clock import Clock
 from winnow.engine.cross_pass import CrossPass
 from winnow.engine.encoding import record_of
 from winnow.engine.forward import encodings_of, positions_of_later_turn, start_lm
-from winnow.engine.hooks import ForwardMethod, Hook
+from winnow.engine.hooks import ForwardMethod, Hook, stand_in
 from winnow.engine.kv import check_model, enter_text, held_layers, hold, show_call, tell_cache
 from winnow.engine.ledgers import text_ledger, write_ledger
-from winnow.engine.question import QuestionReader
+from winnow.engine.question import QuestionReader, warn_of_the_template
 from winnow.engine.request import Attachment, Ledgers, Override, Request, override_of, request_now
+from winnow.engine.stretching import Stretched, check_rotation, stretches_of, stretching
 from winnow.engine.text_encoder import TextEncoder
 from winnow.engine.tower_hooks import TowerHooks
 from winnow.engine.turns import Rereading, Turns, finish_turn, is_turn, shortened
@@ -73,6 +73,7 @@ class Engine:
         self._plans: dict[tuple[Any, ...], BoundPlan] = {}
         self._removers: list[Callable[[], None]] = []
         self._tapped: set[Site] = set()
+        self._stretches = False
         self._tower = TowerHooks(self.bound, self._mine)
         self._layer_hooks: dict[int, Any] = {}
         self._checkpoints: dict[int, BeforeCheckpoint] = {}
@@ -99,6 +100,8 @@ class Engine:
                 made = BoundPlan.of(plan, self.bound.info, self.bound.device, dtype)
                 if made.kv:
                     check_model(self.bound, str(plan))
+                if stretching(made) is not None:
+                    check_rotation(self.bound, made)
                 self._plans[key] = self._with_text_encoder(made) if made.needs_text_encoder else made
             made = self._plans[key]
             if self.bound.family.cross and (made.listeners or made.probed):
@@ -116,7 +119,8 @@ class Engine:
                     f"layers[{self.bound.last_cut}] or before."
                 )
             if made.reads_question and self.suffix is None:
-                self._warn_of_the_template(made)
+                self.suffix = ()  # said once
+                warn_of_the_template(made)
             if self.attached:
                 self._listen(made)
             return made
@@ -126,16 +130,6 @@ class Engine:
             raise UnsupportedError(f"{plan.plan} {NEEDED}.")
         self.text_encoder.check(self.bound.info)
         return dataclasses.replace(plan, text_encoder=self.text_encoder)
-
-    def _warn_of_the_template(self, plan: BoundPlan) -> None:
-        self.suffix = ()  # once
-        warnings.warn(
-            f"{plan.plan} reads the question, and without a processor the words that a chat template puts behind it "
-            "(as in 'ASSISTANT:') count as part of it, and words that say nothing of the picture cannot be told from "
-            "others. Pass processor= to winnow.compress, or spans= to handle.using.",
-            WinnowWarning,
-            stacklevel=4,
-        )
 
     @property
     def override(self) -> Override | None:
@@ -176,19 +170,19 @@ class Engine:
         while self._removers:
             self._removers.pop()()
         self._tapped.clear()
+        self._stretches = False
         self._tower.forget()
         with _attached_lock:
             _attached.discard(self.bound.model)
 
     def stand_in(self, owner: nn.Module, method: Any) -> None:
         """Put a method in the place of one of the model's, until detach."""
-        setattr(owner, method.name, method)
-        self._removers.append(functools.partial(owner.__dict__.pop, method.name, None))
+        self._removers.append(stand_in(owner, method))
 
     def _install(self) -> None:
         bound = self.bound
-        for name, modality, _ in bound.family.encoders:
-            self.stand_in(bound.base, encoder.EncoderMethod(self._encoding, bound.base, name, modality))
+        for method in encoder.methods_of(bound, self._encoding):
+            self.stand_in(method.base, method)
         self._forward = ForwardMethod(self._run_forward, bound.base)
         bound.base.forward = self._forward
         self._removers.append(self._forward.remove)
@@ -210,6 +204,10 @@ class Engine:
             if site not in self._tapped:
                 self._tapped.add(site)
                 self._removers.append(self._listener(site))
+        if stretching(plan) is not None and not self._stretches:
+            self._stretches = True
+            stretched = Hook(Stretched(self._lm_pass))
+            self._hook(self.bound.lm.rotary_emb.register_forward_hook(stretched, with_kwargs=True))
         if plan.first_block is not None:
             for handle in self._tower.hook_blocks(plan):
                 self._hook(handle)
@@ -293,11 +291,10 @@ class Engine:
                 yield request
 
     def _request(self, clock: Clock) -> Request:
-        override = self.override
-        spans = None if override is None else override.spans
-        made = Request(self.bound, self.attachment, self.active(), spans, self.suffix, clock, train=self.train)
-        if override is not None:
-            made.placeholders, made.memory = override.placeholders, override.memory
+        made = Request(self.bound, self.attachment, self.active(), None, self.suffix, clock, train=self.train)
+        if (override := self.override) is not None:
+            made.spans, made.placeholders, made.videos = override.spans, override.placeholders, override.videos
+            made.memory = override.memory
         if made.plan.text_signals:
             made.reader = self.reader
         return made
@@ -416,6 +413,9 @@ class Engine:
         if request.lm is None:
             return None if given is kwargs else (args, given)
         changed = request.lm.enter(given)
+        request.lm.stretches = stretches_of(request.lm)
+        if request.lm.items and request.lm.stretches is not None:
+            request.lm.note({"stretched": max(1.0 if own is None else own.scale for own in request.lm.stretches)})
         changed = given if changed is None else changed
         first = request.lm.first_layer(changed)
         if first is not None:

@@ -14,11 +14,14 @@ from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.cache import CacheState, check_cache, state_of
 from winnow.engine.encoding import EncoderRecord, is_marked, record_of
+from winnow.engine.frames import tell_videos
 from winnow.engine.item_tokens import Span, find_spans, join_runs
 from winnow.engine.lm_pass import LMPass
 from winnow.engine.merged import merged_items
-from winnow.engine.request import Request, padding_mask
+from winnow.engine.request import Request, listened, padding_mask
 from winnow.engine.spans import question_span
+from winnow.engine.stretching import stretches_text
+from winnow.engine.video_items import of_videos
 
 
 def encodings_of(called: dict[str, Any], plan: BoundPlan) -> dict[str, EncoderRecord]:
@@ -64,7 +67,8 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
     cache = arguments.get(request.bound.cache_name)
     _refuse_unseen(request)
     merged = merged_items(request) if not request.encodings else None
-    if not request.encodings and merged is None and state_of(cache) is None:
+    quiet = not request.encodings and merged is None and state_of(cache) is None
+    if quiet and not stretches_text(request.plan):
         _refuse_chunks(request)
         return None
     if request.plan.plan.methods:
@@ -82,17 +86,23 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
         return LMPass(request, arguments)
     ids = _token_ids(request)
     spans, ends = _spans(request, ids)
-    return LMPass(request, arguments, spans, questions_of(request, arguments, ids, ends), ends, ids)
+    made = LMPass(request, arguments, spans, questions_of(request, arguments, ids, ends), ends, ids)
+    tell_videos(request.plan, request.videos, made.items)
+    return made
 
 
-PIXELS = {"image": ("pixel_values", "pixel_values_images", "image_patches"), "video": ("pixel_values_videos",)}
+PIXELS = {
+    "image": ("pixel_values", "pixel_values_images", "image_patches"),
+    "video": ("pixel_values_videos",),
+    "audio": ("input_features",),
+}
 
 
 def _refuse_unseen(request: Request) -> None:
     """Pictures that the model encoded by another way than the one that we listen to would be read in full."""
     if not request.plan.plan.methods:
         return
-    for modality in request.bound.token_ids.keys() - request.encodings.keys():
+    for modality in listened(request).keys() - request.encodings.keys():
         given = [name for name in PIXELS.get(modality, ()) if request.called.get(name) is not None]
         if given:
             raise UnsupportedError(
@@ -111,7 +121,7 @@ def _refuse_chunks(request: Request) -> None:
     ids = request.called.get("input_ids")
     if ids is None or ids.shape[1] == 1 or not request.plan.plan.methods:
         return
-    if not any(bool((ids == token).any()) for token in request.bound.token_ids.values()):
+    if not any(bool((ids == token).any()) for token in listened(request).values()):
         return
     frame: Any = sys._getframe(1)
     while frame is not None and "generation_config" not in frame.f_locals:
@@ -152,6 +162,7 @@ def _spans(request: Request, ids: Tensor) -> tuple[list[tuple[Span, EncoderRecor
         own, last = find_spans(ids, request.bound.token_ids[modality], record.lengths, modality)
         if request.bound.family.joined:
             own, record = joined_items(request.bound, own, record)
+        own, record = of_videos(request.bound, request.plan, own, record, request.videos)
         found += [(span, record) for span in own]
         ends = [max(a, b) for a, b in zip(ends, last, strict=True)]
     return sorted(found, key=lambda pair: (pair[0].row, int(pair[0].where[0]))), ends

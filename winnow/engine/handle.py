@@ -15,10 +15,13 @@ from winnow.engine import saving
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.engine import Engine
+from winnow.engine.frames import chosen_frames
+from winnow.engine.kv import BoundedCache
 from winnow.engine.merged import checked_placeholders
 from winnow.engine.request import Override, overridden
 from winnow.engine.spans import checked_spans
 from winnow.models.families import unwrap
+from winnow.video import Video
 
 
 class Handle:
@@ -81,6 +84,21 @@ class Handle:
         """
         return self._engine.bind(Plan.of(plan))
 
+    def frames(self, video: Video, *, features: Tensor | None = None) -> Video:
+        """The frames of a video that the steps of the plan at `frames` let in; the whole video where it has none.
+
+        They are chosen before a processor makes inputs of them. Name the result in `using(videos=…)`, so that the
+        ledger says what was chosen.
+
+        Args:
+            features: `[T, D]` what is known of each frame, for methods that ask for it.
+
+        Raises:
+            WinnowError: a step chose no frame, or frames that are not there.
+            UnsupportedError: a step asked for anything but a selection.
+        """
+        return chosen_frames(self._engine.active(), video, features)
+
     @contextmanager
     def using(
         self,
@@ -88,6 +106,7 @@ class Handle:
         *,
         spans: Sequence[tuple[int, int]] | None = None,
         placeholders: Tensor | None = None,
+        videos: Sequence[Video] | None = None,
     ) -> Iterator["Handle"]:
         """Another plan in this context only: this thread, this task. A thread that is started inside does not see it.
 
@@ -97,14 +116,33 @@ class Handle:
                 behind the last picture, less what the chat template adds) is not the question.
             placeholders: `[B, S]` booleans, for `inputs_embeds` that have pictures in them already: where their rows
                 are. Each unbroken run is one picture; nothing is known of its grid, nor of the tower.
+            videos: of the requests in this context, in the order of their prompts, as `frames` or `open_video` returned
+                them: the ledger then says of each how its frames were chosen. Plans that choose frames need it.
         """
         engine = self._engine
         if not engine.attached:
             raise WinnowError("this handle is detached; call winnow.compress again.")
         bound = engine.bind(Plan.of(FULL if plan is None else plan))
-        override = Override(bound, checked_spans(spans), checked_placeholders(placeholders))
+        named = None if videos is None else tuple(video.sampled for video in videos)
+        override = Override(bound, checked_spans(spans), checked_placeholders(placeholders), named)
         with overridden(engine.attachment, override):
             yield self
+
+    def bounded_cache(self, max_new_tokens: int) -> Any:
+        """An empty cache for `past_key_values=`, whose keys and values are allocated once, behind the prompt.
+
+        A head gets room for what the plan leaves of the prompt and `max_new_tokens` more, or for what the plan's
+        `limit` lets it hold, if that is less; a decoded token is written in place. Later turns allocate again.
+
+        Raises:
+            WinnowError: the plan leaves the cache alone, or `max_new_tokens` is below 1.
+            UnsupportedError: when the cache is filled: heads hold unequal numbers of slots, or a codec stores them.
+        """
+        if not self._engine.active().kv:
+            raise WinnowError(f"{self.plan} leaves the cache alone; name a method of the cache.")
+        if max_new_tokens < 1:
+            raise WinnowError(f"max_new_tokens={max_new_tokens}; make room for at least 1.")
+        return BoundedCache(self.bound.lm.config, max_new_tokens)
 
     def train(self, on: bool = True) -> "Handle":
         """Let gradients flow through the steps of learned methods, and set what they built to training mode."""

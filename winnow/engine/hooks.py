@@ -26,6 +26,15 @@ class Hook:
         return Hook, ()
 
 
+def stand_in(owner: nn.Module, method: Any) -> Callable[[], None]:
+    """Put a method in the place of one of a module's own; what is returned puts that back."""
+    was = owner.__dict__.get(method.name)  # somebody else's, such as the forward that accelerate puts there
+    setattr(owner, method.name, method)
+    if was is not None:
+        return functools.partial(setattr, owner, method.name, was)
+    return functools.partial(owner.__dict__.pop, method.name, None)
+
+
 class ForwardMethod:
     """Stands in for the forward of one module, so that a request ends however the forward ends.
 

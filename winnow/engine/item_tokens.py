@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from winnow.core.errors import UnsupportedError, WinnowError
@@ -95,6 +95,25 @@ class LMTokens(ItemTokens):
     slots: Int[Tensor, " n"] = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     separator_slots: Int[Tensor, " s"] = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
+    def leave(self, reduction: Reduction, separators: bool, kept: Bool[Tensor, "b s"]) -> int:
+        """Move to the slots of the representatives, or to the first ones, and drop the others from `kept`.
+
+        Returns how many slots were dropped.
+        """
+        was = self.slots
+        unique = reduction.is_selection or reduction.representative is not None
+        self.slots = was[reduction.representatives].sort().values if unique else was[: reduction.m]
+        kept[self.row, was] = False
+        kept[self.row, self.slots] = True
+        return was.shape[0] - reduction.m + (0 if separators else self.drop_separators(kept))
+
+    def drop_separators(self, kept: Bool[Tensor, "b s"]) -> int:
+        """Drop the separators from `kept`; how many they were."""
+        count = self.separator_slots.shape[0]
+        kept[self.row, self.separator_slots] = False
+        self.separator_slots = self.separator_slots[:0]
+        return count
+
 
 @dataclass(frozen=True, eq=False)
 class Merged:
@@ -119,6 +138,13 @@ def content_slots(items: Sequence[LMTokens], rows: int, device: torch.device) ->
         own = [item.slots for item in items if item.row == row and item.count]
         found.append(torch.cat(own).to(device) if own else torch.zeros(0, dtype=torch.int64, device=device))
     return found
+
+
+def rows_of(items: Sequence[LMTokens], hidden: Float[Tensor, "b s d"]) -> Float[Tensor, "g n d"]:
+    """The rows of items of equal length, on the device of their slots."""
+    at = torch.tensor([item.row for item in items], device=hidden.device)
+    slots = torch.stack([item.slots for item in items])
+    return hidden[at[:, None], slots.to(hidden.device)].to(slots.device)
 
 
 def on_device(state: State, device: torch.device) -> State:

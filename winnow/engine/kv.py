@@ -20,6 +20,19 @@ from winnow.engine.request import Request
 from winnow.engine.versions import cache_of
 
 
+class BoundedCache(DynamicCache):
+    """A cache whose compressed layers allocate their keys and values once, behind the prompt; `Handle.bounded_cache`.
+
+    Args:
+        config: of the language model.
+        max_new_tokens: for which there is room.
+    """
+
+    def __init__(self, config: Any, max_new_tokens: int) -> None:
+        super().__init__(config=config)
+        self.max_new_tokens = max_new_tokens
+
+
 def held_layers(bound: BoundModel) -> tuple[int, ...]:
     """The layers whose cache can be compressed: those that attend to everything before them."""
     return tuple(i for i, kind in enumerate(bound.kinds) if kind == "full_attention" and bound.kv_of[i] == i)
@@ -72,8 +85,6 @@ def hold(request: Request, arguments: dict[str, Any]) -> dict[str, Any]:
     if context_of(cache) is not None:
         return arguments
     check_cache(cache, bound.windowed)
-    if getattr(cache, "offloading", False):
-        raise UnsupportedError("an offloaded cache is not compressed; leave cache_implementation unset.")
     context = Context(
         request.attachment,
         tuple(method.slug for method in plan.plan.methods),
@@ -81,6 +92,7 @@ def hold(request: Request, arguments: dict[str, Any]) -> dict[str, Any]:
         plan.plan.seed,
         plan.modules,
         rotary_of(bound),
+        room=getattr(cache, "max_new_tokens", None),
     )
     wanted = held_layers(bound)
     while len(cache.layers) < len(bound.layers):
@@ -115,6 +127,8 @@ def tell_cache(request: Request, arguments: dict[str, Any]) -> None:
         context.reads = reads_of(request.lm)
     if context is not None and request.plan.asks_kinds:
         context.kinds = kinds_of(request.lm, arguments["inputs_embeds"])
+    if context is not None and request.plan.asks_places:
+        context.places = places_of(request, arguments)
 
 
 def show_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -149,6 +163,25 @@ def reads_of(lm: Any) -> Callable[[int], tuple[Packing, Tensor | None]] | None:
         lm: the pass; None where every layer reads all.
     """
     return None if lm is None else lambda index: (lm.tokens.packing, lm.past_mask(lm.past(index)))
+
+
+def places_of(request: Request, arguments: dict[str, Any]) -> Callable[[int], Tensor]:
+    """What gives `[B, n]`, or `[B, n, 3]` on three axes, where each token stands that a layer reads now."""
+    lm, rows, axes = request.lm, arguments["inputs_embeds"].shape[0], request.bound.family.axes
+    given: Any = arguments.get("position_ids")
+    if lm is None and given is None:
+        length = arguments["inputs_embeds"].shape[1]
+        cache = cache_of(arguments)
+        given = cache.get_seq_length() + torch.arange(length, device=arguments["inputs_embeds"].device)[None]
+
+    def now(index: int) -> Tensor:
+        at: Tensor = given if lm is None else lm.tokens.position_ids(lm.past(index))
+        if at.ndim == 3:  # some give the position in the text before the three
+            return at[-axes:].expand(-1, rows, -1).permute(1, 2, 0)
+        at = at.expand(rows, -1)
+        return at[..., None].expand(-1, -1, axes) if request.bound.info.mrope else at
+
+    return now
 
 
 def kinds_of(lm: Any, embeds: Tensor) -> Callable[[], Tensor]:

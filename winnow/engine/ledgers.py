@@ -8,7 +8,7 @@ from winnow.engine.flops import lm_flops
 from winnow.engine.kv import context_of
 from winnow.engine.lm_pass import LMPass
 from winnow.engine.packed import row_mask
-from winnow.engine.request import Request, padding_mask
+from winnow.engine.request import Request, listened, padding_mask
 
 
 def write_ledger(request: Request, lm: LMPass | None, arguments: dict[str, Any], cache: Any) -> Ledger | None:
@@ -109,7 +109,7 @@ def why_in_full(request: Request, ids: Any) -> str:
     Args:
         ids: of its prompt, if there were any.
     """
-    words = {m: int((ids == t).sum()) for m, t in request.bound.token_ids.items()} if ids is not None else {}
+    words = {m: int((ids == t).sum()) for m, t in listened(request).items()} if ids is not None else {}
     left = [f"{count} {modality} placeholders" for modality, count in words.items() if count]
     if ids is None:
         return "only inputs_embeds were given: pictures in them cannot be told from text, and were read in full"

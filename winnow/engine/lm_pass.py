@@ -23,13 +23,14 @@ from winnow.engine.cache import CacheState, Past, check_cache, held_by, state_of
 from winnow.engine.devices import device_of
 from winnow.engine.encoder import lm_signal, places
 from winnow.engine.encoding import EncoderRecord
-from winnow.engine.item_tokens import LMTokens, Merged, Span, carried, content_mask, content_slots, on_device
+from winnow.engine.item_tokens import LMTokens, Merged, Span, carried, content_mask, content_slots, on_device, rows_of
 from winnow.engine.packed import PackedSequence, check_segments, packed_segments, row_mask
 from winnow.engine.probing import probe_layer
 from winnow.engine.question import Questions
 from winnow.engine.remember import remember_layers, remember_positions
 from winnow.engine.request import Request, padding_mask
 from winnow.engine.runner import Change, StepRunner
+from winnow.engine.stretching import Stretches
 from winnow.engine.whole_call import WholeCall
 from winnow.signals.language import LMAttentionInputs, LMEntry, TextSpans, as_visible
 from winnow.signals.tap import AttendsItself, refuse_reading, scaling_of
@@ -88,6 +89,7 @@ class LMPass:
         self.runner = StepRunner(self.plan, self.note, request.train, request.memory)
         self._lm_past: Past | None = None
         self.merged: list[Merged] = []
+        self.stretches: Stretches | None = None
         self.whole: WholeCall | None = None
         if not self.bound.short:
             self.whole = WholeCall(self.tokens, self.before, self.flash)
@@ -348,11 +350,13 @@ class LMPass:
         """What steps of the LM's side want of the encoder."""
         if not self.items:
             return
-        steps = [step for _, step in self.plan.projected]
-        steps += [step for own in self.plan.layers.values() for _, step in own]
+        steps = [*self.plan.projected, *(pair for own in self.plan.layers.values() for pair in own)]
         stacks = ("lm", "text")
-        for signal in {s for step in steps for s in step.needs if s.site(self.bound.info).stack not in stacks}:
+        wanted = {(n, s) for n, step in steps for s in step.needs if s.site(self.bound.info).stack not in stacks}
+        for number, signal in wanted:
             for item in self.items:
+                if signal in item.signals or not self.plan.acts_on(number, item.record.modality):
+                    continue
                 value = lm_signal(self.bound, item.encoded, item.number, signal)
                 item.signals[signal] = value.to(item.ids.device)[item.ids]
 
@@ -380,12 +384,7 @@ class LMPass:
                 f"{hidden.ndim - 2} rows for each token; use a method that acts at projected."
             )
 
-        def rows(group: list[LMTokens]) -> Tensor:
-            at = torch.tensor([item.row for item in group], device=hidden.device)
-            slots = torch.stack([item.slots for item in group])
-            return hidden[at[:, None], slots.to(hidden.device)].to(slots.device)
-
-        changes = self.runner.run(number, step, self.items, rows)
+        changes = self.runner.run(number, step, self.items, lambda group: rows_of(group, hidden))
         return self._apply(hidden, changes) if changes else hidden
 
     def _apply(self, hidden: Tensor, changes: list[Change]) -> Tensor:
@@ -395,32 +394,16 @@ class LMPass:
         source = hidden
         for change in changes:
             item: LMTokens = change.item  # type: ignore[assignment]
-            reduction = change.reduction
-            was = item.slots
-            own = was[reduction.representatives]
-            unique = reduction.is_selection or reduction.representative is not None
-            at = own.sort().values if unique else was[: reduction.m]
-            kept[item.row, was] = False
-            kept[item.row, at] = True
-            sizes[item.row] -= was.shape[0] - reduction.m
-            if not change.separators:
-                sizes[item.row] -= self._drop_separators(item, kept)
+            was, reduction = item.slots, change.reduction
+            sizes[item.row] -= item.leave(reduction, change.separators, kept)
+            at = item.slots
             if change.rows is not None:
                 places = self.tokens.packing.source[item.row]
                 self.merged.append(Merged(item.row, places[was], places[at], reduction))
                 source = source.clone() if source is hidden else source
                 source[item.row, at.to(source.device)] = change.rows.to(source)
-                self.tokens.place(item.row, at, own)
-            item.slots = at
+                self.tokens.place(item.row, at, was[reduction.representatives])
         return self._repack(source, kept, tuple(sizes))
-
-    @staticmethod
-    def _drop_separators(item: LMTokens, kept: Tensor) -> int:
-        """Remove an item's separators from `kept`; how many they were."""
-        count = item.separator_slots.shape[0]
-        kept[item.row, item.separator_slots] = False
-        item.separator_slots = item.separator_slots[:0]
-        return count
 
     def _repack(self, hidden: Tensor, kept: Tensor, sizes: tuple[int, ...]) -> Tensor:
         if self.cache is not None and not self.tokens.touched:
@@ -452,7 +435,7 @@ class LMPass:
             kept[item.row, at] = True
             sizes[item.row] -= item.slots.shape[0] - ids.shape[0]
             if not tower.separators or not ids.shape[0]:
-                sizes[item.row] -= self._drop_separators(item, kept)
+                sizes[item.row] -= item.drop_separators(kept)
             item.slots, item.ids = at, ids
         for record in {id(item.encoded): item.encoded for item in reduced}.values():
             self.note(record.notes)
@@ -461,12 +444,12 @@ class LMPass:
     def leave(self, last: Tensor, cache: Any) -> Tensor:
         """After the LM: outputs get their logical length back; the cache learns how long it is."""
         self.cache = cache if self.cache is None else self.cache  # made by the LM, and returned with its output
-        if self.tokens.touched and self.state is None and self.cache is not None:
+        if (self.tokens.touched or self.stretches) and self.state is None and self.cache is not None:
             self._tag()
         state = self.state
         if state is not None:
             state.inside = False
-            state.logical = self.before + self.tokens.initial.logical
+            state.logical, state.stretches = self.before + self.tokens.initial.logical, self.stretches
             if self.items:
                 state.prompt = self.before + max(self.ends)
             remember_layers(self, state)

@@ -41,10 +41,17 @@ def merged_items(request: Request) -> tuple[list[tuple[Span, EncoderRecord]], li
             f"{request.plan.plan} acts before the projector, and inputs_embeds are behind it; use a method that acts "
             "at projected or in a layer, or give the pixels."
         )
+    modality = next(iter(request.bound.token_ids), "image")
+    idle = [m.slug for number, m in enumerate(request.plan.plan.methods) if not request.plan.acts_on(number, modality)]
+    if idle:
+        raise UnsupportedError(
+            f"placeholders: what they say is taken for items of the kind {modality}, on which {', '.join(idle)} "
+            f"does not act in {request.bound.info.model}; give input_ids and what its processor makes of the items."
+        )
     lengths = tuple(length for row in mask for length in _runs(row))
-    record = EncoderRecord("image", {}, lengths, plan=request.plan, layouts=tuple(map(Layout.sequence, lengths)))
+    record = EncoderRecord(modality, {}, lengths, plan=request.plan, layouts=tuple(map(Layout.sequence, lengths)))
     ids = mask.long().repeat_interleave(repeats, 0)
-    spans, ends = find_spans(ids, 1, lengths, "image")
+    spans, ends = find_spans(ids, 1, lengths, modality)
     return [(span, record) for span in spans], ends, ids
 
 

@@ -36,7 +36,9 @@ from winnow.engine.question import Questions
 from winnow.engine.request import Request
 from winnow.engine.runner import StepRunner
 from winnow.engine.spans import template_suffix
+from winnow.engine.stretching import stretching
 from winnow.engine.twin import twin
+from winnow.engine.video_items import of_videos
 from winnow.models.families import family_of, unwrap
 
 REFUSED = {
@@ -247,6 +249,7 @@ class Preparation:
                 )
             if self.bound.family.joined:
                 spans, records[modality] = joined_items(self.bound, spans, record)
+            of_videos(self.bound, self.plan, spans, records[modality], None)
             record = records[modality]
             given = by_item(outputs[modality].pooler_output, record.lengths)
             deep = [by_item(layer, record.lengths) for layer in deep_layers(outputs[modality])]
@@ -358,6 +361,16 @@ def _check_class(model: Any) -> None:
 
 
 def _check_plan(plan: BoundPlan) -> None:
+    if plan.frames:
+        raise UnsupportedError(
+            f"{plan.plan} chooses frames, which happens before a processor makes inputs: use winnow.compress, whose "
+            "handle has frames(video)."
+        )
+    if stretching(plan) is not None:
+        raise UnsupportedError(
+            f"{plan.plan} stretches rotary positions, which the model does with inputs as it was trained; use "
+            "winnow.compress, or leave them as they are (window=none)."
+        )
     inside = [step.at for steps in plan.layers.values() for _, step in steps]
     if inside:
         raise UnsupportedError(

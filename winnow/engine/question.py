@@ -1,6 +1,7 @@
 """Which tokens of a question count, and what signals of the question are shown."""
 
 import re
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from winnow.core.errors import UnsupportedError
+from winnow.core.errors import UnsupportedError, WinnowWarning
 from winnow.core.signal import Signal
 from winnow.engine.bound_model import BoundModel
 from winnow.signals.question import Question
@@ -25,6 +26,17 @@ _ARTICLES_AND_LINKS = "a an the and or but so if then to for with by from at int
 _AUXILIARIES = "is are was were be been being have has had do does did"
 _PRONOUNS = "it they he she we you i what where when why how who which question answer"
 STOP_WORDS = frozenset(f"{_ARTICLES_AND_LINKS} {_AUXILIARIES} {_PRONOUNS}".split())
+
+
+def warn_of_the_template(plan: Any) -> None:
+    """Say what a plan that reads the question cannot know without a processor."""
+    warnings.warn(
+        f"{plan.plan} reads the question, and without a processor the words that a chat template puts behind it (as in "
+        "'ASSISTANT:') count as part of it, and words that say nothing of the picture cannot be told from others. Pass "
+        "processor= to winnow.compress, or spans= to handle.using.",
+        WinnowWarning,
+        stacklevel=5,
+    )
 
 
 class QuestionReader:

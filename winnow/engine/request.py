@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from winnow.core.ledger import Ledger
+from winnow.core.sampled import Sampled
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.clock import Clock
@@ -38,6 +39,7 @@ class Override:
     plan: BoundPlan
     spans: Spans | None
     placeholders: Tensor | None = None
+    videos: tuple[Sampled, ...] | None = None
     memory: dict[int, dict[str, Any]] | None = None
 
 
@@ -86,6 +88,7 @@ class Request:
         positions: with which it was called.
         outputs: modality → what the encoder gave in this forward.
         placeholders: `[B, S]` where the caller's embeddings hold pictures.
+        videos: how the frames of its videos were chosen, where the caller says it.
         memory: what methods remember of the stream that this request is a part of, by their number; None: it is none.
         question_from: where the question of a conversation that is read again begins at the earliest.
         uses_layers: whether the layers of the LM are hooked for this request.
@@ -111,6 +114,7 @@ class Request:
     positions: Any = None
     outputs: dict[str, Any] = field(default_factory=dict)
     placeholders: Tensor | None = None
+    videos: tuple[Sampled, ...] | None = None
     memory: dict[int, dict[str, Any]] | None = None
     question_from: int = 0
     uses_layers: bool = False
@@ -123,6 +127,11 @@ class Request:
     def runs(self) -> bool:
         """Whether what runs now is part of it, and not a layer that a backward pass inside it runs again."""
         return self.backward == _backward_now()
+
+
+def listened(request: Request) -> dict[str, int]:
+    """The placeholder of each modality whose items the plan sees."""
+    return {m: token for m, token in request.bound.token_ids.items() if request.plan.listens(m)}
 
 
 def padding_mask(request: Request, arguments: dict[str, Any]) -> Any:

@@ -63,7 +63,7 @@ class StepRunner:
     def run(
         self, number: int, step: Step, items: Sequence[ItemTokens], tokens: Callable[[list[Any]], Tensor]
     ) -> list[Change]:
-        """Run a step on all items that have tokens left.
+        """Run a step on all items that have tokens left and that its method acts on.
 
         Args:
             number: of the step's method in the plan.
@@ -71,7 +71,8 @@ class StepRunner:
         """
         method = self.plan.resolved.methods[number]
         changes: list[Change] = []
-        for group in _groups([item for item in items if item.count], number, method.streaming, step.needs):
+        own = [item for item in items if item.count and self.plan.acts_on(number, item.record.modality)]
+        for group in _groups(own, number, method.streaming, step.needs):
             view = self._view(group, number, step, tokens(group))
             state = _joined([item.states.get(number, State()) for item in group])
             if method.streaming and self.memory is not None:
@@ -81,8 +82,8 @@ class StepRunner:
             if method.streaming and self.memory is not None:
                 self.memory[number] = after.request
             self.note(view.notes)
-            for item, own in zip(group, _split(after, len(group)), strict=True):
-                item.states[number] = own
+            for item, state in zip(group, _split(after, len(group)), strict=True):
+                item.states[number] = state
             if isinstance(action, Observe):
                 continue
             reduce = _checked(action, view, step, method.slug)

@@ -110,7 +110,7 @@ class Reader:
         if not self.handle.attached:
             raise WinnowError("the model was detached from winnow under this session; open a new one.")
         called = {cache_keyword(self.model): self.cache, "logits_to_keep": 1, "return_dict": True, **given}
-        override = Override(self.plan, None, None, self.memory)
+        override = Override(self.plan, None, memory=self.memory)
         with torch.no_grad(), overridden(self.handle._engine.attachment, override):
             logits: Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=True, **called).logits
         return logits

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from winnow.core.errors import WinnowError
-from winnow.models.inputs import check_question, image_token, pictures_prompt
+from winnow.models.inputs import check_question, pictures_prompt, placeholder
 
 MARK = "winnowquestion"
 
@@ -50,7 +50,7 @@ class Words:
 
     def frame(self, picture: Any) -> tuple[Int[Tensor, " n"], dict[str, Tensor]]:
         """The tokens of a frame, separators included, and what else the model is given of it."""
-        made = dict(self.processor(images=picture, text=image_token(self.processor), return_tensors="pt"))
+        made = dict(self.processor(images=picture, text=placeholder(self.processor, "image"), return_tensors="pt"))
         ids = made.pop("input_ids")[0]
         at = (ids == self.placeholder).nonzero()[:, 0]
         if not len(at):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,16 +10,26 @@ from torch import nn
 
 
 class Optimizer:
-    """Two optimizers that step together; learning rates are the base rates times `scale`."""
+    """Two optimizers that step together; learning rates are the base rates times `scale`.
 
-    def __init__(self, modules: Iterable[nn.Module], muon_rate: float, adam_rate: float, decay: float = 0.03) -> None:
+    Muon takes the matrices of modules whose names have one of `inside` in them.
+    """
+
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        muon_rate: float,
+        adam_rate: float,
+        decay: float = 0.03,
+        inside: Sequence[str] = ("layers.",),
+    ) -> None:
         matrices: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
         for module in modules:
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad:
-                    inside = parameter.ndim == 2 and "layers." in name
-                    (matrices if inside else rest).append(parameter)
+                    matrix = parameter.ndim == 2 and any(part in name for part in inside)
+                    (matrices if matrix else rest).append(parameter)
         self.parameters = matrices + rest
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:

@@ -59,6 +59,7 @@ class CenterCLIP(wn.Method):
 
     released = {"ties": "rounding", "positions": "keep"}
     pairwise = True
+    across_frames = True
 
     def steps(self, info: wn.ModelInfo):
         if self.block is None:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
 import winnow.contract as wn
-from winnow.parts.cuts import geometric
+from winnow.parts.cuts import check_cuts, cuts_of, geometric
 from winnow.parts.learned import in_fp32, learned
 
 
@@ -78,9 +78,7 @@ class CoViPAL(wn.Method):
     identity = {"ratios": ("100%", "100%")}
 
     def check(self) -> None:
-        layers, cuts = self.layers, len(self.ratios)
-        if layers is not None and (len(layers) != cuts or list(layers) != sorted(set(layers))):
-            raise wn.WinnowError(f"covipal: layers={layers!r}; allowed: {cuts} ascending layers, one for each ratio.")
+        check_cuts("covipal", self.layers, self.ratios, first=0)
 
     def at_budget(self, budget, content: int):
         """Equal steps down to the budget."""
@@ -88,9 +86,8 @@ class CoViPAL(wn.Method):
 
     def resolve(self, info: wn.ModelInfo):
         cuts = len(self.ratios)
-        layers = self.layers or tuple(info.at_depth(i / cuts / 2) for i in range(cuts))
-        budgets = dict(zip(layers, self.ratios, strict=True))  # on a very shallow LM cuts coincide: the deepest holds
-        return self.replace(ratios=tuple(budgets.values()), layers=tuple(map(info.lm_layer, budgets)))
+        budgets = cuts_of(info, self.layers, [i / cuts / 2 for i in range(cuts)], self.ratios, first=0)
+        return self.replace(ratios=tuple(budgets.values()), layers=tuple(budgets))
 
     def build(self, info: wn.ModelInfo):
         def make(dim: int = 256, heads: int = 4) -> nn.ModuleDict:

@@ -51,6 +51,7 @@ class DyCoke(wn.Method):
 
     identity = {"k": 0.0, "p": 0.0}
     released = {"reuse": False, "order": "rank", "tail": "released", "positions": "compact"}
+    across_frames = True
 
     def steps(self, info: wn.ModelInfo):
         steps = [wn.Step(wn.Point("projected"), self._one_step)]

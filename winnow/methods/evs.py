@@ -40,6 +40,7 @@ class EVS(wn.Method):
 
     rounding = "floor"
     released = {"exact": False, "each": 0, "positions": "keep"}
+    across_frames = True
 
     def score(self, view: wn.View) -> Float[torch.Tensor, "b n"]:
         clip = clip_of(view)

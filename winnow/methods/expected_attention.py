@@ -3,8 +3,8 @@
 Looks at: queries of the prompt (while decoding, of the last 128 tokens), keys, values. Cost: the mean and the
 covariance of the queries, and one d × d form of each key for each query head.
 
-Departs from the paper: none known. Behind a method that drops tokens and leaves the others at their positions,
-distances are counted in tokens that are left; `positions=compact` makes both the same.
+Departs from the paper: none known. Where positions have three axes, later queries are taken to be text: they stand
+behind all that was read, along each axis.
 Departs from the released code: queries are turned back from where they stand, not computed anew. While decoding, later
 positions are counted from the newest token; kvpress counts them from the number of queries that it remembers. What the
 model scales its logits with is used in the place of 1/√d.
@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from winnow.contract import Between, CacheMethod, Count, KVBudget, KVView, ModelInfo, UnsupportedError, register
+from winnow.contract import Between, CacheMethod, Count, KVBudget, KVView, register
 
 
 @register("expected-attention")
@@ -42,6 +42,7 @@ class ExpectedAttention(CacheMethod):
         "epsilon": 0.0,
     }
     recent = 128
+    places = True
     one_scale = True
 
     keep: KVBudget = KVBudget("20%")
@@ -55,13 +56,6 @@ class ExpectedAttention(CacheMethod):
 
     def ends(self, view: KVView) -> tuple[int, int]:
         return self.n_sink, 0
-
-    def steps(self, info: ModelInfo):
-        if info.mrope:
-            raise UnsupportedError(
-                "its positions have three axes, and where later queries stand is not a number; use snapkv."
-            )
-        return super().steps(info)
 
     def score(self, view: KVView) -> Tensor:
         """Sinks get the largest score of their head."""
@@ -78,13 +72,13 @@ class ExpectedAttention(CacheMethod):
 
     def later_queries(self, view: KVView, sinks: int) -> tuple[Tensor, Tensor | None]:
         """Mean `[b, G, r, d]` and covariance `[b, G, r, d, d]` of the queries to come, of the r heads of a KV head."""
-        slots: Tensor = view.slots  # type: ignore[assignment]
-        q = view.rows()
-        at = torch.arange(1 - q, 1, device=view.keys.device)  # counted from the newest token
-        origin = view.turned(view.queries.float(), -at.expand(view.b, view.queries.shape[1], -1))
-        counts = torch.ones(view.b, 1, q, 1, device=at.device)
+        at, first = view.query_positions(), view.positions()[:, :1]
+        newest = at[:, -1:].amax(-1, keepdim=True) if at.ndim == 3 else at[:, -1:]
+        shift = (newest - at)[:, None]  # to the newest token, from which later positions are counted
+        origin = view.turned(view.queries.float(), shift.expand(-1, view.queries.shape[1], *shift.shape[2:]))
+        counts = torch.ones(view.b, 1, view.rows(), 1, device=at.device)
         if sinks:
-            counts *= (slots[:, :1, -1:] + at > slots[:, :1, sinks - 1 : sinks])[..., None]
+            counts *= _behind(at[:, None], first[:, :, sinks - 1 : sinks])[..., None]
         total = counts.sum(2).clamp_min(1)
         mean = (origin * counts).sum(2) / total
         later = torch.arange(1, self.n_future_positions + 1, device=at.device)
@@ -99,3 +93,9 @@ class ExpectedAttention(CacheMethod):
         covariance = centred.transpose(2, 3) @ centred / total[..., None]
         covariance = ahead(ahead(covariance).transpose(2, 3))
         return ahead(mean).unflatten(1, by_group), covariance.unflatten(1, by_group)
+
+
+def _behind(at: Tensor, sink: Tensor) -> Tensor:
+    """Which positions `[b, 1, q]` are behind a sink's `[b, 1, 1]`; on three axes, along any of them."""
+    later = at > sink
+    return later.any(-1) if at.ndim == 4 else later

@@ -62,6 +62,7 @@ class HoliTom(wn.Method):
     identity = {"keep": "100%", "tau": 2.0, "inner": "100%"}
     released = {"exact": False, "order": "window", "merge": "halving", "positions": "compact"}
     pairwise = True
+    across_frames = True
 
     def check(self) -> None:
         if self.layer == 0 and self.inner.share(2**30) < 1:

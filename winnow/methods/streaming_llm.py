@@ -2,8 +2,7 @@
 
 Looks at: how many slots there are. Cost: none; with `shift`, a rotation of the sinks at each eviction.
 
-Departs from the paper: prompts are read whole and then cut. The sinks stay where they were read unless `shift` is on;
-behind a method that drops tokens and leaves the others at their positions, it counts the tokens that are left.
+Departs from the paper: prompts are read whole and then cut. The sinks stay where they were read unless `shift` is on.
 Departs from the released code: keys are cached with their phase, so the sinks are moved instead of all slots; distances
 are the same. `released` is kvpress's press of that name.
 """
@@ -44,6 +43,7 @@ class StreamingLLM(CacheMethod):
     """
 
     released = {"keep": "50%", "n_sink": 4, "shift": False}
+    places = True
 
     keep: KVBudget = KVBudget("20%")
     n_sink: Count = 4
@@ -85,9 +85,9 @@ class StreamingLLM(CacheMethod):
         later = view.moment == "decode" and view.n != self.limit
         if (self.keep.is_all and self.limit is None) or view.n <= s or later:
             return Observe(), state
-        slots: Tensor = view.slots  # type: ignore[assignment]
-        moved = state.token.get("moved", torch.zeros_like(slots))
-        sinks, window = slots[..., :s] + moved[..., :s], slots[..., s : s + 1]
+        at: Tensor = view.positions()
+        moved = state.token.get("moved", torch.zeros_like(at))
+        sinks, window = at[..., :s] + moved[..., :s], at[..., s : s + 1]
         wanted = window - s + torch.arange(s, device=window.device)
         shift = F.pad(wanted - sinks, (0, view.n - s))
         return Repose(shift), replace(state, token={**state.token, "moved": moved + shift})

@@ -43,6 +43,7 @@ class VidCom2(wn.Method):
     exact: bool = True
 
     released = {"exact": False, "positions": "compact"}
+    across_frames = True
 
     def reduce(self, view: wn.View) -> wn.Reduction:
         x = view.tokens.to(torch.promote_types(view.tokens.dtype, torch.float32))

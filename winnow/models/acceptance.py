@@ -13,12 +13,14 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import transformers
 
 from winnow._version import __version__
 
 _known: dict[str, tuple[str, ...]] = {}
+_hashes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 def accepted_points(model: Any) -> tuple[str, ...]:
@@ -43,12 +45,17 @@ def accept_points(model: Any, points: tuple[str, ...]) -> None:
 
 
 def _key(model: Any) -> str:
-    settings = model.config.to_dict()
-    settings.pop("_name_or_path", None)
-    written = json.dumps(settings, sort_keys=True, default=str).encode()
+    if model not in _hashes:
+        _hashes[model] = _hash(model.config)
     attends = model.get_decoder().config._attn_implementation if model.get_decoder() is not None else None
     versions = f"transformers {transformers.__version__}, winnow {__version__}, {attends}"
-    return f"{type(model).__name__}, {versions}, {hashlib.sha256(written).hexdigest()[:16]}"
+    return f"{type(model).__name__}, {versions}, {_hashes[model]}"
+
+
+def _hash(config: Any) -> str:
+    settings = config.to_dict()
+    settings.pop("_name_or_path", None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _file() -> Path:

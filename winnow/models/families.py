@@ -40,6 +40,7 @@ FAMILIES = {
     "qianfan_ocr": "winnow.models.internvl:QianfanOCR",
     "qwen2_5_omni_thinker": "winnow.models.qwen2_5_omni:Qwen25Omni",
     "qwen2_5_vl": "winnow.models.qwen2_5_vl:Qwen25VL",
+    "qwen2_audio": "winnow.models.qwen2_audio:Qwen2Audio",
     "qwen2_vl": "winnow.models.qwen2_vl:Qwen2VL",
     "qwen3_5": "winnow.models.qwen3_5:Qwen35",
     "qwen3_5_moe": "winnow.models.qwen3_5:Qwen35",

@@ -19,10 +19,12 @@ class Encoding:
     """One call of the encoder, as adapters see it.
 
     Attributes:
-        modality: image or video.
-        inputs: the keyword arguments of the encoder call (sizes and grids are needed for layouts).
+        modality: image, video or audio.
+        inputs: the keyword arguments of the encoder call (sizes and grids are needed for layouts), and what the family
+            reads beside them.
         lengths: tokens of each item in the LM's sequence, once the encoder has run.
-        parts: how many of the encoder's items became each item, where the prompt has joined some (`Family.joined`).
+        parts: how many of the encoder's items became each item, where some were joined (`Family.joined`,
+            `Family.frames_apart`).
     """
 
     modality: str
@@ -39,7 +41,9 @@ class Family:
         model_types: `config.model_type` values.
         tower, blocks, attention, projector: where the tower, its blocks, a block's attention and the connector are.
         other_blocks: blocks of further towers of the same shape, where each modality has a tower of its own.
-        encoders: (method of the base model, modality, name of the placeholder id in the configuration).
+        encoders: (method of the base model, modality, name of the placeholder id in the configuration). The method of a
+            part of it is written with dots, where the base model has no method of its own for it.
+        beside: arguments of the model's forward that layouts need and the encoder is not given.
         points: where steps can act.
         mrope: whether positions are 3-D.
         axes: of positions, where they have several.
@@ -48,6 +52,8 @@ class Family:
             the part that is left.
         joined: whether items of the encoder that stand in one unbroken run of placeholders (the tiles of a picture) are
             one item. Only for families without steps at `features`, where the prompt is not known yet.
+        frames_apart: whether each frame of a video is an item of the encoder. Where the caller names the videos of a
+            request, `layouts` is asked for one item of `Encoding.parts` frames each, whose modality is video.
         generic: whether nothing is known of the class but its seams.
         cross: whether pictures are keys of cross-attention layers, and not in the sequence; see `CrossPass`.
         halves: of a block, the norm before its MLP and the MLP, whose output is added to what the norm was given.
@@ -65,11 +71,13 @@ class Family:
     projector: ClassVar[str | None] = "multi_modal_projector"
     other_blocks: ClassVar[tuple[str, ...]] = ()
     encoders: ClassVar[tuple[tuple[str, str, str], ...]] = (("get_image_features", "image", "image_token_id"),)
+    beside: ClassVar[tuple[str, ...]] = ()
     points: ClassVar[tuple[str, ...]] = ("features", "projected", "layers")
     mrope: ClassVar[bool] = False
     axes: ClassVar[int] = 3
     short: ClassVar[bool] = False
     joined: ClassVar[bool] = False
+    frames_apart: ClassVar[bool] = False
     generic: ClassVar[bool] = False
     cross: ClassVar[bool] = False
     halves: ClassVar[tuple[str, str]] = ("layer_norm2", "mlp")
@@ -100,8 +108,17 @@ class Family:
         return getattr(output, "pooler_output", None)
 
     def info(self, model: Any) -> ModelInfo:
-        """What is known of this model before data."""
-        raise NotImplementedError
+        """What is known of this model before data; by default nothing of its tower."""
+        return ModelInfo(
+            model=type(model).__name__,
+            family=self.name,
+            depth=len(decoder_of(model).layers),
+            width=model.config.get_text_config().hidden_size,
+            vision_depth=0,
+            has_cls=False,
+            points=self.points,
+            mrope=self.mrope,
+        )
 
     def lengths(self, model: Any, encoding: Encoding, pooled: Sequence[Tensor]) -> tuple[int, ...]:
         """Tokens of each item in what the encoder pooled; by default each of its elements is an item."""

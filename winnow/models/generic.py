@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from winnow.core.errors import UnsupportedError
-from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
 from winnow.models.family import Encoding, Family, decoder_of
 
@@ -82,18 +81,6 @@ class Generic(Family):
         if decoder_of(model) is None:
             return "its language model has no list of layers"
         return ""
-
-    def info(self, model: Any) -> ModelInfo:
-        return ModelInfo(
-            model=type(model).__name__,
-            family=self.name,
-            depth=len(decoder_of(model).layers),
-            width=model.config.get_text_config().hidden_size,
-            vision_depth=0,
-            has_cls=False,
-            points=self.points,
-            mrope=self.mrope,
-        )
 
     def rows(self, output: Any) -> Any:
         found = getattr(output, "pooler_output", None)

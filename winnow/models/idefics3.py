@@ -1,7 +1,8 @@
 """Idefics3 and SmolVLM: square tiles of which a pixel shuffle merges patches.
 
 Each tile, and the whole picture behind them, stands under a mark of its own in the prompt, so each is an item: a budget
-of 64 tokens is 64 of each tile. A frame of a video is a picture.
+of 64 tokens is 64 of each tile. A frame of a video is a picture; frames are one item where the caller names
+their video.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ class Idefics3(MergedTiles):
     tower = "vision_model"
     blocks = "vision_model.encoder.layers"
     projector = "connector"
+    frames_apart = True
 
     def merge(self, model: Any) -> int:
         return model.config.scale_factor

@@ -1,7 +1,7 @@
 """MiniCPM-V 4.6: a picture and its slices, of any size; patches are merged 2 × 2 inside the tower and again behind it.
 
 Each slice stands between marks of its own in the prompt, so each is an item: a budget of 64 tokens is 64 of each slice.
-A frame of a video is an item.
+A frame of a video is an item; frames are one item where the caller names their video.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 from winnow.core.errors import UnsupportedError
 from winnow.core.layout import Layout
 from winnow.models.family import Encoding
-from winnow.models.towers import KnownTower, check_lengths, merged, patch_size
+from winnow.models.towers import KnownTower, check_lengths, merged, patch_size, starts
 
 
 class MiniCPMV46(KnownTower):
@@ -21,6 +21,7 @@ class MiniCPMV46(KnownTower):
     model_types = ("minicpmv4_6",)
     blocks = "vision_tower.encoder.layers"
     projector = "merger.mlp.0"
+    frames_apart = True
     encoders = (
         ("get_image_features", "image", "image_token_id"),
         ("get_video_features", "video", "video_token_id"),
@@ -50,10 +51,17 @@ class MiniCPMV46(KnownTower):
         return tuple((int(h), int(w)) for h, w in torch.as_tensor(sizes).tolist()) * repeats
 
     def layouts(self, model: Any, encoding: Encoding) -> tuple[Layout, ...]:
-        merge = self.merge_now(model, encoding)
-        found = tuple(Layout.grid(h // merge, w // merge) for h, w in self.grids(encoding))
+        merge, grids = self.merge_now(model, encoding), self.grids(encoding)
+        parts = encoding.parts or (1,) * len(grids)
+        found = []
+        for first, frames in zip(starts(parts), parts, strict=True):
+            own = set(grids[first : first + frames])
+            if len(own) > 1:
+                raise UnsupportedError(f"the frames of a video have patches of {sorted(own)}; give frames of one size.")
+            ((h, w),) = own
+            found.append(Layout.grid(h // merge, w // merge, frames))
         check_lengths(model, encoding, tuple(layout.n for layout in found))
-        return found
+        return tuple(found)
 
     def windows(self, model: Any, encoding: Encoding, tokens: int) -> tuple[int, ...]:
         """FlashAttention gets all slices at once, others get them one by one."""

@@ -27,7 +27,7 @@ class PatchGrids(Family):
     blocks = "visual.blocks"
     attention = "attn"
     projector = "visual.merger"
-    encoders = (
+    encoders: ClassVar[tuple[tuple[str, str, str], ...]] = (
         ("get_image_features", "image", "image_token_id"),
         ("get_video_features", "video", "video_token_id"),
     )

@@ -24,10 +24,14 @@ SETTINGS = (
     ("patch_size", "vision_config.patch_size"),
     ("vision_feature_select_strategy", "vision_feature_select_strategy"),
     ("image_token_id", "image_token_id"),
+    ("video_token_id", "video_token_id"),
     ("image_processor.patch_size", "vision_config.patch_size"),
     ("image_processor.temporal_patch_size", "vision_config.temporal_patch_size"),
     ("image_processor.merge_size", "vision_config.spatial_merge_size"),
     ("image_processor.image_grid_pinpoints", "image_grid_pinpoints"),
+    ("video_processor.patch_size", "vision_config.patch_size"),
+    ("video_processor.temporal_patch_size", "vision_config.temporal_patch_size"),
+    ("video_processor.merge_size", "vision_config.spatial_merge_size"),
 )
 
 _missing = object()
@@ -35,19 +39,20 @@ _lock = threading.Lock()
 _counts: weakref.WeakKeyDictionary[Any, dict[Any, int | None]] = weakref.WeakKeyDictionary()
 
 
-def check_placeholders(model: Any, processor: Any, inputs: Mapping[str, Any]) -> None:
-    """Refuse inputs of one picture that the model cannot take.
+def check_placeholders(model: Any, processor: Any, inputs: Mapping[str, Any], modality: str = "image") -> None:
+    """Refuse inputs of one picture, or of one video, that the model cannot take.
 
     Args:
-        inputs: what the processor made of one picture and a question, on the model's device.
+        inputs: what the processor made of it and a question, on the model's device.
 
     Raises:
         WinnowError: the numbers differ, or the encoder cannot read the pixels; with the setting that is wrong.
         UnsupportedError: the model's family is not supported.
     """
     inner: Any = unwrap(model)
-    for name, modality, token in family_of(inner).encoders:
-        if modality != "image":
+    what = "picture" if modality == "image" else modality
+    for name, own, token in family_of(inner).encoders:
+        if own != modality:
             continue
         ids = inputs.get("input_ids", torch.empty(0))
         placeholders = int((ids == getattr(inner.config, token)).sum())
@@ -57,11 +62,11 @@ def check_placeholders(model: Any, processor: Any, inputs: Mapping[str, Any]) ->
         how = wrong_settings(model, processor, inputs) or f"compare {FILE} with config.json"
         if made is None:
             raise WinnowError(
-                f"{type(inner).__name__} cannot encode the picture as {type(processor).__name__} prepares it: {how}."
+                f"{type(inner).__name__} cannot encode the {what} as {type(processor).__name__} prepares it: {how}."
             )
         raise WinnowError(
-            f"{type(processor).__name__} writes {placeholders} image tokens into the prompt, "
-            f"and {type(inner).__name__} makes {made} of the picture: {how}."
+            f"{type(processor).__name__} writes {placeholders} {modality} tokens into the prompt, "
+            f"and {type(inner).__name__} makes {made} of the {what}: {how}."
         )
 
 

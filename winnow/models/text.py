@@ -4,7 +4,6 @@ from typing import Any, ClassVar
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from winnow.core.info import ModelInfo
 from winnow.models.family import Family, decoder_of
 
 
@@ -36,14 +35,3 @@ class Text(Family):
         )
         has_head = getattr(model, "get_output_embeddings", lambda: None)() is not None
         return not encodes and has_head and base is not model
-
-    def info(self, model: Any) -> ModelInfo:
-        return ModelInfo(
-            model=type(model).__name__,
-            family=self.name,
-            depth=len(decoder_of(model).layers),
-            width=model.config.get_text_config().hidden_size,
-            vision_depth=0,
-            has_cls=False,
-            points=self.points,
-        )

@@ -70,6 +70,8 @@ class MergedTiles(KnownTower):
     def layouts(self, model: Any, encoding: Encoding) -> tuple[Layout, ...]:
         side, parts = self.side(model, encoding), encoding.parts or (1,) * len(encoding.lengths)
         check_lengths(model, encoding, tuple(n * side**2 for n in parts))
+        if encoding.modality == "video":
+            return tuple(Layout.grid(side, side, n) for n in parts)
         return tuple(_tiles(side, n) for n in parts)
 
     def cells(self, model: Any, encoding: Encoding, values: Sequence[Tensor]) -> Tensor:

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+EQUAL = 1e-14  # squared distance over squared lengths up to which fp64 cannot tell two tokens apart
+
 
 def density_peaks(
     tokens: Float[Tensor, "b n d"],
@@ -20,7 +22,7 @@ def density_peaks(
     Density is exp(−mean squared distance to the nearest tokens, itself among them), distances are divided by
     √D, and a token is as good a centre as its density × its distance to the nearest denser token (the largest distance
     of all, where none is denser). Tokens go to the nearest centre. Ties go to the lowest index, in distances that are
-    summed from differences, so that none is lost beside large norms. One n × n table for each item.
+    worked out in fp64, so that none is lost beside large norms. One n × n table for each item.
 
     Args:
         broken: tokens that are centres only when no others are left, and belong to none (−1).
@@ -37,13 +39,24 @@ def peak_scores(
     tokens: Float[Tensor, "n d"], neighbours: int, broken: Bool[Tensor, " n"]
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
     """How good a centre each token of one item is (−inf for broken ones), and the distances between them."""
-    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).masked_fill(broken[:, None], 0)
-    far = torch.cdist(wide, wide, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(wide.shape[1])
-    nearest = far.topk(min(neighbours, wide.shape[0]), largest=False).values
+    far = _distances(tokens.double().masked_fill(broken[:, None], 0)).to(
+        torch.promote_types(tokens.dtype, torch.float32)
+    )
+    nearest = far.topk(min(neighbours, tokens.shape[0]), largest=False).values
     density = (-nearest.square().mean(1)).exp()
     denser = density > density[:, None]
     score = far.masked_fill(~denser, torch.inf).amin(1).minimum(far.max()) * density
     return score.masked_fill(broken, -torch.inf), far
+
+
+def _distances(x: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
+    """Distances over √D from one product of matrices in fp64; those within its rounding, of equal tokens, are 0."""
+    x = x - x.mean(0)
+    products = x @ x.T
+    norms = products.diagonal()
+    sums = norms[:, None] + norms
+    squares = torch.sub(sums, products, alpha=2)
+    return squares.masked_fill_(squares <= sums.mul_(EQUAL), 0).div_(x.shape[1]).sqrt_()
 
 
 def _clustered(

@@ -74,6 +74,14 @@ def frame_grid(layout: Layout, device: torch.device) -> FrameGrid:
     return FrameGrid(torch.from_numpy(slot).to(device), len(times), len(spots))
 
 
+@lru_cache(maxsize=128)
+def frame_sides(layout: Layout) -> tuple[int, int] | None:
+    """Rows and columns of each frame, where its tokens fill one grid, so that places are in raster order; else None."""
+    spots = np.unique(layout.place[layout.content][:, [0, 2, 3]], axis=0)
+    h, w = (int(side) for side in np.ptp(spots[:, 1:], axis=0) + 1)
+    return (h, w) if len(np.unique(spots[:, 0])) == 1 and len(spots) == h * w else None
+
+
 def frame_of(view: View) -> Int[Tensor, "b n"]:
     """The frame of each token of the view, from 0."""
     grid = frame_grid(view.layout, view.ids.device)
@@ -111,3 +119,20 @@ def whole_clip(view: View, owner: str) -> Clip:
         f"{owner} needs a token at each of {grid.places} places of {grid.frames} frames, and the item has {view.n}: "
         f"{why}. Put {owner} before methods that remove tokens, or choose a method that does not compare places."
     )
+
+
+def frame_slots(view: View, owner: str) -> tuple[int, Int[Tensor, "b n"]]:
+    """How many frames a view has, and where each of its tokens stands, frame by frame and place by place.
+
+    The places of a picture are not compared with others, so that some may be empty.
+
+    Args:
+        owner: the slug of the method that asks.
+
+    Raises:
+        WinnowError: of a video that `whole_clip` refuses.
+    """
+    frames = frame_grid(view.layout, view.ids.device).frames
+    if frames > 1:
+        return frames, whole_clip(view, owner).slot
+    return 1, torch.arange(view.n, device=view.ids.device).expand(view.b, -1)

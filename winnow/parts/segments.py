@@ -174,7 +174,7 @@ def contiguous_naive(labels: Sequence[int]) -> list[int]:
 def most_saved_naive(same: Sequence[Sequence[bool]], longest: int | None = None) -> tuple[list[int], int]:
     """Segments of most savings: of all windows that can end at a frame, the best."""
     frames = len(same) + 1
-    best, windows = [0], [[]]
+    best, windows = [0], [list[int]()]
     for end in range(frames):
         value, chosen = best[end], [*windows[end], 1]
         for width in range(2, min(end + 1, longest or frames) + 1):

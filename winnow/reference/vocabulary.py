@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -41,33 +43,43 @@ def split_words(text: str) -> list[str]:
 @cache
 def token_ids(text: str) -> tuple[int, ...]:
     """Token ids of a question or an answer, without special tokens; the same as the tokenizer gives."""
+    return ids_from(TOKEN_ID, text)
+
+
+def ids_from(table: Mapping[str, int], text: str) -> tuple[int, ...]:
+    """Token ids from the ids of a vocabulary."""
     ids: list[int] = []
     for word in split_words(text):
         if len(word) == 2 and word.isdigit():
-            ids += [TOKEN_ID[word[0]], TOKEN_ID["##" + word[1]]]
+            ids += [table[word[0]], table["##" + word[1]]]
         else:
-            ids.append(TOKEN_ID.get(word, TOKEN_ID[UNKNOWN]))
+            ids.append(table.get(word, table[UNKNOWN]))
     return tuple(ids)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    table: Mapping[str, int] = TOKEN_ID,
+    special: Sequence[str] = SPECIAL,
+    template: str = CHAT_TEMPLATE,
+    placeholders: Mapping[str, str] = MappingProxyType({"image_token": IMAGE}),
+) -> PreTrainedTokenizerFast:
     """A word-level tokenizer (a word piece of whole words and second digits), left-padded for generation."""
-    tokenizer = Tokenizer(models.WordPiece(vocab=dict(TOKEN_ID), unk_token=UNKNOWN, continuing_subword_prefix="##"))
+    tokenizer = Tokenizer(models.WordPiece(vocab=dict(table), unk_token=UNKNOWN, continuing_subword_prefix="##"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[?:,.!]"), "isolated")]
     )
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, TOKEN_ID[BOS])]
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, table[BOS])]
     )
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
         eos_token=EOS,
         unk_token=UNKNOWN,
         pad_token=PAD,
-        extra_special_tokens={"image_token": IMAGE},
+        extra_special_tokens=dict(placeholders),
         padding_side="left",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
     )

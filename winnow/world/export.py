@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from winnow.core.errors import WinnowError
 from winnow.world.items import Scene
+from winnow.world.names import SIZES, SPLITS
 from winnow.world.scenes import VERSION, scene
 
 STAMP = "winnow-world"  # keyword of the PNG text chunk that says where a picture comes from
@@ -70,6 +72,18 @@ def _parse(text: bytes) -> Origin | None:
         return Origin(int(values["version"]), int(values["seed"]), int(values["size"]), str(values["split"]))
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def scene_in(source: str | Path | bytes, image: Image.Image) -> Scene | None:
+    """The scene that a PNG file (or its bytes) says it holds, if drawing it again gives the pixels of `image`."""
+    said = origin(source)
+    if said is None or said.version != VERSION or said.split not in SPLITS or said.size not in SIZES:
+        return None
+    with contextlib.suppress(WinnowError):  # the stamp is not ours: its seed is out of range
+        drawn = scene(said.seed, said.size, said.split)
+        if np.array_equal(drawn.pixels, np.asarray(image)):
+            return drawn
+    return None
 
 
 def export(folder: str | Path, n: int, size: int = 224, split: str = "test", seed: int = 0, per_type: int = 1) -> Path:

@@ -8,17 +8,26 @@ import numpy as np
 import torch
 
 from tests.methods.directional import Sample, at_random
+from winnow.core.frames_view import FramesView
 from winnow.core.layout import Layout
 from winnow.core.reduction import Reduction
+from winnow.core.step import State
 from winnow.core.view import View
+from winnow.methods.centerclip import CenterCLIP
 from winnow.methods.dycoke import DyCoke
 from winnow.methods.evs import EVS
+from winnow.methods.fastvid import FastVID
+from winnow.methods.holitom import HoliTom
+from winnow.methods.kffocus import KFFocus
+from winnow.methods.prunevid import PruneVid
 from winnow.methods.vidcom2 import VidCom2
+from winnow.parts.evenly import evenly
 
-from .finding import Finding, compared
+from .finding import Finding, compared, nearer
 
 CLIPS, FRAMES, SIDE, WIDTH = 60, 8, 6, 32
 PLACES = SIDE * SIDE
+LOOKS = (*FastVID().signals(), HoliTom().attention)
 Clip = tuple[View, set[int]]
 
 
@@ -57,7 +66,7 @@ def flash(seed: int) -> Clip:
 
 
 def recall(found: Reduction, wanted: set[int]) -> float:
-    return len(wanted & set(found.lane(0).index.tolist())) / len(wanted)  # type: ignore[union-attr]
+    return len(wanted & set(found.representatives.reshape(-1).tolist())) / len(wanted)
 
 
 def evs(s: Sample, rolled: Sample) -> Iterator[Finding]:
@@ -68,10 +77,11 @@ def dycoke(s: Sample, rolled: Sample) -> Iterator[Finding]:
     yield beside_random("dycoke", DyCoke())
 
 
-def beside_random(slug: str, method: EVS | DyCoke) -> Finding:
+def beside_random(slug: str, method: EVS | DyCoke | HoliTom) -> Finding:
     own, blind = [], []
-    for view, wanted in map(moving, range(CLIPS)):
-        found = method.reduce(view)
+    for seed in range(CLIPS):
+        view, wanted = moving(seed)
+        found = method.reduce(looked_at(view, seed))
         own.append(recall(found, wanted))
         blind.append(recall(at_random(view, found.m), wanted))
     what = f"{CLIPS} clips of {FRAMES} frames, tokens of a thing that walks"
@@ -90,4 +100,109 @@ def vidcom2(s: Sample, rolled: Sample) -> Iterator[Finding]:
     yield compared("vidcom2", claim, what, ("shares by frame", "equal shares"), own, equal)
 
 
-CLAIMS = {"evs": evs, "dycoke": dycoke, "vidcom2": vidcom2}
+def holitom(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    yield beside_random("holitom", HoliTom(keep="15%"))
+
+
+def prunevid(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    merging = lambda view: PruneVid().merge(view, State())[0].reduction  # noqa: E731
+    counts = [np.array([merging(make(seed)[0]).m for seed in range(CLIPS)]) for make in (static, restless)]
+    what = f"{CLIPS} clips of {FRAMES} frames, tokens left of {FRAMES * PLACES} behind the merging"
+    yield nearer("prunevid", "still places become fewer tokens than moving ones", what, ("still", "moving"), *counts)
+
+
+def centerclip(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    own, blind = [], []
+    for view, _ in map(moving, range(CLIPS)):
+        found = CenterCLIP(keep="12.5%", segments=1).reduce(view)
+        own.append(distance(view, found))
+        blind.append(distance(view, at_random(view, found.m)))
+    what = f"{CLIPS} clips of {FRAMES} frames, distance of a token to the nearest kept"
+    names = ("medoids", "random")
+    yield nearer(
+        "centerclip", "medoids lie nearer to all tokens than random ones", what, names, *map(np.array, (own, blind))
+    )
+
+
+def fastvid(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    found: dict[float, list[float]] = {0.4: [], 0.0: []}
+    for seed in range(CLIPS):
+        view = looked_at(moving(seed)[0], seed)
+        for context, radii in found.items():
+            radii.append(distance(view, FastVID(keep="10%", context=context).reduce(view), farthest=True))
+    claim = "nothing is as far from what is kept as by attention alone"
+    what = f"{CLIPS} clips of {FRAMES} frames, largest distance of a token to those kept"
+    names = ("anchors and attention", "attention")
+    yield nearer("fastvid", claim, what, names, *map(np.array, found.values()))
+
+
+def static(seed: int) -> Clip:
+    """Frames that repeat one another but for a little noise."""
+    return shown(background(seed)[1]), set()
+
+
+def restless(seed: int) -> Clip:
+    """Frames of which half the places are drawn anew each time."""
+    generator, frames = background(seed)
+    frames[:, : PLACES // 2] = torch.randn(FRAMES, PLACES // 2, WIDTH, generator=generator)
+    return shown(frames), set()
+
+
+def looked_at(view: View, seed: int) -> View:
+    """A view whose tokens get as much attention in each frame as at their place in the others."""
+    own = torch.rand(1, 1, PLACES, generator=torch.Generator().manual_seed(seed))
+    row = own.expand(1, FRAMES, PLACES).reshape(1, -1)
+    return View.of(view.tokens, dict.fromkeys(LOOKS, row), layout=view.layout)
+
+
+def distance(view: View, found: Reduction, farthest: bool = False) -> float:
+    """Of a token to the nearest of those that are kept, in the mean or at most."""
+    gaps = torch.cdist(view.tokens[0], view.tokens[0, found.representatives[0]]).amin(1)
+    return float(gaps.max() if farthest else gaps.mean())
+
+
+def ts_llava(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    """Of an event of 2 × 2 tokens in one of 50 frames: whether a token of it is sampled, or its frame shown."""
+    frames, side = 50, 24
+    sampled = set(evenly(frames * side**2, 2880).tolist())
+    shown = set(evenly(frames, 6).tolist())
+    generator = torch.Generator().manual_seed(0)
+    alone, both = [], []
+    for _ in range(2000):
+        t, row, col = (int(torch.randint(n, (1,), generator=generator)) for n in (frames, side - 1, side - 1))
+        cells = {(t * side + row + r) * side + col + c for r in (0, 1) for c in (0, 1)}
+        alone.append(float(bool(cells & sampled)))
+        both.append(float(bool(cells & sampled) or t in shown))
+    what = "2000 events of 2 × 2 tokens in one of 50 frames, share of which something is left"
+    claim = "sampled tokens and a thumbnail show more events than sampled tokens alone"
+    yield compared("ts-llava", claim, what, ("both", "sampled alone"), np.array(both), np.array(alone))
+
+
+def kffocus(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    """An event of a second in a video of two minutes, at two frames a second, and 16 frames to show."""
+    own, blind = [], []
+    for seed in range(CLIPS):
+        random = np.random.default_rng(seed)
+        start = int(random.integers(1, 238))
+        frames = (120 + 4 * random.standard_normal((240, 16, 16, 3))).clip(0, 255).astype(np.uint8)
+        frames[start : start + 2, 2:14, 2:14] = random.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        view = FramesView(torch.from_numpy(frames)[None], torch.arange(240)[None] / 2)
+        found = KFFocus(keyframes=16, context=0).choose(view, State()).reduction.index[0].tolist()
+        own.append(float(bool({start, start + 1} & set(found))))
+        blind.append(float(bool({start, start + 1} & set(evenly(240, 16).tolist()))))
+    what = f"{CLIPS} clips of 240 frames with an event of two, share of which a frame enters"
+    claim = "keyframes find more events than as many frames at equal distances"
+    yield compared("kffocus", claim, what, ("keyframes", "equal distances"), np.array(own), np.array(blind))
+
+
+CLAIMS = {
+    "evs": evs,
+    "dycoke": dycoke,
+    "vidcom2": vidcom2,
+    "holitom": holitom,
+    "prunevid": prunevid,
+    "centerclip": centerclip,
+    "fastvid": fastvid,
+    "ts-llava": ts_llava,
+    "kffocus": kffocus,
+}

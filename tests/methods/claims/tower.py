@@ -9,6 +9,7 @@ import numpy as np
 from tests.methods.directional import Sample
 from tests.methods.test_tome import Dropped
 from winnow.core.budget import Budget
+from winnow.methods.auroracap import AuroraCap
 from winnow.methods.diffrate import DiffRate
 from winnow.methods.fastervlm import FasterVLM
 from winnow.methods.flowcut import FlowCut
@@ -37,6 +38,12 @@ def tome(s: Sample, rolled: Sample) -> Iterator[Finding]:
     yield right(s, "tome", "merging answers more than dropping as many at random", what, plans)
     plans = {"on": merged, "off": merged.replace(proportional=False)}
     yield right(s, "tome", "proportional attention answers more than plain attention", what, plans)
+
+
+def auroracap(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    plans = {"AuroraCap": AuroraCap(0.06), "random": Dropped(40)}
+    what = "a ratio of 0.06: 56 tokens left by five blocks"
+    yield right(s, "auroracap", "merging answers more than dropping as many at random", what, plans)
 
 
 def token_transforming(s: Sample, rolled: Sample) -> Iterator[Finding]:
@@ -86,6 +93,7 @@ def pixelprune(s: Sample, rolled: Sample) -> Iterator[Finding]:
 
 CLAIMS = {
     "diffrate": diffrate,
+    "auroracap": auroracap,
     "tome": tome,
     "token-transforming": token_transforming,
     "flowcut": flowcut,

@@ -12,18 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm
 
+from winnow.learn.detection.blocks import PATCH, SIDE, TOKENS, WINDOW, Backbone, Block, Patches, routed
 from winnow.parts.history import MotionQueries, QueryScores, TokenScores, waves
-from winnow.parts.slow_fast import slow_fast
-from winnow.world.streets import CAMERAS, FARTHEST, FOCAL, HEIGHT, KINDS, PIXELS
+from winnow.world.streets import CAMERAS, FARTHEST, FOCAL, HEIGHT, KINDS
 
-PATCH = 8
-SIDE = PIXELS // PATCH
-TOKENS = CAMERAS * SIDE**2
-WINDOW = 4
 SELECTORS = (1, 3)  # blocks that score tokens; not those that see a whole camera
 WHOLE = (2, 5)  # blocks whose windows are whole cameras
 RATIOS = (0.5, 0.3)  # of each window, from each selector on
@@ -68,54 +64,29 @@ class Found:
     entering: tuple[Tensor, ...]
 
 
-class Block(nn.Module):
-    """A transformer block in two halves, as `slow_fast` takes them; rotations say where a token lies in its window."""
-
-    angles: Tensor
-
-    def __init__(self, width: int, heads: int, side: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        bands = 4.0 ** -torch.arange(width // heads // 4)
-        row, col = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-        angles = torch.cat([row.reshape(-1, 1) * bands, col.reshape(-1, 1) * bands], 1)
-        self.register_buffer("angles", angles, persistent=False)
-
-    def attention(self, x: Float[Tensor, "b m c"], places: Int[Tensor, "b m"]) -> Float[Tensor, "b m c"]:
-        q, k, v = self.qkv(self.first(x)).reshape(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        angles = self.angles[places][:, None]
-        made = scaled_dot_product_attention(rotated(q, angles), rotated(k, angles), v)
-        return self.out(made.transpose(1, 2).flatten(2))
-
-    def update(self, x: Float[Tensor, "b m c"]) -> Float[Tensor, "b m c"]:
-        return self.mlp(self.second(x))
-
-
-def rotated(x: Float[Tensor, "b h m e"], angles: Float[Tensor, "b 1 m f"]) -> Float[Tensor, "b h m e"]:
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], -1)
-
-
 class Detector(nn.Module):
     """Objects around a vehicle from its four cameras.
 
     Args:
+        width, depth, heads: of its own blocks.
         queries: found objects that are remembered.
+        backbone: in the place of its own blocks.
     """
 
     rays: Tensor
 
-    def __init__(self, width: int = 64, depth: int = 6, heads: int = 4, queries: int = 16) -> None:
+    def __init__(
+        self, width: int = 64, depth: int = 6, heads: int = 4, queries: int = 16, backbone: Backbone | None = None
+    ) -> None:
         super().__init__()
         self.queries = queries
-        self.patch = nn.Linear(3 * PATCH**2, width)
+        width = width if backbone is None else backbone.width
+        self.patch = Patches(3 * PATCH**2, width) if backbone is None else backbone.patch
         rays = waves(torch.stack(directions(), -1) / 2)
         self.register_buffer("rays", rays, persistent=False)
         self.ray = nn.Linear(rays.shape[-1], width)
-        self.blocks = nn.ModuleList(Block(width, heads, SIDE if i in WHOLE else WINDOW) for i in range(depth))
+        own = (Block(width, heads, SIDE if i in WHOLE else WINDOW) for i in range(depth))
+        self.blocks = nn.ModuleList(own) if backbone is None else backbone.blocks
         self.norm = nn.LayerNorm(width)
         self.head = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, len(KINDS) + VALUES))
         self.motion = MotionQueries(width, FARTHEST)
@@ -141,8 +112,7 @@ class Detector(nn.Module):
             generator: of the noise in masks while training; without one, masks are the probabilities.
             legacy: see `slow_fast`.
         """
-        grid = images.unflatten(2, (SIDE, PATCH)).unflatten(4, (SIDE, PATCH)).permute(0, 1, 2, 4, 3, 5, 6)
-        x = self.patch(grid.flatten(4).flatten(1, 3) - 0.5) + self.ray(self.rays)
+        x = self.patch(images) + self.ray(self.rays)
         queries = None if memory is None else self._queries(memory)
         mask, keep = x.new_ones(x.shape[:2]), 1.0
         scores: list[Tensor] = []
@@ -157,7 +127,7 @@ class Detector(nn.Module):
                 scores.append(judge(*seen))
                 mask = mask * (chances(scores[-1], generator) if generator else scores[-1].exp())[..., 0]
                 keep = ratios[stage]
-            x = routed(block, x, scores[-1][..., 0] if scores else None, keep, number in WHOLE, legacy)
+            x = routed(block, x, scores[-1][..., 0] if scores else None, keep, legacy)
         features = self.norm(x)
         said = self.head(features)
         kinds, values = said[..., : len(KINDS)] - RARE, said[..., len(KINDS) :]
@@ -180,30 +150,6 @@ def chances(score: Float[Tensor, "b n 2"], generator: torch.Generator) -> Float[
     """A soft sample, by Gumbel's noise from a generator of one's own."""
     noise = torch.rand(score.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
     return (score - (-noise.log()).log().to(score.device)).softmax(-1)
-
-
-def routed(
-    block: Block, x: Float[Tensor, "b n c"], score: Float[Tensor, "b n"] | None, ratio: float, whole: bool, legacy: bool
-) -> Float[Tensor, "b n c"]:
-    """A block on windows of equal size, each of which keeps as many tokens."""
-    side = SIDE if whole else WINDOW
-    own = windowed(x, side)
-    given = own.new_zeros(own.shape[:2]) if score is None else windowed(score[..., None], side)[..., 0]
-    keep = max(1, math.ceil(ratio * side**2))
-    made = slow_fast(own, given, keep, block.attention, block.update, legacy=legacy)
-    return unwindowed(made, side, x.shape[0])
-
-
-def windowed(x: Float[Tensor, "b n c"], side: int) -> Float[Tensor, "w m c"]:
-    parts = SIDE // side
-    grid = x.reshape(-1, parts, side, parts, side, x.shape[-1])
-    return grid.permute(0, 1, 3, 2, 4, 5).reshape(-1, side**2, x.shape[-1])
-
-
-def unwindowed(x: Float[Tensor, "w m c"], side: int, b: int) -> Float[Tensor, "b n c"]:
-    parts = SIDE // side
-    grid = x.reshape(-1, parts, parts, side, side, x.shape[-1])
-    return grid.permute(0, 1, 3, 2, 4, 5).reshape(b, -1, x.shape[-1])
 
 
 def directions() -> tuple[Tensor, Tensor]:

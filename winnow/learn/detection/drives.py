@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, smooth_l1_loss
 
-from winnow.learn.detection.detector import PATCH, SIDE, TOKENS, Found, centers
+from winnow.learn.detection.blocks import PATCH, SIDE, TOKENS
+from winnow.learn.detection.detector import Found, centers
 from winnow.world.streets import CAMERAS, KINDS, PIXELS, Frame, project
 
 CLOSE = 2.0  # metres between centres at which an object counts as found

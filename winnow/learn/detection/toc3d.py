@@ -14,88 +14,32 @@ the look of a token gives an object away.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from winnow.core.errors import WinnowError
-from winnow.core.info import ModelInfo
 from winnow.learn.detection.detector import Detector, Found
 from winnow.learn.detection.drives import as_record, loss_of, precision, recall
-from winnow.learn.progress import Log
-from winnow.learn.pruners.fit import LEAST, MAX_SEED, Phase, Record, Run
-from winnow.parts.learned import SHIPPED, learned
+from winnow.learn.fitting import Phase, Record
+from winnow.learn.toy import Toy, stacked
 from winnow.world.streets import drive
 
-SLUG = "toc3d"
-DRIVES = 1600
-APART = 1 << 32  # seeds of drives between two seeds of a run
 KEPT = 0.3  # the share at which scores are measured
 
 
-def load(weights: str | Path | None = None) -> Detector:
-    """The detector with trained weights.
-
-    Args:
-        weights: a file that `winnow train toc3d` wrote, or `untrained`; default: those that winnow ships.
-    """
-    given = SHIPPED / f"{SLUG}.safetensors" if weights is None else weights
-    module: Any = learned(SLUG, str(given), ModelInfo(), Detector)
-    return module.eval()
-
-
-def train(
-    out: str | Path | None = None,
-    *,
-    resume: bool = False,
-    seed: int = 0,
-    scale: float = 1.0,
-    save: int = 100,
-    quiet: bool = False,
-) -> Path:
-    """Train the detector and its selectors, and return the file of the weights."""
-    folder = Path(out) if out is not None else Path("runs") / SLUG
-    if not scale > 0 or not 0 <= seed < MAX_SEED:
-        raise WinnowError(f"scale {scale}, seed {seed}; scale is above 0, and seed is 0 … {MAX_SEED - 1}.")
-    if (folder / "cache").exists() and not resume:
-        raise WinnowError(f"{folder} already holds a run; continue it with resume, or choose another folder.")
-    torch.set_num_threads(1)
-    count = max(LEAST, round(DRIVES * scale))
-    variant = {"method": SLUG, "model": "detector", "seed": seed, "scale": scale}
-    (folder / "cache").mkdir(parents=True, exist_ok=True)
-
-    def drives(start: int, end: int) -> Iterable[int]:
-        return range(seed * APART + start, seed * APART + end)
-
-    recipe: Any = Recipe(scale)
-    run = Run(folder, recipe, variant, Log(folder, quiet), save, drives, torch.device("cpu"))
-    records = run.recorded(count)
-    given = {"seed": seed or None, "scale": None if scale == 1 else scale}
-    command = f"winnow train {SLUG}" + "".join(f" --{k} {v}" for k, v in given.items() if v is not None)
-    data = f"{count} drives of two moments of the train split from {seed * APART} on"
-    facts = {"command": command, "name": "detector of winnow", "data": data}
-    return run.export(run.trained(records), records, facts)
-
-
-class Recipe:
-    sizes = {"width": 64, "depth": 6, "heads": 4, "queries": 16}  # noqa: RUF012
-    settings: dict[str, Any] = {}  # noqa: RUF012
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-
-    def make(self) -> nn.Module:
-        return Detector(**self.sizes)
+class Driving(Toy[Detector]):
+    slug, kind, name, model = "toc3d", "detector", "detector of winnow", Detector
+    examples, told = 1600, "drives of two moments of the train split"
+    sizes: ClassVar = {"width": 64, "depth": 6, "heads": 4, "queries": 16}
 
     def record(self, number: int) -> Record:
         return as_record(drive(number, frames=2))
 
     def phases(self, records: Sequence[Record]) -> list[Phase]:
-        told = {name: torch.stack([own[name] for own in records]) for name in records[0]}
+        told = stacked(records)
 
         def plain(module: Any, batch: list[int]) -> Tensor:
             moments = [i % 2 for i in range(len(batch))]
@@ -116,7 +60,7 @@ class Recipe:
     @torch.no_grad()
     def measure(self, module: Any, records: Sequence[Record]) -> dict[str, float]:
         """Average precision, and how much of the objects the scores of each selector find."""
-        own = {name: torch.stack([record[name] for record in records]) for name in records[0]}
+        own = stacked(records)
         now = at(own, 1)
         first, second = followed(module, own)
         found = {
@@ -127,6 +71,9 @@ class Recipe:
         for name, score in scores(module, own).items():
             found[f"recall_{name}"] = recall(score, now["inside"], KEPT).mean()
         return {name: float(value) for name, value in found.items()}
+
+
+load, train = Driving.load, Driving.train
 
 
 def shown(images: Tensor) -> Tensor:

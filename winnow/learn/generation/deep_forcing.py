@@ -9,29 +9,22 @@ drawn; a chunk is one frame.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from winnow.core.errors import WinnowError
-from winnow.core.info import ModelInfo
 from winnow.core.kv_method import CacheMethod
+from winnow.learn.fitting import Phase, Record
 from winnow.learn.generation.clips import TEST, Clip, clip, distance, drift, motion, spoiled, written
 from winnow.learn.generation.writer import TOKENS, FrameWriter
-from winnow.learn.progress import Log
-from winnow.learn.pruners.fit import LEAST, MAX_SEED, Phase, Record, Run
+from winnow.learn.toy import Toy, stacked
 from winnow.methods.deep_forcing import DeepForcing
-from winnow.parts.learned import SHIPPED, learned
 
-SLUG = "frames"
-CLIPS = 1600
 TRAINED = 16  # frames that are seen in training
 GIVEN, WRITTEN, LATE = 4, 160, 120  # frames to begin with, frames in all, and the first of the late ones
 MEASURED = 12  # streams
-APART = 1 << 32  # seeds of clips between two seeds of a run
 
 DEEP = DeepForcing(sink=7, recent=4, window=15, top=4, by="newest", frame=TOKENS)
 POLICIES: dict[str, CacheMethod] = {
@@ -42,65 +35,16 @@ POLICIES: dict[str, CacheMethod] = {
 }
 
 
-def load(weights: str | Path | None = None) -> FrameWriter:
-    """The model with trained weights.
-
-    Args:
-        weights: a file that `winnow train frames` wrote, or `untrained`; default: those that winnow ships.
-    """
-    given = SHIPPED / f"{SLUG}.safetensors" if weights is None else weights
-    module: Any = learned(SLUG, str(given), ModelInfo(), FrameWriter)
-    return module.eval()
-
-
-def train(
-    out: str | Path | None = None,
-    *,
-    resume: bool = False,
-    seed: int = 0,
-    scale: float = 1.0,
-    save: int = 100,
-    quiet: bool = False,
-) -> Path:
-    """Train the model, and return the file of the weights."""
-    folder = Path(out) if out is not None else Path("runs") / SLUG
-    if not scale > 0 or not 0 <= seed < MAX_SEED:
-        raise WinnowError(f"scale {scale}, seed {seed}; scale is above 0, and seed is 0 … {MAX_SEED - 1}.")
-    if (folder / "cache").exists() and not resume:
-        raise WinnowError(f"{folder} already holds a run; continue it with resume, or choose another folder.")
-    torch.set_num_threads(1)
-    count = max(LEAST, round(CLIPS * scale))
-    variant = {"method": SLUG, "model": "writer", "seed": seed, "scale": scale}
-    (folder / "cache").mkdir(parents=True, exist_ok=True)
-
-    def clips(start: int, end: int) -> Iterable[int]:
-        return range(seed * APART + start, seed * APART + end)
-
-    recipe: Any = Recipe(scale)
-    run = Run(folder, recipe, variant, Log(folder, quiet), save, clips, torch.device("cpu"))
-    records = run.recorded(count)
-    given = {"seed": seed or None, "scale": None if scale == 1 else scale}
-    command = f"winnow train {SLUG}" + "".join(f" --{k} {v}" for k, v in given.items() if v is not None)
-    data = f"{count} clips of {TRAINED + 1} frames from {seed * APART} on"
-    facts = {"command": command, "name": "frame writer of winnow", "data": data}
-    return run.export(run.trained(records), records, facts)
-
-
-class Recipe:
-    sizes = {"width": 64, "depth": 3, "heads": 4}  # noqa: RUF012
-    settings: dict[str, Any] = {}  # noqa: RUF012
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-
-    def make(self) -> nn.Module:
-        return FrameWriter(**self.sizes)
+class Writer(Toy[FrameWriter]):
+    slug, kind, name, model = "frames", "writer", "frame writer of winnow", FrameWriter
+    examples, told = 1600, f"clips of {TRAINED + 1} frames"
+    sizes: ClassVar = {"width": 64, "depth": 3, "heads": 4}
 
     def record(self, number: int) -> Record:
         return dict(vars(clip(number, TRAINED + 1)))
 
     def phases(self, records: Sequence[Record]) -> list[Phase]:
-        told = {name: torch.stack([own[name] for own in records]) for name in records[0]}
+        told = stacked(records)
 
         def entered(batch: list[int]) -> tuple[Record, Tensor, torch.Generator]:
             own = {name: x[batch] for name, x in told.items()}
@@ -125,7 +69,7 @@ class Recipe:
     @torch.no_grad()
     def measure(self, module: Any, records: Sequence[Record]) -> dict[str, float]:
         """Errors on held-out clips, and what becomes of long streams under each policy."""
-        own = {name: torch.stack([record[name] for record in records]) for name in records[0]}
+        own = stacked(records)
         entered = spoiled(own["frames"][:, :-1], own["ground"], torch.Generator().manual_seed(0))
         found = {
             "error": float(error(module(own["frames"][:, :-1]), own)),
@@ -138,6 +82,9 @@ class Recipe:
             found[f"distance_{name}"] = float(distance(frames, clips)[:, LATE:].mean())
             found[f"motion_{name}"] = float(motion(frames, LATE).mean())
         return found
+
+
+load, train = Writer.load, Writer.train
 
 
 def error(said: Tensor, own: Record) -> Tensor:

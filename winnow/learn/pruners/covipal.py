@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, logsigmoid
 
-from winnow.learn.pruners.fit import Phase, Record
+from winnow.learn.fitting import Phase, Record
 from winnow.learn.pruners.frozen import Example, Frozen, Recorder, device_of, soft_keys
 from winnow.methods.covipal import CoViPAL, Scorer
 from winnow.signals.entering import QuestionRows

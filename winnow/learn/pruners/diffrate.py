@@ -27,7 +27,7 @@ from winnow.core.reduction import Reduction
 from winnow.core.select import ranked
 from winnow.core.step import Reduce, State, Step
 from winnow.core.view import View
-from winnow.learn.pruners.fit import Phase, Record
+from winnow.learn.fitting import Phase, Record
 from winnow.learn.pruners.frozen import Example, Frozen, soft_keys
 from winnow.methods.diffrate import DiffRate
 from winnow.parts.learned_budget import Schedule

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from winnow.learn.pruners.fit import Phase, Record
+from winnow.learn.fitting import Phase, Record
 from winnow.learn.pruners.frozen import Example, Frozen, Recorder, device_of
 from winnow.methods.dyvte import DyVTE, Routers
 from winnow.signals.entering import TextSummary

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from winnow.learn.pruners.fit import Phase, Record
+from winnow.learn.fitting import Phase, Record
 from winnow.learn.pruners.frozen import Example, Frozen, Recorder, device_of
 from winnow.learn.pruners.relevance import relevance
 from winnow.methods.explainability_compression import CHANNELS, HeadsOfQuestion, Net, shown_to_net

@@ -21,13 +21,13 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.errors import UnsupportedError
 from winnow.core.kv import KVView
 from winnow.core.kv_budget import KVBudget
 from winnow.core.step import KVReduce
+from winnow.learn.fitting import LEAST, Phase, Record, Run, command_of, folder_of
 from winnow.learn.packing import IGNORED
 from winnow.learn.progress import Log
-from winnow.learn.pruners.fit import LEAST, MAX_SEED, Phase, Record, Run
 from winnow.learn.recall import FILLER_WEIGHT, Texts, pack
 from winnow.methods.lococo import LoCoCo
 from winnow.models.fingerprint import fingerprint
@@ -64,29 +64,21 @@ def train(
         model: a folder of a Llama that knows the words of the recall texts; default: the shipped recall model.
         scale: share of the rows and steps.
     """
-    folder = Path(out) if out is not None else Path("runs") / SLUG
-    if not scale > 0 or not 0 <= seed < MAX_SEED:
-        raise WinnowError(f"scale {scale}, seed {seed}; scale is above 0, and seed is 0 … {MAX_SEED - 1}.")
-    if (folder / "cache").exists() and not resume:
-        raise WinnowError(f"{folder} already holds a run; continue it with resume, or choose another folder.")
-    torch.set_num_threads(1)
+    folder = folder_of(SLUG, out, resume=resume, seed=seed, scale=scale)
     frozen = load(model)
     count, first = max(LEAST, round(ROWS * scale)), FIRST + seed * APART
-    (folder / "cache").mkdir(parents=True, exist_ok=True)
 
     def seeds(start: int, end: int) -> Iterable[int]:
         return range(first + start, first + end)
 
-    recipe: Any = Recipe(frozen, scale)
     variant = {"method": SLUG, "model": fingerprint(frozen), "seed": seed, "scale": scale}
-    run = Run(folder, recipe, variant, Log(folder, quiet), save, seeds, torch.device("cpu"))
-    records = run.recorded(count)
-    given = {"model": model, "seed": seed or None, "scale": None if scale == 1 else scale}
-    command = f"winnow train {SLUG}" + "".join(f" --{k} {v}" for k, v in given.items() if v is not None)
-    data = f"{count} recall texts of the train split from {first} on"
-    return run.export(
-        run.trained(records), records, {"command": command, "name": model or "recall model", "data": data}
-    )
+    run = Run(folder, Recipe(frozen, scale), variant, Log(folder, quiet), save, seeds, torch.device("cpu"))
+    facts = {
+        "command": command_of(SLUG, seed=seed, scale=scale, model=model),
+        "name": model or "recall model",
+        "data": f"{count} recall texts of the train split from {first} on",
+    }
+    return run.made(count, facts)
 
 
 def load(model: str | None = None) -> LlamaForCausalLM:

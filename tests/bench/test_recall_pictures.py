@@ -1,0 +1,86 @@
+"""Several pictures: what is said is what the model itself says, and the cache is cut where it should be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import winnow
+from winnow import reference
+from winnow.bench.recall_pictures import conversation, measure_pictures
+from winnow.core.errors import WinnowError
+from winnow.world.albums import album
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    torch.set_num_threads(1)
+    return reference.load()
+
+
+def test_a_conversation_has_a_turn_for_each_picture_and_one_for_the_question(loaded: Any) -> None:
+    drawn = album(0, 3)
+    ask = drawn.question.text
+    for task, images in (("turns", [1, 1, 1, 0]), ("frames", [3, 0])):
+        for aware in (True, False):
+            pieces = conversation(loaded[1], drawn, task, aware)
+            assert [len(own) for _, own in pieces] == images
+            assert [text.count("<image>") for text, _ in pieces] == images
+            assert [ask in text for text, _ in pieces[:-1]] == [aware] * (len(pieces) - 1)
+            if aware:
+                assert all(text.startswith(("<s>USER: ", "</s>USER: ", "USER: ")) for text, _ in pieces)
+                assert all(f"USER: {ask} <image>" in text for text, _ in pieces[:-1])
+            assert pieces[-1][0].endswith(f"USER: {ask} ASSISTANT:")
+
+
+@pytest.mark.parametrize("task", ["turns", "frames"])
+def test_without_a_plan_it_is_what_generate_says_to_the_whole_conversation(loaded: Any, task: Any) -> None:
+    model, processor = loaded
+    drawn = album(1, 2)
+    (answer,) = measure_pictures(model, processor, "full", task, 1, 2, seed=1)
+    pieces = conversation(processor, drawn, task, False)
+    whole = "".join(text for text, _ in pieces)
+    inputs = processor(text=whole, images=[image for _, own in pieces for image in own], return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert answer.said == reference.decode(processor, ids[0, inputs["input_ids"].shape[1] :])
+    assert (answer.place, answer.truth) == (drawn.place, drawn.question.answer)
+
+
+def test_the_cache_is_cut_behind_each_turn_or_once(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget of 40 slots of each head: behind each piece that is what is left, however many pictures it holds."""
+    model, processor = loaded
+    held = []
+    for task in ("turns", "frames"):
+        seen: list[int] = []
+
+        def after(module: Any, args: Any, output: Any, seen: list[int] = seen) -> None:
+            seen.append(output.past_key_values.layers[0].store.length)
+
+        hook = model.register_forward_hook(after)
+        measure_pictures(model, processor, "snapkv:keep=40,window=8", task, 1, 2, max_new_tokens=1)
+        hook.remove()
+        held.append(seen)
+    assert held[0][:3] == [40, 40, 40]
+    assert held[1][:2] == [40, 40]
+    assert winnow.handle_of(model) is None
+
+
+def test_one_picture_is_answered_for_and_none_is_not(loaded: Any) -> None:
+    model, processor = loaded
+    asked = measure_pictures(model, processor, None, "turns", 24, 1)
+    blind = measure_pictures(model, processor, None, "turns", 24, 1, blind=True)
+    assert sum(answer.right for answer in asked) > sum(answer.right for answer in blind) + 6
+
+
+def test_what_cannot_be_measured_is_refused(loaded: Any) -> None:
+    model, processor = loaded
+    with pytest.raises(WinnowError, match="turns, frames"):
+        measure_pictures(model, processor, None, "novel")  # type: ignore[arg-type]
+    with pytest.raises(WinnowError, match="at least 1 album"):
+        measure_pictures(model, processor, None, "turns", 0)
+    _, other = reference.load()
+    other.chat_template = "{{ messages[0]['role'] }}"
+    with pytest.raises(WinnowError, match="does not write a conversation"):
+        measure_pictures(model, other, None, "turns", 1)

@@ -1,0 +1,183 @@
+"""`winnow serve`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from winnow.cli_options import Device, DeviceMap, Dtype, Model, Positions, Quantization, Revision, Trust
+from winnow.cli_streams import say, warn
+from winnow.core.errors import WinnowError
+
+KEY = "WINNOW_API_KEY"
+CONTEXT = 4096  # of models that do not say how long their prompts may be
+NEEDS = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command("serve")(serve)
+
+
+def serve(
+    model: Model = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="A slug, a plan or a plan file for requests that bring none; full: no compression.",
+            show_default="that of winnow.compress",
+        ),
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Visual tokens to keep: 64, 0.25 or 25%.", show_default="as the method says")
+    ] = None,
+    positions: Positions = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Slugs that a request's plan may name; none: no request brings a plan.",
+            show_default="the training-free methods of pictures",
+        ),
+    ] = None,
+    min_keep: Annotated[str, typer.Option(help="The least that a request's plan may keep of a picture.")] = "1",
+    max_keep: Annotated[str, typer.Option(help="The most that a request's plan may keep of a picture.")] = "100%",
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="Of the model, as requests say it.", show_default="from --model")
+    ] = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"A file with a key on each line; else the variable {KEY}.", show_default="a new key, printed"
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A further Host header to answer.", show_default="the loopback names and --host"),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="Of requests that say none; 0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 1024,
+    max_context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of messages and answer, before compression.", show_default="the model's"),
+    ] = None,
+    max_pictures: Annotated[int, typer.Option(min=1, max=64, help="Of a request.")] = 8,
+    max_body: Annotated[int, typer.Option(min=1, max=1024, help="MiB of a request.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, max=256, help="Requests that are decoded together.")] = 8,
+    queue: Annotated[int, typer.Option(min=1, max=10_000, help="Requests that wait beside them.")] = 64,
+    time_limit: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600.0,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that requests in flight have after SIGTERM.")] = 20.0,
+    engine: Annotated[str, typer.Option(help="winnow, or vllm.")] = "winnow",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
+    quantization: Quantization = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Answer OpenAI's chat completions about pictures, each request compressed by the server's plan or its own."""
+    _check_engine(engine)
+    if missing := [own for own in NEEDS if find_spec(own) is None]:
+        raise WinnowError(f"winnow serve needs {', '.join(missing)}: pip install 'tokenwinnow[serve]'")
+
+    from winnow.core.budget import Budget
+    from winnow.serve.listening import listen
+
+    keys, bounds, called = _keys(key_file), (Budget(min_keep), Budget(max_keep)), name or _name(model)
+    listener = listen(host, port)  # before torch and the model: a port that is taken costs nothing
+
+    from winnow.cli_run import plans
+    from winnow.engine.compress import DEFAULT
+    from winnow.models.load import load, quiet
+    from winnow.serve.server import serve as answer
+    from winnow.serve.settings import LOOPBACK, MIB, Settings
+    from winnow.serve.start import context_of, make_service
+
+    quiet()
+    plan, methods = plans([method or DEFAULT], keep, positions)[0], _allowed(allow)
+    if model is None and "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(1)  # the bundled model gains little from more
+    loaded, processor = load(
+        model, device=device, device_map=device_map, dtype=dtype, quantization=quantization, revision=revision,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    settings = Settings(
+        name=called,
+        hosts=tuple(dict.fromkeys((*LOOPBACK, host.lower(), *(own.lower() for own in allow_host or ())))),
+        methods=methods, least=bounds[0], most=bounds[1],
+        context=max_context or context_of(loaded) or CONTEXT,
+        max_tokens=max_tokens, temperature=temperature, pictures=max_pictures, body=max_body * MIB,
+        buffered=max(8, max_body) * 8 * MIB, batch=batch, waiting=queue, seconds=time_limit, grace=grace,
+    )  # fmt: skip
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="winnow: %(message)s")
+    logging.getLogger("winnow.serve").setLevel(logging.INFO)
+    service = make_service(loaded, processor, plan, settings)
+    if code := answer(service, keys, listener, lambda: _announce(listener, called, str(plan))):
+        warn("the device failed, and only a new process can use it again.")
+        raise typer.Exit(code)
+
+
+def _check_engine(engine: str) -> None:
+    if engine == "vllm":
+        raise WinnowError("--engine vllm needs winnow's plug-in for vLLM, which is not installed; use --engine winnow.")
+    if engine != "winnow":
+        raise WinnowError(f"--engine {engine!r}; allowed: winnow, vllm.")
+
+
+def _announce(listener: Any, name: str, plan: str) -> None:
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    say(f"winnow serves {name} under {plan} at http://{shown}:{port}/v1")
+    sys.stdout.flush()
+
+
+def _keys(file: Path | None) -> list[str]:
+    """The keys of clients: from a file, the environment, or made now and printed."""
+    if file is not None:
+        problem = ""
+        try:
+            found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            found, problem = [], f" ({getattr(error, 'strerror', None) or 'it is not UTF-8'})"
+        if not found:
+            raise WinnowError(f"--key-file {file} holds no key{problem}; write one on each line.")
+    elif os.environ.get(KEY):
+        found = [os.environ[KEY]]
+    else:
+        found = [secrets.token_urlsafe(24)]
+        warn(f"no --key-file and no {KEY}: the key of this run is {found[0]}")
+    if any(not re.fullmatch(r"[!-~]{8,}", key) for key in found):
+        raise WinnowError("A key has at least 8 characters, all of them printable ASCII without blanks.")
+    return found
+
+
+def _allowed(given: list[str] | None) -> tuple[str, ...]:
+    """Slugs that requests may name."""
+    from winnow.core.registry import method_class, picture_methods
+
+    if given is None:
+        return tuple(entry.slug for entry in picture_methods() if entry.kind == "training-free")
+    slugs = [slug.strip() for own in given for slug in own.split(",") if slug.strip()]
+    if slugs == ["none"]:
+        return ()
+    for slug in slugs:
+        method_class(slug)
+    return tuple(dict.fromkeys(slugs))
+
+
+def _name(model: str | None) -> str:
+    """What requests call a model: a Hub id as it is, a folder by its own name."""
+    if model is None:
+        return "winnow-reference"
+    return Path(model).resolve().name if Path(model).exists() else model
