@@ -103,9 +103,14 @@ def test_without_a_plan_a_stream_is_one_prompt():
             assert (asked(session, model)[1][0] - want).abs().max() <= 1e-5
 
 
-LONG = [("streaming-llm", 250), ("snapkv", 60), ("h2o", 60), ("adakv", 60)]
+LONG = [
+    ("streaming-llm:keep=40", 250),
+    ("streaming-llm:keep=40,shift=true", 250),
+    *((f"{cache}:keep=40", 60) for cache in ("snapkv", "h2o", "adakv")),
+]
 MORE = [
-    pytest.param(cache, 250, marks=pytest.mark.full) for cache in ("snapkv", "h2o", "tova", "adakv", "keydiff", "ems")
+    pytest.param(f"{cache}:keep=40", 250, marks=pytest.mark.full)
+    for cache in ("snapkv", "h2o", "tova", "adakv", "keydiff", "ems")
 ]
 
 
@@ -114,7 +119,7 @@ def test_what_is_held_stays_the_same(cache, count):
     """However long the stream: slots, bytes, and whatever else is alive; and no forward makes larger tensors."""
     model = zoo.model("llava_clip", layers=2, max_position_embeddings=10**5)
     parts, found = frames("llava_clip", "2 A 1", 7), []
-    with winnow.stream(model, f"stc:keep=4 + {cache}:keep=40") as session:
+    with winnow.stream(model, f"stc:keep=4 + {cache}") as session:
         for number in range(count):
             session.feed(parts[number % len(parts)])
             if number in (20, count - 2):
