@@ -35,7 +35,7 @@ SEED    := 1
 LEARNED := covipal diffrate dyvte explainability-compression frames toc3d
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean video test-studio venv-vllm test-vllm
+.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean video test-studio venv-vllm test-vllm bench-stream
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -112,6 +112,9 @@ bench: $(STAMP) ## Speed against the plain model and against the same model with
 
 bench-cache: $(STAMP) ## Decoding from compressed caches against the plain one, and bytes held
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cache.py
+
+bench-stream: $(STAMP) ## A stream of 10,000 frames: memory of the process, times, and how soon questions are answered
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stream.py
 
 bench-cache-memory: $(STAMP) ## Memory of decoding from compressed caches, against the requests in a batch (Linux)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cache_memory.py --out docs/results/cache-memory.txt

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from winnow.engine.load import load
     from winnow.engine.prepare import prepare, prepare_many
     from winnow.engine.prepared import Prepared
+    from winnow.engine.stream import Session, stream
     from winnow.methods.divprune import DivPrune
     from winnow.methods.fastervlm import FasterVLM
     from winnow.methods.fastv import FastV
@@ -55,6 +56,7 @@ _LAZY = {
     "Prepared": "winnow.engine.prepared:Prepared",
     "Reduction": "winnow.core.reduction:Reduction",
     "Sampling": "winnow.video:Sampling",
+    "Session": "winnow.engine.stream:Session",
     "Tuned": "winnow.tuning.result:Tuned",
     "Video": "winnow.video:Video",
     "VideoLimits": "winnow.video:VideoLimits",
@@ -70,6 +72,7 @@ _LAZY = {
     "prepare_many": "winnow.engine.prepare:prepare_many",
     "register": "winnow.core.registry:register",
     "register_family": "winnow.models.families:register_family",
+    "stream": "winnow.engine.stream:stream",
     "tune": "winnow.tuning.search:tune",
     "with_thumbnail": "winnow.video.thumbnail:with_thumbnail",
 }
@@ -97,6 +100,7 @@ __all__ = [
     "PyramidDrop",
     "Reduction",
     "Sampling",
+    "Session",
     "ToDRE",
     "Tuned",
     "UnsupportedError",
@@ -119,6 +123,7 @@ __all__ = [
     "prepare_many",
     "register",
     "register_family",
+    "stream",
     "tune",
     "with_thumbnail",
 ]

@@ -1,7 +1,8 @@
 """What the layers of one compressed cache share."""
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,6 +51,15 @@ class Context:
     room: int | None = None
     _memo: tuple[Any, dict[Any, Any]] = field(default_factory=lambda: (None, {}))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Context":
+        """Of a copied cache: its own layers, and the same model, which a copy must not copy."""
+        made = replace(
+            self, kinds=None, places=None, reads=None, notes=dict(self.notes), layers=[], few=None, _memo=(None, {})
+        )
+        memo[id(self)] = made
+        made.layers = copy.deepcopy(self.layers, memo)
+        return made
+
     def check(self) -> None:
         """Refuse to go on when the plan is no longer attached."""
         if not self.attachment.attached:
@@ -57,6 +67,11 @@ class Context:
                 "this cache is compressed, but the model is no longer; compress it again with the same plan before you "
                 "continue, or start with a new cache."
             )
+
+    @property
+    def all_changed(self) -> bool:
+        """Whether every layer that a plan can shorten has been: none then asks what older tokens may be read."""
+        return all(getattr(layer, "changed", True) for layer in self.layers)
 
     def once(self, key: Any, mask: Any, make: Callable[[], Any]) -> Any:
         """One computation for all layers that are given the same mask."""

@@ -16,6 +16,7 @@ from winnow.cache.blocks import Coded
 from winnow.cache.context import Context
 from winnow.cache.dense import Dense
 from winnow.cache.masks import allowed, mask_for, real_of
+from winnow.cache.places import Places
 from winnow.cache.placing import Placing
 from winnow.cache.queries import Asked
 from winnow.cache.ragged import Ragged
@@ -79,7 +80,7 @@ class HeldLayer(Placing, CacheLayerMixin):
         self.uncut = 0
         self.codec: tuple[int, Codec] | None = None
         self.kinds: Tensor | None = None
-        self.places: Tensor | None = None
+        self.places: Places | None = None
         self.token_bytes = 0
         self.read_now: tuple[Packing, Tensor | None] | None = None
         self.called: dict[str, Any] | None = None
@@ -130,11 +131,9 @@ class HeldLayer(Placing, CacheLayerMixin):
             self.kinds = now if self.kinds is None else torch.cat([self.kinds, now], 1)
         if self.context.places is not None:
             now = self.context.places(self.index)
-            before = self.places
-            if before is None:  # what a plain cache held was read without gaps
-                before = torch.arange(self.seen - new, device=now.device)
-                before = before.reshape(1, -1, *(1,) * (now.ndim - 2)).expand(now.shape[0], -1, *now.shape[2:])
-            self.places = torch.cat([before, now], 1)
+            if self.places is None:
+                self.places = Places.of_a_plain_cache(self.seen - new, now)
+            self.places.append(now, self.seen - new)
 
     def attend(
         self,
@@ -164,6 +163,8 @@ class HeldLayer(Placing, CacheLayerMixin):
         else:
             output = self._attend(plain, asked, rest)
         self.runner.run(moment, asked)
+        if self.places is not None and self.changed:
+            self.places.keep(self.store, self.seen, self.runner.recent, moment == "decode")
         self.called, self.waits = None, False
         if self.leaves:
             self.offload()
@@ -217,7 +218,11 @@ class HeldLayer(Placing, CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+        """What a mask must tell of: all that was read; the new tokens alone, once every layer was shortened."""
+        if not (self.changed and self.context.all_changed):
+            return self.seen + query_length, 0
+        # One column more than there are queries: transformers would leave out a square causal mask.
+        return query_length + 1, self.seen - 1
 
     def get_max_length(self) -> int:
         return -1
@@ -236,7 +241,8 @@ class HeldLayer(Placing, CacheLayerMixin):
         self.seen -= count
         self.uncut -= count
         self.kinds = None if self.kinds is None else self.kinds[:, : self.seen]
-        self.places = None if self.places is None else self.places[:, : self.seen]
+        if self.places is not None:
+            self.places.crop(self.seen)
         self.runner.crop(count)
 
     def _move(self, move: Callable[[Tensor], Tensor]) -> None:
@@ -245,7 +251,8 @@ class HeldLayer(Placing, CacheLayerMixin):
             self.store = self.store.rows(move)
             self.runner.move(move, samples)
             self.kinds = None if self.kinds is None else move(self.kinds)
-            self.places = None if self.places is None else move(self.places)
+            if self.places is not None:
+                self.places.move(move)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._move(lambda x: x.index_select(0, beam_idx.to(x.device)))

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 _ROOM = 16
@@ -66,6 +66,10 @@ class Ragged:
         part = slice(self._starts[i], self._starts[i] + self.lengths[i])
         bias = None if self.bias is None else self.bias[part]
         return self.flat_keys[part], self.flat_values[part], self.slots[part], bias  # type: ignore[index,return-value]
+
+    def slots_held(self) -> Int[Tensor, " m"]:
+        """How many tokens were read before each slot of all lanes."""
+        return torch.cat([self.lane(i)[2] for i in range(len(self.lengths))])
 
     def append(self, keys: Tensor, values: Tensor, real: Tensor | None = None, seen: int = 0) -> None:
         """Add slots behind those of each lane.

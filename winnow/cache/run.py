@@ -1,5 +1,6 @@
 """Runner: the one place where a method's step meets the cache of a layer."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from winnow.cache.blocks import Coded, Lot, encode
 from winnow.cache.dense import Dense
 from winnow.cache.few import Few, Rows
-from winnow.cache.groups import Group, at_slots, groups_of, of_group, parts_of, slots_of
+from winnow.cache.groups import Group, groups_of, of_group, parts_of, slots_of
 from winnow.cache.joining import Part, joined
 from winnow.cache.masks import real_of
 from winnow.cache.memory import Memory
@@ -35,10 +36,17 @@ class Runner:
     def __init__(self, layer: Any, steps: tuple[tuple[int, KVStep], ...]) -> None:
         self.layer, self.steps, self.memory = layer, steps, Memory()
         self.queries: Tensor | None = None
-        self._recent = max((step.recent for _, step in steps), default=0)
+        self.recent = max((step.recent for _, step in steps), default=0)
         self._calls = any(step.calls for _, step in steps)
         self.most = min((step.most for _, step in steps if step.most is not None), default=None)
         self._moments = {moment for _, step in steps for moment in step.when}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Runner":
+        """Of a copied cache: the same steps, with what they remember copied."""
+        made = memo[id(self)] = copy.copy(self)
+        made.layer, made.queries = copy.deepcopy(self.layer, memo), copy.deepcopy(self.queries, memo)
+        made.memory = copy.deepcopy(self.memory, memo)
+        return made
 
     @property
     def wants_calls(self) -> bool:
@@ -47,7 +55,7 @@ class Runner:
 
     def acts(self, moment: Moment) -> bool:
         """Whether any step looks at this moment, or wants to have seen its queries later."""
-        return moment in self._moments or (moment == "prefill" and "before" in self._moments) or self._recent > 0
+        return moment in self._moments or (moment == "prefill" and "before" in self._moments) or self.recent > 0
 
     def before(self, asked: Asked) -> Rows:
         """The rows that are computed in this prefill, where a step says so (None: all of a group); empty: all."""
@@ -94,9 +102,9 @@ class Runner:
 
     def run(self, moment: Moment, asked: Asked) -> None:
         """Run the steps of this moment, in the order of the plan."""
-        if self._recent:
+        if self.recent:
             whole = asked.query if self.queries is None else torch.cat([self.queries, asked.query], 2)
-            self.queries = whole[:, :, -self._recent :].detach()
+            self.queries = whole[:, :, -self.recent :].detach()
         for number, step in self.steps:
             if moment in step.when and not self._encoded_by(number):
                 answers = self._answers(number, step, moment, asked)
@@ -172,12 +180,11 @@ class Runner:
         layer = self.layer
         if layer.places is None:
             return None, None
-        own = layer.places.to(slots.device)[torch.tensor(group.rows, device=slots.device)]
-        stand = at_slots(own[:, None].expand(-1, slots.shape[1], *own.shape[1:]), slots.long())
+        stand = layer.places.of(group.rows, slots)
         if remembered or group.index is None:
-            return stand, own[:, layer.seen - q :]
+            return stand, layer.places.newest(group.rows, q).to(slots.device)
         columns = group.index[:, -q:].to(slots.device) + layer.seen - layer.store.length
-        return stand, at_slots(own[:, None], columns[:, None])[:, 0]
+        return stand, layer.places.of(group.rows, columns[:, None])[:, 0]
 
     def _below(self, group: Group) -> tuple[Tensor, Tensor] | None:
         """Keys and values of the layer before, where it holds as many slots."""

@@ -200,7 +200,8 @@ def run_features(request: Request) -> Tensor | None:
         )
     with request.clock.phase("select"):
         _take_features(bound, record)
-        runner = StepRunner(request.plan, lambda notes: add_notes(record.notes, notes), request.train)
+        note = functools.partial(add_notes, record.notes)
+        runner = StepRunner(request.plan, note, request.train, request.memory)
         for number, step in request.plan.features:
             for item in record.items:
                 for signal in step.needs:

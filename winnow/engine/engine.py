@@ -5,9 +5,7 @@ import dataclasses
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
-from types import MappingProxyType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +26,7 @@ from winnow.engine.hooks import ForwardMethod, Hook, stand_in
 from winnow.engine.kv import check_model, enter_text, held_layers, hold, show_call, tell_cache
 from winnow.engine.ledgers import text_ledger, write_ledger
 from winnow.engine.question import QuestionReader, warn_of_the_template
-from winnow.engine.request import Attachment, Ledgers, Override, Request, request_now
+from winnow.engine.request import Attachment, Ledgers, Override, Request, override_of, request_now
 from winnow.engine.stretching import Stretched, check_rotation, stretches_of, stretching
 from winnow.engine.text_encoder import TextEncoder
 from winnow.engine.tower_hooks import TowerHooks
@@ -41,9 +39,6 @@ from winnow.signals.tap import Tap
 
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _attached_lock = threading.Lock()
-
-# What `handle.using` says in this context, for each attachment.
-overrides: ContextVar[Mapping[int, Override]] = ContextVar("winnow_overrides", default=MappingProxyType({}))
 
 
 def is_compressed(model: nn.Module) -> bool:
@@ -138,7 +133,7 @@ class Engine:
 
     @property
     def override(self) -> Override | None:
-        return overrides.get().get(id(self.attachment))
+        return override_of(self.attachment)
 
     def active(self) -> BoundPlan:
         """The plan of this context: its override, else the model-wide one."""
@@ -299,6 +294,7 @@ class Engine:
         made = Request(self.bound, self.attachment, self.active(), None, self.suffix, clock, train=self.train)
         if (override := self.override) is not None:
             made.spans, made.placeholders, made.videos = override.spans, override.placeholders, override.videos
+            made.memory = override.memory
         if made.plan.text_signals:
             made.reader = self.reader
         return made
@@ -349,7 +345,7 @@ class Engine:
             request.called = enter_text(request, without_cache(self.bound, request.called))
         with self._opened(request):
             try:
-                with request.clock.phase("decode" if held else "prefill"):
+                with request.clock.phase("decode" if held and request.memory is None else "prefill"):
                     output = plain(**request.called)
                 if not request.reached_lm and request.plan.plan.methods:
                     self._explain_the_silence()
@@ -378,8 +374,9 @@ class Engine:
         """Where the times of this forward are summed: with its encoder's, or with its prefill's."""
         if not self.timing:
             return None
-        ledger = self.ledgers.here
-        if held and ledger is not None:
+        ledger, override = self.ledgers.here, self.override
+        part = override is not None and override.memory is not None  # of a stream, which adds up its own times
+        if held and ledger is not None and not part:
             return ledger.times
         times: dict[str, float] = {}
         for output in (called.get("mm_encoder_outputs") or {}).values():

@@ -14,11 +14,11 @@ from winnow.core.plan import FULL, Plan
 from winnow.engine import saving
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
-from winnow.engine.engine import Engine, overrides
+from winnow.engine.engine import Engine
 from winnow.engine.frames import chosen_frames
 from winnow.engine.kv import BoundedCache
 from winnow.engine.merged import checked_placeholders
-from winnow.engine.request import Override
+from winnow.engine.request import Override, overridden
 from winnow.engine.spans import checked_spans
 from winnow.models.families import unwrap
 from winnow.video import Video
@@ -125,11 +125,8 @@ class Handle:
         bound = engine.bind(Plan.of(FULL if plan is None else plan))
         named = None if videos is None else tuple(video.sampled for video in videos)
         override = Override(bound, checked_spans(spans), checked_placeholders(placeholders), named)
-        token = overrides.set({**overrides.get(), id(engine.attachment): override})
-        try:
+        with overridden(engine.attachment, override):
             yield self
-        finally:
-            overrides.reset(token)
 
     def bounded_cache(self, max_new_tokens: int) -> Any:
         """An empty cache for `past_key_values=`, whose keys and values are allocated once, behind the prompt.

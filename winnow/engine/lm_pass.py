@@ -86,7 +86,7 @@ class LMPass:
         self.items = [self._item(span, record, mask) for span, record in spans]
         if self.items and self.plan.plan.methods:
             self.bound.family.check_prompt(self.bound.model, self.before + length)
-        self.runner = StepRunner(self.plan, self.note, request.train)
+        self.runner = StepRunner(self.plan, self.note, request.train, request.memory)
         self._lm_past: Past | None = None
         self.merged: list[Merged] = []
         self.stretches: Stretches | None = None

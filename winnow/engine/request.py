@@ -3,8 +3,11 @@
 import asyncio
 import threading
 import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,6 +40,26 @@ class Override:
     spans: Spans | None
     placeholders: Tensor | None = None
     videos: tuple[Sampled, ...] | None = None
+    memory: dict[int, dict[str, Any]] | None = None
+
+
+# What `handle.using` and sessions of a stream say in this context, for each attachment.
+_overrides: ContextVar[Mapping[int, Override]] = ContextVar("winnow_overrides", default=MappingProxyType({}))
+
+
+def override_of(attachment: Attachment) -> Override | None:
+    """What holds in this context in the place of the plan that is attached."""
+    return _overrides.get().get(id(attachment))
+
+
+@contextmanager
+def overridden(attachment: Attachment, override: Override) -> Iterator[None]:
+    """Another plan in this context only."""
+    token = _overrides.set({**_overrides.get(), id(attachment): override})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
 
 
 def _backward_now() -> int:
@@ -66,6 +89,7 @@ class Request:
         outputs: modality → what the encoder gave in this forward.
         placeholders: `[B, S]` where the caller's embeddings hold pictures.
         videos: how the frames of its videos were chosen, where the caller says it.
+        memory: what methods remember of the stream that this request is a part of, by their number; None: it is none.
         question_from: where the question of a conversation that is read again begins at the earliest.
         uses_layers: whether the layers of the LM are hooked for this request.
         checkpointed: the LM layer that was last changed before its checkpoint.
@@ -91,6 +115,7 @@ class Request:
     outputs: dict[str, Any] = field(default_factory=dict)
     placeholders: Tensor | None = None
     videos: tuple[Sampled, ...] | None = None
+    memory: dict[int, dict[str, Any]] | None = None
     question_from: int = 0
     uses_layers: bool = False
     checkpointed: int | None = None

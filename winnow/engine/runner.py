@@ -6,7 +6,7 @@ the rows.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,10 +47,18 @@ class StepRunner:
         plan: bound to the model.
         note: takes what steps record.
         train: whether gradients flow through steps; off, they run without.
+        memory: number of a method → its `State.request`, where requests are parts of one stream: what it holds is
+            seen, and what a step leaves is put there.
     """
 
-    def __init__(self, plan: BoundPlan, note: Callable[[dict[str, Any]], None], train: bool = False) -> None:
-        self.plan, self.note, self.train = plan, note, train
+    def __init__(
+        self,
+        plan: BoundPlan,
+        note: Callable[[dict[str, Any]], None],
+        train: bool = False,
+        memory: dict[int, dict[str, Any]] | None = None,
+    ) -> None:
+        self.plan, self.note, self.train, self.memory = plan, note, train, memory
 
     def run(
         self, number: int, step: Step, items: Sequence[ItemTokens], tokens: Callable[[list[Any]], Tensor]
@@ -67,8 +75,12 @@ class StepRunner:
         for group in _groups(own, number, method.streaming, step.needs):
             view = self._view(group, number, step, tokens(group))
             state = _joined([item.states.get(number, State()) for item in group])
+            if method.streaming and self.memory is not None:
+                state = replace(state, request=self.memory.get(number, {}))
             with self._gradients():
                 action, after = step.act(view, state)
+            if method.streaming and self.memory is not None:
+                self.memory[number] = after.request
             self.note(view.notes)
             for item, state in zip(group, _split(after, len(group)), strict=True):
                 item.states[number] = state

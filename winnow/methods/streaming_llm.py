@@ -43,7 +43,6 @@ class StreamingLLM(CacheMethod):
     """
 
     released = {"keep": "50%", "n_sink": 4, "shift": False}
-    places = True
 
     keep: KVBudget = KVBudget("20%")
     n_sink: Count = 4
@@ -77,7 +76,7 @@ class StreamingLLM(CacheMethod):
             return found
         if info.mrope:
             raise UnsupportedError("its positions have three axes, along which a window has no begin; leave shift off.")
-        return tuple(own for step in found for own in (step, replace(step, run=self.follow)))
+        return tuple(own for step in found for own in (step, replace(step, run=self.follow, places=True)))
 
     def follow(self, view: KVView, state: State) -> tuple[Action, State]:
         """The sinks move to right before the window, from wherever they are."""

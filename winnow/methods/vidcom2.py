@@ -22,9 +22,8 @@ from torch.nn.functional import normalize
 
 import winnow.contract as wn
 from winnow.parts.frames import frame_grid, frame_of
+from winnow.parts.gaussians import gaussians
 from winnow.parts.per_tile import apportion
-
-VARIANCES = (0.125, 0.25, 0.5, 1.0, 2.0)
 
 
 @wn.register("vidcom2")
@@ -74,18 +73,13 @@ class VidCom2(wn.Method):
         x = normalize(x[:, steady], dim=-1)
         own = x.new_zeros(frames, x.shape[1]).index_add_(0, frame, x)
         held = weight.new_zeros(frames, 1).index_add_(0, frame, weight).clamp_min(1)
-        video = _gaussians(x - x.sum(0) / count)
-        return video, video + _gaussians(x - (own / held)[frame])
+        video = gaussians(x - x.sum(0) / count)
+        return video, video + gaussians(x - (own / held)[frame])
 
     def _ratios(self, like: Float[Tensor, "b t"], view: wn.View) -> Float[Tensor, "b t"]:
         """The share that each frame keeps."""
         p = (-like / self.temperature).softmax(1)
         return (float(self.keep.share(view.n_visual)) * (1 + p - p.mean(1, keepdim=True))).clamp_max(1)
-
-
-def _gaussians(difference: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    distance = difference.square().sum(-1)
-    return sum((-distance / (2 * variance)).exp() for variance in VARIANCES)  # type: ignore[return-value]
 
 
 def _mean_of(values: Float[Tensor, "b n"], whole: Tensor, frame: Int[Tensor, "b n"], frames: int) -> Tensor:

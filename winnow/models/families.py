@@ -144,6 +144,11 @@ def supported() -> tuple[str, ...]:
     return tuple(sorted({*FAMILIES, *_registered}))
 
 
+def streaming() -> tuple[str, ...]:
+    """Model types whose frames can be read one by one."""
+    return tuple(kind for kind in supported() if getattr(_class_of(kind), "streams", False))
+
+
 def _load_plugins() -> None:
     for point in importlib.metadata.entry_points(group="winnow.families"):
         point.load()

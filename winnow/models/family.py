@@ -59,6 +59,7 @@ class Family:
         halves: of a block, the norm before its MLP and the MLP, whose output is added to what the norm was given.
             Needed for steps at `blocks[i].mlp`.
         packed: whether blocks take all patches in one sequence with `cu_seqlens`, instead of `[tiles, N, C]`.
+        streams: whether frames can be read one by one into a growing cache (`winnow.stream`), as tests have shown.
         side_mergers: lists of modules that read the output of single blocks, as the merger reads that of the last one.
     """
 
@@ -81,6 +82,7 @@ class Family:
     cross: ClassVar[bool] = False
     halves: ClassVar[tuple[str, str]] = ("layer_norm2", "mlp")
     packed: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
     side_mergers: ClassVar[tuple[str, ...]] = ()
 
     def check(self, model: Any) -> None:

@@ -28,17 +28,22 @@ def model_inputs(model: Any, processor: Any, shown: Image.Image | Video, questio
         WinnowError: the question cannot be asked, or the processor's settings or chat template do not fit the model.
         UnsupportedError: a model that takes no videos is shown one.
     """
-    if not question.strip():
-        raise WinnowError("The question is empty; ask something.")
-    if any("\ud800" <= char <= "\udfff" for char in question):
-        raise WinnowError("The question holds bytes that are not text in this terminal's encoding; write it in UTF-8.")
-    check_text(processor, question, "The question")
+    check_question(processor, question)
     modality = _modality(shown)
     _check_takes(model, processor, modality)
     text = prompt(processor, question, modality)
     inputs = moved(processed(processor, text, [shown], lambda: wrong_settings(model, processor)), model)
     check_placeholders(model, processor, inputs, modality)
     return inputs
+
+
+def check_question(processor: Any, question: str) -> None:
+    """Refuse what is no question, or what a tokenizer would obey."""
+    if not question.strip():
+        raise WinnowError("The question is empty; ask something.")
+    if any("\ud800" <= char <= "\udfff" for char in question):
+        raise WinnowError("The question holds bytes that are not text in this terminal's encoding; write it in UTF-8.")
+    check_text(processor, question, "The question")
 
 
 def check_text(processor: Any, text: str, what: str) -> None:
@@ -148,6 +153,29 @@ def prompt(processor: Any, question: str, modality: str = "image") -> str:
     return without_start(processor.tokenizer, text)
 
 
+def pictures_prompt(processor: Any, question: str, count: int) -> str:
+    """The text around several pictures and a question about them: see `prompt`.
+
+    Raises:
+        WinnowError: as `prompt`; or the template writes one picture alone.
+    """
+    if count == 1:
+        return prompt(processor, question)
+    token = placeholder(processor, "image")
+    if not getattr(processor, "chat_template", None):
+        return prompt(processor, question).replace(token, "\n".join([token] * count))
+    parts = [{"type": "image"}] * count + [{"type": "text", "text": question}]
+    text = _rendered(processor, question, parts, token, count)
+    if text is None:
+        text = _rendered(processor, question, "\n".join([token] * count + [question]), token, count)
+    if text is None:
+        raise WinnowError(
+            f"The chat template of {type(processor).__name__} does not give a prompt with {count} pictures and a "
+            "question; mend chat_template.jinja, or remove it to use LLaVA's prompt."
+        )
+    return without_start(processor.tokenizer, text)
+
+
 def without_start(tokenizer: Any, text: str) -> str:
     """A prompt without the start token that a template has written, where the tokenizer would add it once more."""
     start = tokenizer.bos_token
@@ -165,7 +193,9 @@ def templated(processor: Any, question: str, modality: str = "image") -> str | N
     return _rendered(processor, question, content, placeholder(processor, modality))
 
 
-def _rendered(processor: Any, question: str, content: str | list[dict[str, str]], token: str) -> str | None:
+def _rendered(
+    processor: Any, question: str, content: str | list[dict[str, str]], token: str, count: int = 1
+) -> str | None:
     message = {"role": "user", "content": content}
     try:
         text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
@@ -173,7 +203,7 @@ def _rendered(processor: Any, question: str, content: str | list[dict[str, str]]
         raise
     except Exception:  # a template is a program that comes with the checkpoint: it can fail in any way
         return None
-    whole = isinstance(text, str) and question.strip() in text and text.count(token) == 1
+    whole = isinstance(text, str) and question.strip() in text and text.count(token) == count
     return text if whole else None
 
 

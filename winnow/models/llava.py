@@ -19,6 +19,7 @@ class Llava(KnownTower):
     model_types = ("llava",)
     points: ClassVar[tuple[str, ...]] = ("blocks", "blocks.mlp", "features", "projected", "layers")
     short = True
+    streams: ClassVar[bool] = True
 
     def info(self, model: Any) -> ModelInfo:
         return replace(super().info(model), points=self.offered(model.config, self.has_cls(model)))

@@ -15,6 +15,7 @@ from winnow.models.towers import check_lengths, merged, patch_size, starts, unfo
 class LlavaNextVideo(LlavaNext):
     name = "llava_next_video"
     model_types = ("llava_next_video",)
+    streams = False
     short = False
     encoders = (
         ("get_image_features", "image", "image_token_id"),

@@ -22,6 +22,7 @@ from winnow.models.towers import patch_size, starts, unfolded
 class LlavaOnevision(LlavaNext):
     name = "llava_onevision"
     model_types = ("llava_onevision",)
+    streams = False
     short = False
     encoders = (
         ("get_image_features", "image", "image_token_id"),

@@ -7,3 +7,4 @@ class Qwen25VL(WindowedPatchGrids):
     name = "qwen2_5_vl"
     model_types = ("qwen2_5_vl",)
     short = True
+    streams = True
