@@ -20,6 +20,7 @@ from winnow.methods.fastvid import FastVID
 from winnow.methods.holitom import HoliTom
 from winnow.methods.kffocus import KFFocus
 from winnow.methods.prunevid import PruneVid
+from winnow.methods.stc import STC
 from winnow.methods.vidcom2 import VidCom2
 from winnow.parts.evenly import evenly
 
@@ -195,7 +196,29 @@ def kffocus(s: Sample, rolled: Sample) -> Iterator[Finding]:
     yield compared("kffocus", claim, what, ("keyframes", "equal distances"), np.array(own), np.array(blind))
 
 
+def stc(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    """A frame of which half is what all earlier frames showed, and half is new."""
+    method, half = STC(keep=12), PLACES // 2
+    new: dict[str, list[float]] = {"history": [], "none": []}
+    for seed in range(CLIPS):
+        generator = torch.Generator().manual_seed(seed)
+        old, fresh = torch.nn.functional.normalize(torch.randn(2, WIDTH, generator=generator), dim=-1)
+        noise = 0.02 * torch.randn(FRAMES + 1, PLACES, WIDTH, generator=generator)
+        frames = old + noise
+        frames[-1, half:] += fresh - old
+        state = State()
+        for frame in frames:
+            view = View.of(frame[None], layout=Layout.grid(SIDE, SIDE))
+            action, state = method.prune(view, state)
+        for name, found in (("history", action.reduction), ("none", method.reduce(view))):
+            new[name].append(float((found.representatives >= half).float().mean()))
+    what = f"{CLIPS} streams of {FRAMES} frames and one of which half is new, share of kept tokens that are"
+    claim = "with a history more is kept of what earlier frames have not shown"
+    yield compared("stc", claim, what, ("history", "none"), *map(np.array, new.values()))
+
+
 CLAIMS = {
+    "stc": stc,
     "evs": evs,
     "dycoke": dycoke,
     "vidcom2": vidcom2,
