@@ -11,10 +11,11 @@ anew with each picture or video. It is one vector: a scene that was there is kno
 STC-Cacher, which reuses what the tower made of still tokens, is `winnow.parts.static_tokens`: tested functions on
 plain tensors and blocks, which the engine does not put into towers.
 Departs from the paper: the budget is one of the item, in equal parts of its frames; `each` counts it for each frame.
-Departs from the released code: a share is the default, 60 of 196 tokens there. The history is kept at its full width,
-and the channels of the moment are taken from it; in the code each chunk leaves the channels that it chose, in the order
-of their variance, and vectors of different channels are averaged (`compat=true`). A video that is encoded at once is
-one chunk there (`chunk=0`).
+Departs from the released code: a share of the item is the default; there 60 of 196 tokens of each frame stay
+(`keep=60`, `each=true`), and their positions are numbered anew (`positions=compact`). The history is kept at its full
+width, and the channels of the moment are taken from it; in the code each chunk leaves the channels that it chose, in
+the order of their variance, and vectors of different channels are averaged (`compat=true`). A video that is encoded at
+once is one chunk there (`chunk=0`).
 """
 
 from dataclasses import replace
