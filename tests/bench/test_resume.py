@@ -170,9 +170,9 @@ def test_e3_other_questions_are_another_run(sweep, task):
     _, key = sweep(methods=("fastervlm",), budgets=("4",))
     asks = list(task.questions)
     asks[0] = dataclasses.replace(asks[0], truth="something else")
-    from winnow.bench.tasks import Task, _identity
+    from winnow.bench.tasks import Task, identity
 
-    changed = Task(task.settings | _identity(asks), tuple(asks), task.open)
+    changed = Task(task.settings | identity(asks), tuple(asks), task.open)
     assert sweep(methods=("fastervlm",), budgets=("4",), task=changed)[1] != key
     assert sweep(methods=("fastervlm",), budgets=("4",), task=world_task(QUESTIONS, seed=41))[1] != key
 

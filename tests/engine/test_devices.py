@@ -110,7 +110,10 @@ def test_wherever_the_parts_are(places):
     compared("llava_clip", CASES["probed"].plan, several, plain)
 
 
-OTHERS = {"pixelprune": {"threshold": 0.707, "metric": "rmse"}}  # of noise, nothing is equal
+OTHERS = {
+    "pixelprune": {"threshold": 0.707, "metric": "rmse"},  # of noise, nothing is equal
+    "visual-context-window-extension": {"scale": 2.0},  # a picture is one frame, which stays
+}
 
 
 # What learned methods build is moved by `Module.to`, which cannot move to a device that is made up.

@@ -13,7 +13,7 @@ from winnow.bench.meters import normal
 from winnow.bench.plans import FULL_JOB
 from winnow.bench.requests import batches
 from winnow.bench.store import Store
-from winnow.bench.tasks import Task, _identity, world_task
+from winnow.bench.tasks import Task, identity, world_task
 from winnow.tuning import halving
 from winnow.tuning.answers import Answers
 from winnow.tuning.times import Clock
@@ -36,7 +36,7 @@ def _task(folder: str) -> Task:
         (cell,) = [c for c in store.cells(answers.run) if c.plan == FULL_JOB.key]
         said = {a.question: a.answer for a in store.answers(cell.id)}
     asks = tuple(dataclasses.replace(ask, truth=said[ask.id]) for ask in drawn.questions)
-    return Task(drawn.settings | _identity(asks), asks, drawn.open)
+    return Task(drawn.settings | identity(asks), asks, drawn.open)
 
 
 @pytest.fixture(scope="session")

@@ -87,8 +87,9 @@ class Runner:
         out = None
         for group, chosen in rows:
             for lane, row in enumerate(group.rows):
-                own = columns if group.index is None else group.index[lane]
-                own = own if chosen is None else own[chosen.lane(lane).index]
+                own = columns if group.index is None else group.index[lane].to(keys.device)
+                # A layer on another device may have chosen.
+                own = own if chosen is None else own[chosen.lane(lane).index.to(keys.device)]  # type: ignore[union-attr]
                 new = own[own >= start] - start
                 q, k, v = query[row : row + 1, :, new], keys[row : row + 1, :, own], values[row : row + 1, :, own]
                 part_mask = None  # of two axes, it tells of padding alone, and none is left

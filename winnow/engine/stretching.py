@@ -93,11 +93,19 @@ class Stretched:
         rows = None if lm is None else lm.stretches
         if rows is None:
             return None
-        found = {own: output if own is None else self._of(rotary, own).forward(*args, **kwargs) for own in set(rows)}
+        found = {own: output if own is None else self._turned(rotary, own, args, kwargs, output) for own in set(rows)}
         if len(found) == 1:
             return found[rows[0]]
         lanes = [[x.expand(len(rows), -1, -1)[row] for x in found[own]] for row, own in enumerate(rows)]
         return tuple(torch.stack(parts) for parts in zip(*lanes, strict=True))
+
+    def _turned(self, rotary: Any, stretch: Stretch, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """What the embedding gives with other frequencies, where it gave its own."""
+        made: Any = self._of(rotary, stretch)
+        here = made.inv_freq.device
+        args = tuple(x.to(here) if isinstance(x, Tensor) else x for x in args)
+        kwargs = {name: x.to(here) if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+        return tuple(x.to(own.device) for x, own in zip(made.forward(*args, **kwargs), output, strict=True))
 
     def _of(self, rotary: Any, stretch: Stretch) -> nn.Module:
         """The embedding with other frequencies."""
@@ -105,6 +113,8 @@ class Stretched:
         key = (stretch, own.device)
         if key not in self._made:
             made: Any = copy.copy(rotary)
+            # Where weights are on several devices, an instance has a forward of its own, which is bound to it.
+            made.__dict__.pop("forward", None)
             made._buffers = dict(rotary._buffers)
             made.inv_freq = stretch.frequencies(own)
             made.attention_scaling = rotary.attention_scaling * stretch.temperature

@@ -194,6 +194,7 @@ def _made(card: dict[str, Any]) -> str:
     training = card["training"]
     if training is None:
         return said
+    said += f" {card['notes']}" if "notes" in card else ""
     rows = [
         [stage["stage"], str(stage["steps"]), *(_cell(stage[kind]) for kind in TYPES)] for stage in training["stages"]
     ]

@@ -48,6 +48,7 @@ class STC(wn.Method):
     compat: bool = False
 
     streaming = True
+    across_frames = True
     released = {"keep": 60, "each": True, "chunk": 0, "compat": True, "positions": "compact"}
 
     def steps(self, info: wn.ModelInfo) -> tuple[wn.Step, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from winnow.core.errors import UnsupportedError
 from winnow.core.plan import Plan
 from winnow.engine.bound_plan import BoundPlan
@@ -41,3 +43,5 @@ def check_eligible(plan: BoundPlan) -> None:
     for method in plan.resolved.methods:
         if method.streaming:
             raise UnsupportedError(f"{method.slug} remembers earlier pictures of a request, which vLLM does not keep.")
+        if method.stretch(sys.maxsize) is not None:
+            raise UnsupportedError(f"{method.slug} stretches rotary positions, which vLLM computes by itself.")
