@@ -9,6 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +30,12 @@ if CHECKED and os.environ.get("WINNOW_CHECK_SHAPES", "1") != "0":
 
     pass_by_what_has_no_shape()
     install_import_hook(CHECKED, "shapes.checked")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """What a test draws does not depend on which tests ran before it in the same process."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

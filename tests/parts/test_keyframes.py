@@ -92,11 +92,11 @@ def test_regions_are_as_many_as_there_are_rows_and_columns():
 
 
 def test_the_learned_module_starts_as_it_is_and_each_attention_reaches_what_it_should():
+    torch.manual_seed(0)
     module, x = SpatioTemporal(8, (4, 3, 3), heads=2).eval(), torch.randn(2, 3, 2, 2, 8)
     assert torch.equal(module(x), x)
-    torch.manual_seed(0)
     for parameter in module.parameters():
-        torch.nn.init.normal_(parameter)
+        torch.nn.init.normal_(parameter, std=0.3)  # wide ones saturate the softmax, and nothing reaches another frame
     moved = x.clone()
     moved[0, 1, 0, 0] += torch.randn(8)
     change = (module(moved) - module(x)).abs().amax(-1) > 1e-5
