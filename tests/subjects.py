@@ -23,7 +23,6 @@ SHORT = ("llava_clip", "llava_next", "qwen2_5_vl")  # entered with the shortened
 WHOLE = ("gemma3", "qwen2_vl", "internvl", "paligemma", "mistral3", "idefics3")  # called with the whole sequence
 HYBRID = ("qwen3_5",)  # the same, with linear layers, whose state takes no mask
 
-TILE = {"internvl": 9}  # tokens of a tile, where a run of placeholders is several items
 BROKEN = ("mistral3",)  # where a picture's run of placeholders is broken by the ends of its rows
 
 
@@ -56,15 +55,14 @@ class Subject:
         return builds.every()[self.name].sample(row, seed=seed)
 
     def content(self, model: nn.Module, sample: dict[str, Tensor]) -> list[Tensor]:
-        """For each item, the positions of its content tokens."""
+        """For each item, the positions of its content tokens: those of one unbroken run of placeholders."""
         if self.of_zoo:
             return list(Reference(model).entry(sample).content)
         config: Any = model.config
         token = getattr(config, "image_token_id", None)
         token = config.image_token_index if token is None else token
         at = (sample["input_ids"][0] == token).nonzero()[:, 0]
-        runs = (at,) if self.name in BROKEN else at.tensor_split((at.diff() > 1).nonzero()[:, 0] + 1)
-        return [item for run in runs for item in run.split(TILE.get(self.name, len(run)))]
+        return [at] if self.name in BROKEN else list(at.tensor_split((at.diff() > 1).nonzero()[:, 0] + 1))
 
 
 def picked(keep: int, layer: int) -> Cut:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import content
 from masked import _Force
 from probes import Pick, forward, generate, step_logits
 from subjects import HYBRID, SHORT, WHOLE, AtTheDoor, Deep, Subject, by_hand, compress, named, said
@@ -54,6 +55,16 @@ def repeats_right(model: nn.Module, sample: dict[str, torch.Tensor]) -> bool:
         generate(model, sample, steps=1, do_sample=True, num_return_sequences=rows)
     hook.remove()
     return torch.equal(*seen)
+
+
+@pytest.mark.parametrize("subject", named(SHORT, WHOLE, HYBRID), ids=lambda subject: subject.name)
+def test_the_items_by_hand_are_those_of_the_engine(subject):
+    """What an item is changes with a class's adapter: here the fast suite says so for every class of these tests."""
+    model, sample = subject.model(), subject.sample("3 A 6")
+    with compress(model, Pick(keep=3)) as handle:
+        forward(model, sample)
+        seen = content(model, sample, handle.last.items)
+    assert [item.tolist() for item in seen] == [item.tolist() for item in subject.content(model, sample)]
 
 
 @pytest.mark.parametrize("mode", MODES)
