@@ -1,6 +1,6 @@
 """Votes of a window: what the last tokens attend to, pooled along the sequence."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -24,16 +24,39 @@ def window_votes(view: KVView, window: int, kernel: int, pool: Pool) -> Float[Te
     return view.per_kv_head(torch.cat([before, votes[..., view.n - w :]], -1))
 
 
-def check_window(method: str, window: int, kernel: int, limit: int | None) -> None:
-    """Refuse what leaves a window nothing to vote on, and pooling without a middle.
+class WindowVotes:
+    """What methods of the cache share that keep what the last tokens of a prompt attend to, and those tokens.
 
-    Raises:
-        WinnowError: which setting it is, and what is allowed.
+    A method that derives it has the settings `window`, `kernel` and `pool`, as `window_votes` takes them, and `limit`.
     """
-    if kernel % 2 == 0:
-        raise WinnowError(f"{method}: kernel={kernel}; allowed: an odd width, so that it has a middle.")
-    if limit is not None and limit <= window:
-        raise WinnowError(
-            f"{method}: limit={limit} leaves nothing beside the window of {window}; allowed: a limit above {window}, "
-            "or a smaller window."
-        )
+
+    slug: ClassVar[str]
+    one_scale: ClassVar[bool] = True
+    window: int
+    kernel: int
+    pool: Pool
+    limit: int | None
+
+    @property
+    def recent(self) -> int:
+        return self.window
+
+    def check(self) -> None:
+        """Refuse what leaves a window nothing to vote on, and pooling without a middle.
+
+        Raises:
+            WinnowError: which setting it is, and what is allowed.
+        """
+        if self.kernel % 2 == 0:
+            raise WinnowError(f"{self.slug}: kernel={self.kernel}; allowed: an odd width, so that it has a middle.")
+        if self.limit is not None and self.limit <= self.window:
+            raise WinnowError(
+                f"{self.slug}: limit={self.limit} leaves nothing beside the window of {self.window}; allowed: a limit "
+                f"above {self.window}, or a smaller window."
+            )
+
+    def ends(self, view: KVView) -> tuple[int, int]:
+        return 0, view.rows(self.window)
+
+    def score(self, view: KVView) -> Float[Tensor, "b g n"]:
+        return window_votes(view, self.window, self.kernel, self.pool)
