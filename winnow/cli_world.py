@@ -34,9 +34,9 @@ def show(
     boxes: Annotated[bool, typer.Option("--boxes", help="Outline the evidence of each question.")] = False,
 ) -> None:
     """Draw scenes and their questions on one sheet."""
-    from winnow.world import export as files
+    from winnow.world.export import show as draw
 
-    say(files.show(sheet, count, size, split, seed, boxes=boxes))
+    say(draw(sheet, count, size, split, seed, boxes=boxes))
 
 
 def export(
@@ -47,6 +47,6 @@ def export(
     seed: Seed = 0,
 ) -> None:
     """Write scenes as PNG files, and their questions with answers and evidence as JSON lines."""
-    from winnow.world import export as files
+    from winnow.world.export import export as write
 
-    say(files.export(folder, count, size, split, seed))
+    say(write(folder, count, size, split, seed))

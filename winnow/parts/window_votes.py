@@ -1,6 +1,6 @@
 """Votes of a window: what the last tokens attend to, pooled along the sequence."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from winnow.core.errors import WinnowError
 from winnow.core.kv import KVView
+from winnow.core.kv_method import CacheMethod
 from winnow.parts.pooling import pooled_along
 
 Pool = Literal["mean", "max"]
@@ -24,21 +25,20 @@ def window_votes(view: KVView, window: int, kernel: int, pool: Pool) -> Float[Te
     return view.per_kv_head(torch.cat([before, votes[..., view.n - w :]], -1))
 
 
-class WindowVotes:
+class WindowVotes(CacheMethod):
     """What methods of the cache share that keep what the last tokens of a prompt attend to, and those tokens.
 
     A method that derives it has the settings `window`, `kernel` and `pool`, as `window_votes` takes them, and `limit`.
     """
 
-    slug: ClassVar[str]
-    one_scale: ClassVar[bool] = True
+    one_scale = True
     window: int
     kernel: int
     pool: Pool
     limit: int | None
 
     @property
-    def recent(self) -> int:
+    def recent(self) -> int:  # type: ignore[override]
         return self.window
 
     def check(self) -> None:
