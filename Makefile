@@ -13,7 +13,9 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
 
-FAST   := -m "not full and not gpu" -n $(WORKERS) --dist loadgroup
+# In the order of the files: by the number of tests, the slow ones would come last and keep one worker waiting.
+SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+FAST   := -m "not full and not gpu" $(SPREAD)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 # What depends on transformers, and so runs on the newest supported version as well.
@@ -88,8 +90,8 @@ test-vllm: $(VLLM)/.installed ## The tests of the vLLM plug-in on vLLM's build f
 	  $(VLLM)/bin/python -m pytest tests/vllm
 
 test-all: $(STAMP) $(NEWEST)/.installed ## Everything: the full product of methods and builds on both ends, and GPU tests where there is one
-	$(PYTEST) -n $(WORKERS)
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(ON_NEWEST)
+	$(PYTEST) $(SPREAD)
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(SPREAD) $(ON_NEWEST)
 
 test-studio: $(STAMP) ## The studio's page in headless Chromium; says what else it needs
 	@$(BIN)/python -c 'import playwright' 2>/dev/null || { \

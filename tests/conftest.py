@@ -1,4 +1,4 @@
-"""What every test shares: no network, one thread, and the report of what the tests prove about each system."""
+"""What every test shares: no network, one thread, workers, and the report of what the tests prove of each system."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,29 @@ def pytest_collection():
         return (yield)
     finally:
         gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_finish(session):
+    """With `--dist loadgroup` a worker gets whole files, and whole groups: what they share is then made once.
+
+    pytest-xdist reads the group of a test behind an @ of its id, and pytest 9.2 no longer lets it write there
+    (https://github.com/pytest-dev/pytest-xdist/issues/1386): here it is shown ids of ours.
+    """
+    if not session.config.getoption("loadgroup", False):
+        return (yield)
+    items, session.items = session.items, [SimpleNamespace(nodeid=told(item)) for item in session.items]
+    try:
+        return (yield)
+    finally:
+        session.items = items
+
+
+def told(item) -> str:
+    """The id of a test, with what it is scheduled by."""
+    mark = item.get_closest_marker("xdist_group")
+    end = "@" + (item.nodeid.partition("::")[0] if mark is None else mark.args[0])
+    return item.nodeid.removesuffix(end) + end
 
 
 class SystemReport:

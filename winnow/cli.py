@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +10,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from winnow import __version__, cli_bench, cli_serve, cli_studio, cli_tune
-from winnow.cli_options import Device, DeviceMap, Dtype, Json, Model, Positions, Quantization, Revision, Trust
+from winnow import __version__, cli_bench, cli_serve, cli_studio, cli_tune, cli_world
+from winnow.cli_options import (
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    Keep,
+    Model,
+    Positions,
+    Quantization,
+    Revision,
+    Trust,
+    opened,
+)
+from winnow.cli_reference import recall, reference, video
 from winnow.cli_streams import flush, forgiving, mistake, print_json, say, warn
 from winnow.cli_train import Trainable, frames, toc3d
 from winnow.core.errors import WinnowError
@@ -48,18 +60,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make a vision-language model read fewer tokens and keep its answer, and prove both.",
 )
-world = typer.Typer(
-    no_args_is_help=True, help="The reference world: drawn scenes whose questions carry their evidence."
-)
 train = typer.Typer(cls=Trainable, no_args_is_help=True, help="Train what winnow ships, or its like for your model.")
-app.add_typer(world, name="world")
 app.add_typer(train, name="train")
+train.command("reference")(reference)
+train.command("recall")(recall)
+train.command("video")(video)
 train.command("toc3d")(toc3d)
 train.command("frames")(frames)
 cli_bench.register(app)
 cli_tune.register(app)
 cli_serve.register(app)
 cli_studio.register(app)
+cli_world.register(app)
 
 
 def _version(wanted: bool) -> None:
@@ -94,9 +106,7 @@ def run(
             show_default="that of winnow.compress",
         ),
     ] = None,
-    keep: Annotated[
-        str | None, typer.Option(help="Visual tokens to keep: 64, 0.25 or 25%.", show_default="as the method says")
-    ] = None,
+    keep: Keep = None,
     positions: Positions = None,
     overlay: Annotated[
         Path | None,
@@ -118,12 +128,10 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Answer a question about a picture or a video, with and without compression, and say what each answer cost."""
-    import torch
-
     from winnow import cli_run
     from winnow.bench.clock import busy
     from winnow.engine.compress import DEFAULT
-    from winnow.models.load import load, quiet
+    from winnow.models.load import quiet
 
     quiet()
     wanted = cli_run.plans(method or [DEFAULT], keep, positions)
@@ -131,9 +139,7 @@ def run(
     asked = cli_run.subject(picture, question, cli_run.sampling_of(count, fps, keyframes))
     cli_run.check_overlays(paths, asked)
     reason = busy()
-    if model is None and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # the bundled model gains little from more, and loses much when a core is taken
-    loaded, processor = load(
+    loaded, processor = opened(
         model,
         device=device,
         device_map=device_map,
@@ -256,119 +262,6 @@ def doctor(
         checks(found)
     if not all(check.ok for check in found):
         raise typer.Exit(1)
-
-
-Count = Annotated[int, typer.Option("--count", "-n", min=1, help="How many scenes.")]
-Size = Annotated[int, typer.Option(help="Pixels of a side.")]
-Split = Annotated[str, typer.Option(help="train, test or heldout_glyphs.")]
-Seed = Annotated[int, typer.Option(help="Of the first scene.")]
-
-
-@world.command("show")
-def world_show(
-    sheet: Annotated[Path, typer.Argument(help="The PNG to write.")],
-    count: Count = 20,
-    size: Size = 224,
-    split: Split = "test",
-    seed: Seed = 0,
-    boxes: Annotated[bool, typer.Option("--boxes", help="Outline the evidence of each question.")] = False,
-) -> None:
-    """Draw scenes and their questions on one sheet."""
-    from winnow.world.export import show
-
-    say(show(sheet, count, size, split, seed, boxes=boxes))
-
-
-@world.command("export")
-def world_export(
-    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
-    count: Count = 20,
-    size: Size = 224,
-    split: Split = "test",
-    seed: Seed = 0,
-) -> None:
-    """Write scenes as PNG files, and their questions with answers and evidence as JSON lines."""
-    from winnow.world.export import export
-
-    say(export(folder, count, size, split, seed))
-
-
-@train.command("reference")
-def train_reference(
-    preset: Annotated[str, typer.Option(help="small or base.")] = "small",
-    out: Annotated[Path, typer.Option(help="The folder of the run.")] = Path("runs/reference"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    processes: Annotated[int, typer.Option(min=1, max=256, help="On a CPU: one for each core to use.")] = 1,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    scale: Annotated[float, typer.Option(help="Share of the full schedule.")] = 1.0,
-    dropout: Annotated[bool, typer.Option(help="Switch off: the language model always sees all tokens.")] = True,
-    cls_objective: Annotated[bool, typer.Option(help="Switch off: the tower learns from its patches alone.")] = True,
-    tower: Annotated[Path | None, typer.Option(help="Start from the pretrained tower of this run.")] = None,
-    until: Annotated[str, typer.Option(help="The last stage to run now.", show_default="all")] = "",
-) -> None:
-    """Train the reference model from scratch; its seed decides everything."""
-    from winnow.learn.recipes.reference import train as fit
-    from winnow.models.load import quiet
-
-    quiet()
-    say(
-        fit(
-            preset,
-            out,
-            resume=resume,
-            device=device,
-            processes=processes,
-            seed=seed,
-            scale=scale,
-            dropout=dropout,
-            cls_objective=cls_objective,
-            tower=tower,
-            until=until,
-        )
-    )
-
-
-@train.command("recall")
-def train_recall(
-    out: Annotated[Path, typer.Option(help="The folder of the run.")] = Path("runs/recall"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    scale: Annotated[float, typer.Option(help="Share of the full schedule.")] = 1.0,
-) -> None:
-    """Train the text model of the recall tasks from scratch; its seed decides everything."""
-    from winnow.learn.recipes.recall import train as fit
-    from winnow.learn.workers import keep_memory
-    from winnow.models.load import quiet
-
-    quiet()
-    keep_memory()
-    say(fit(out, resume=resume, device=device, seed=seed, scale=scale))
-
-
-@train.command("video")
-def train_video(
-    out: Annotated[Path, typer.Option(help="The folder of the run.")] = Path("runs/video"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    scale: Annotated[float, typer.Option(help="Share of the full schedule.")] = 1.0,
-    minutes: Annotated[
-        float | None, typer.Option(min=0, help="Stop after so long, to go on later.", show_default="at the end")
-    ] = None,
-) -> None:
-    """Train the reference model of winnow's clips, which begins with the words of the one of its pictures."""
-    import time
-
-    from winnow.learn.recipes.video import train as fit
-    from winnow.learn.workers import keep_memory
-    from winnow.models.load import quiet
-
-    quiet()
-    keep_memory()
-    stop = None if minutes is None else time.time() + 60 * minutes
-    say(fit(out, resume=resume, device=device, seed=seed, scale=scale, stop_at=stop))
 
 
 def main() -> None:

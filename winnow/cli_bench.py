@@ -33,6 +33,10 @@ Data = Annotated[
     Path | None,
     typer.Option(help='Your own questions: JSON lines of {"image", "question", "answer"[, "evidence", "type", "id"]}.'),
 ]
+Split = Annotated[str, typer.Option(help="Of winnow's world: train, test or heldout_glyphs.")]
+Start = Annotated[int, typer.Option(min=0, help="Of winnow's world: the first scene.")]
+Batch = Annotated[int, typer.Option(min=1, help="Questions in a forward; it changes no answer.")]
+AnswerLength = Annotated[int | None, typer.Option(min=1, max=4096, help="Length of an answer.", show_default="16")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.", show_default="torch's choice")]
 
 
@@ -57,18 +61,16 @@ def bench(
         int | None,
         typer.Option(help="Frames of clips to ask about instead of pictures; the model is then one of `train video`."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Of winnow's world: train, test or heldout_glyphs.")] = "test",
-    start: Annotated[int, typer.Option(min=0, help="Of winnow's world: the first scene.")] = 0,
+    split: Split = "test",
+    start: Start = 0,
     baselines: Annotated[
         str, typer.Option(help="Of random, uniform, downsample, ceiling, oracle; random and downsample always run.")
     ] = "random,uniform,downsample,ceiling,oracle",
-    batch: Annotated[int, typer.Option(min=1, help="Questions in a forward; it changes no answer.")] = 16,
+    batch: Batch = 16,
     processes: Annotated[int, typer.Option(min=1, max=256, help="On a CPU: one for each core to use.")] = 1,
     threads: Threads = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the baselines' draws.")] = 0,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="Length of an answer.", show_default="16")
-    ] = None,
+    max_new_tokens: AnswerLength = None,
     positions: Positions = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -141,8 +143,8 @@ def speed(
 def turns(
     plan: Annotated[list[str], typer.Option("--plan", help="A plan that reads the text. Several: repeat it.")],
     pairs: Annotated[int, typer.Option(min=1, help="Scenes, each with two questions.")] = 200,
-    split: Annotated[str, typer.Option(help="Of winnow's world: train, test or heldout_glyphs.")] = "test",
-    start: Annotated[int, typer.Option(min=0, help="The first scene.")] = 0,
+    split: Split = "test",
+    start: Start = 0,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,

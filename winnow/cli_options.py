@@ -1,8 +1,9 @@
-"""Options that several commands share."""
+"""Options that several commands share, and how the model that they name is opened."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from typing import Annotated, Any
 
 import typer
 
@@ -26,5 +27,24 @@ Revision = Annotated[
     str | None, typer.Option(help="A branch, tag or commit of the Hub's repository.", show_default="the newest")
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")]
+Keep = Annotated[
+    str | None, typer.Option(help="Visual tokens to keep: 64, 0.25 or 25%.", show_default="as the method says")
+]
 Positions = Annotated[str | None, typer.Option(help="keep or compact.", show_default="keep")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")]
+Seed = Annotated[int, typer.Option(min=0, help="Decides everything.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+
+
+def opened(model: str | None, **how: Any) -> tuple[Any, Any]:
+    """The model that the options name, and its processor; the bundled one runs on one thread.
+
+    It gains little from more threads, and loses much when a core is taken. OMP_NUM_THREADS decides where it is set.
+    """
+    from winnow.models.load import load
+
+    if model is None and "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
+    return load(model, **how)

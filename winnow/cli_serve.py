@@ -7,13 +7,13 @@ import os
 import re
 import secrets
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from winnow.cli_options import Device, DeviceMap, Dtype, Model, Positions, Quantization, Revision, Trust
+from winnow.cli_listen import AllowHost, Host, Port, address, answered_hosts, check_installed
+from winnow.cli_options import Device, DeviceMap, Dtype, Keep, Model, Positions, Quantization, Revision, Trust, opened
 from winnow.cli_streams import say, warn
 from winnow.core.errors import WinnowError
 
@@ -36,9 +36,7 @@ def serve(
             show_default="that of winnow.compress",
         ),
     ] = None,
-    keep: Annotated[
-        str | None, typer.Option(help="Visual tokens to keep: 64, 0.25 or 25%.", show_default="as the method says")
-    ] = None,
+    keep: Keep = None,
     positions: Positions = None,
     allow: Annotated[
         list[str] | None,
@@ -49,8 +47,8 @@ def serve(
     ] = None,
     min_keep: Annotated[str, typer.Option(help="The least that a request's plan may keep of a picture.")] = "1",
     max_keep: Annotated[str, typer.Option(help="The most that a request's plan may keep of a picture.")] = "100%",
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
     name: Annotated[
         str | None, typer.Option(help="Of the model, as requests say it.", show_default="from --model")
     ] = None,
@@ -60,10 +58,7 @@ def serve(
             help=f"A file with a key on each line; else the variable {KEY}.", show_default="a new key, printed"
         ),
     ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(help="A further Host header to answer.", show_default="the loopback names and --host"),
-    ] = None,
+    allow_host: AllowHost = None,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="Of requests that say none; 0 is greedy.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 1024,
     max_context: Annotated[
@@ -86,8 +81,7 @@ def serve(
 ) -> None:
     """Answer OpenAI's chat completions about pictures, each request compressed by the server's plan or its own."""
     _check_engine(engine)
-    if missing := [own for own in NEEDS if find_spec(own) is None]:
-        raise WinnowError(f"winnow serve needs {', '.join(missing)}: pip install 'tokenwinnow[serve]'")
+    check_installed("serve", NEEDS)
 
     from winnow.core.budget import Budget
     from winnow.serve.listening import listen
@@ -97,25 +91,20 @@ def serve(
 
     from winnow.cli_run import plans
     from winnow.engine.compress import DEFAULT
-    from winnow.models.load import load, quiet
+    from winnow.models.load import quiet
     from winnow.serve.server import serve as answer
-    from winnow.serve.settings import LOOPBACK, MIB, Settings
+    from winnow.serve.settings import MIB, Settings
     from winnow.serve.start import context_of, make_service
 
     quiet()
     plan, methods = plans([method or DEFAULT], keep, positions)[0], _allowed(allow)
-    if model is None and "OMP_NUM_THREADS" not in os.environ:
-        import torch
-
-        torch.set_num_threads(1)  # the bundled model gains little from more
-    loaded, processor = load(
+    loaded, processor = opened(
         model, device=device, device_map=device_map, dtype=dtype, quantization=quantization, revision=revision,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     settings = Settings(
         name=called,
-        hosts=tuple(dict.fromkeys((*LOOPBACK, host.lower(), *(own.lower() for own in allow_host or ())))),
-        methods=methods, least=bounds[0], most=bounds[1],
+        hosts=answered_hosts(host, allow_host), methods=methods, least=bounds[0], most=bounds[1],
         context=max_context or context_of(loaded) or CONTEXT,
         max_tokens=max_tokens, temperature=temperature, pictures=max_pictures, body=max_body * MIB,
         buffered=max(8, max_body) * 8 * MIB, batch=batch, waiting=queue, seconds=time_limit, grace=grace,
@@ -136,9 +125,7 @@ def _check_engine(engine: str) -> None:
 
 
 def _announce(listener: Any, name: str, plan: str) -> None:
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    say(f"winnow serves {name} under {plan} at http://{shown}:{port}/v1")
+    say(f"winnow serves {name} under {plan} at http://{address(*listener.getsockname()[:2])}/v1")
     sys.stdout.flush()
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from winnow.cli_options import Device, Dtype, Model
+from winnow.cli_options import Device, Dtype, Model, Resume, Seed
 from winnow.cli_streams import say
 from winnow.learn.pruners import text, trainable
 
@@ -35,8 +35,8 @@ def method(
     ctx: typer.Context,
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="The folder of the run.", show_default="runs/SLUG")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Decides everything.")] = 0,
+    resume: Resume = False,
+    seed: Seed = 0,
     scale: Annotated[float, typer.Option(help="Share of the questions and steps of the recipe.")] = 1.0,
     data: Annotated[
         Path | None, typer.Option(help="Questions as JSON lines.", show_default="scenes of winnow's world")
@@ -60,8 +60,8 @@ def method_of_text(
         Path | None, typer.Option(help="The folder of a text model.", show_default="the recall model")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The folder of the run.", show_default="runs/SLUG")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Decides everything.")] = 0,
+    resume: Resume = False,
+    seed: Seed = 0,
     scale: Annotated[float, typer.Option(help="Share of the texts and steps of the recipe.")] = 1.0,
 ) -> None:
     """Train this learned method of the cache on recall texts, on a frozen text model of `winnow train recall`."""
@@ -76,8 +76,8 @@ def method_of_text(
 
 def toc3d(
     out: Annotated[Path | None, typer.Option(help="The folder of the run.", show_default="runs/toc3d")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Decides everything.")] = 0,
+    resume: Resume = False,
+    seed: Seed = 0,
     scale: Annotated[float, typer.Option(help="Share of the drives and steps of the recipe.")] = 1.0,
 ) -> None:
     """Train winnow's toy detector for drives with several cameras, and ToC3D's selectors in it."""
@@ -88,8 +88,8 @@ def toc3d(
 
 def frames(
     out: Annotated[Path | None, typer.Option(help="The folder of the run.", show_default="runs/frames")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Decides everything.")] = 0,
+    resume: Resume = False,
+    seed: Seed = 0,
     scale: Annotated[float, typer.Option(help="Share of the clips and steps of the recipe.")] = 1.0,
 ) -> None:
     """Train winnow's toy writer of frames, which Deep Forcing is tried on."""

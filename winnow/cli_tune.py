@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from winnow.cli_bench import Data, Methods, Threads, named
+from winnow.cli_bench import AnswerLength, Batch, Data, Methods, Split, Start, Threads, named
 from winnow.cli_options import Device, Dtype, Json, Model, Positions, Trust
 from winnow.cli_streams import print_json, say, warn
 
@@ -43,16 +43,14 @@ def tune(
     ] = None,
     model: Model = None,
     data: Data = None,
-    split: Annotated[str, typer.Option(help="Of winnow's world: train, test or heldout_glyphs.")] = "test",
-    start: Annotated[int, typer.Option(min=0, help="Of winnow's world: the first scene.")] = 0,
+    split: Split = "test",
+    start: Start = 0,
     held_out: Annotated[float, typer.Option(help="Share of the questions that only the check sees.")] = 0.5,
     confidence: Annotated[float, typer.Option(help="With which the plan keeps --lose.")] = 0.95,
-    batch: Annotated[int, typer.Option(min=1, help="Questions in a forward; it changes no answer.")] = 16,
+    batch: Batch = 16,
     threads: Threads = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the split into search and check.")] = 0,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="Length of an answer.", show_default="16")
-    ] = None,
+    max_new_tokens: AnswerLength = None,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,

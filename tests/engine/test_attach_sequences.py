@@ -155,9 +155,13 @@ def machine(build: str, examples: int, derandomize: bool) -> type:
 
 
 TestLlavaClip = machine("llava_clip", 8, derandomize=True)
-TestLlavaSiglip = machine("llava_siglip", 8, derandomize=True)
 TestLlavaNext = machine("llava_next", 8, derandomize=True)
 TestQwen = machine("qwen2_5_vl", 8, derandomize=True)
+
+
+@pytest.mark.full
+class TestLlavaSiglip(machine("llava_siglip", 8, derandomize=True)):
+    pass
 
 
 @pytest.mark.full

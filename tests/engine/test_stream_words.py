@@ -10,7 +10,7 @@ from PIL import Image
 import winnow
 from winnow.core.errors import WinnowError
 from winnow.engine.engine import is_compressed
-from winnow.models.inputs import pictures_prompt
+from winnow.models.inputs import prompt
 from winnow.world import scene
 
 PLAN = "divprune:keep=32 + streaming-llm:keep=300"
@@ -38,7 +38,7 @@ def read(reference):
 
 def whole(reference, pictures):
     """One prompt with all pictures and a question."""
-    text = pictures_prompt(reference[1], QUESTION, len(pictures))
+    text = prompt(reference[1], QUESTION, count=len(pictures))
     return reference[1](images=pictures, text=text, return_tensors="pt")
 
 

@@ -22,7 +22,7 @@ from winnow.world.recall_words import FILLER_IDS, VOCABULARY, WORD_ID, words
 TINY = text.config(width=32, layers=2, heads=4, groups=2, inner=32)
 MIX = Texts({"pairs": 2, "several": 1, "copy": 1, "needle": 1, "echo": 1, "filler": 1}, (24, 40), full=0.8, room=32)
 PLAN = [
-    recipe.Stage("first", 5, MIX, {"pairs": 1.1}, tokens=300),
+    recipe.Stage("first", 5, MIX, gate={"pairs": 1.1}, tokens=300),
     recipe.Stage("last", 6, MIX, tokens=300, decay=True),
 ]
 

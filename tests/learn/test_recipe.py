@@ -17,11 +17,12 @@ from tests.learn.workers_of_tests import two_steps
 from winnow import reference, world
 from winnow.core.errors import WinnowError
 from winnow.learn import evaluate, tower
+from winnow.learn.checkpoint import read_checkpoint
 from winnow.learn.language import Keep, Mix
 from winnow.learn.progress import Log, draw_curves, read
 from winnow.learn.recipes import curriculum
 from winnow.learn.recipes import reference as recipe
-from winnow.learn.run import MAX_SEED, Options, Run, read_checkpoint
+from winnow.learn.run import MAX_SEED, Options, Run
 from winnow.media import open_image
 from winnow.reference.build import make_model
 from winnow.reference.presets import preset

@@ -22,7 +22,7 @@ TINY = reader.config(width=48, depth=2, tower_heads=2, layers=4, heads=2, inner=
 EVERY = dict.fromkeys(TYPES, 2)
 PLAN = [
     recipe.Stage("tower", 3, Mix(((1, ClipSpec()),)), batch=4, tower=True),
-    recipe.Stage("gated", 4, Mix(((1, ClipSpec()),), EVERY), {"when": 1.1}, least=2, batch=3),
+    recipe.Stage("gated", 4, Mix(((1, ClipSpec()),), EVERY), gate={"when": 1.1}, least=2, batch=3),
     recipe.Stage("last", 4, Mix(((1, ClipSpec()),), EVERY, frames=(8, 16)), batch=3, dropped=0.7, decay=True),
 ]
 

@@ -27,3 +27,9 @@ def sample(samples):
 def few(samples):
     """Half of the scenes, for plans for which pictures have to be encoded anew."""
     return samples[0].first(45)
+
+
+@pytest.fixture(scope="session")
+def some(samples):
+    """A third of the scenes, for plans that act in the tower, which encode each picture anew."""
+    return samples[0].first(30)

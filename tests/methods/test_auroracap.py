@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from tests.methods.directional import gap
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
@@ -20,30 +19,17 @@ from winnow.methods.tome import ToMe
 from winnow.signals.vision import VisionKeys
 
 from .stubs import STUBS, tokens
-from .test_tome import Dropped, released
+from .tower_merges import Dropped, check_answers_more_than_pruning, released, through
 
 BIGG = ModelInfo("ViT-bigG", vision_depth=48, feature_layer=-2, points=("blocks.mlp",))
 GRID = Layout.grid(6, 6, cls=True)
-
-
-def _through(method, info, layout, x, act=None):
-    """What is left behind each block, with the tokens themselves for keys: rows, sizes and bias."""
-    ids, state, found = torch.arange(layout.n)[None], State(), []
-    for step in method.bind(info)[1]:
-        view = View(x, layout, ids, layout.n_content, step.signals(lambda signal, x=x: x))
-        action, state = (act or step.act)(view, state)
-        feeds = (action.reduction.to_matrix() != 0).float()
-        state = State(summed={name: (feeds @ s[..., None])[..., 0] for name, s in state.summed.items()})
-        x, ids = action.reduction.apply(x), ids.gather(1, action.reduction.representatives)
-        found.append((x, state.summed.get("size", torch.ones(1, x.shape[1])), action.log_bias))
-    return found
 
 
 @pytest.mark.system("auroracap", "exact")
 @pytest.mark.parametrize(("ratio", "left"), [(1.0, 729), (0.8, 588), (0.5, 400), (0.2, 165), (0.1, 118)])
 def test_of_729_patches_as_many_are_left_as_the_card_says(ratio, left):
     layout = Layout.grid(27, 27, cls=True)
-    found = _through(AuroraCap(ratio), BIGG, layout, tokens(0, 730, 4))
+    found = through(AuroraCap(ratio), BIGG, layout, tokens(0, 730, 4))
     each = int(729 * (1 - ratio) / 48)
     assert [x.shape[1] for x, _, _ in found] == [730 - each * (block + 1) for block in range(47)]
     assert found[-1][0].shape[1] == 1 + left
@@ -56,7 +42,7 @@ def test_of_729_patches_as_many_are_left_as_the_card_says(ratio, left):
 def test_the_count_for_any_ratio(ratio, layout):
     info, cls = ModelInfo(vision_depth=6, points=("blocks.mlp",)), layout.n - layout.n_content
     left = layout.n
-    for x, size, _ in _through(AuroraCap(ratio), info, layout, tokens(1, layout.n, 4)):
+    for x, size, _ in through(AuroraCap(ratio), info, layout, tokens(1, layout.n, 4)):
         left -= min((left - cls) // 2, int(layout.n_content * (1 - ratio) / 6))
         assert (x.shape[1], size.sum()) == (left, layout.n)
 
@@ -68,7 +54,7 @@ def test_as_released_the_matching_is_that_of_the_code(ratio):
     x = tokens(2, GRID.n, 12)
     want, size = x[0].double(), torch.ones(GRID.n, dtype=torch.float64)
     info = ModelInfo(vision_depth=5, points=("blocks.mlp",))
-    for made, _, bias in _through(AuroraCap.as_released(ratio=ratio), info, GRID, x):
+    for made, _, bias in through(AuroraCap.as_released(ratio=ratio), info, GRID, x):
         groups = released(want, min(int(36 * (1 - ratio) / 5), (len(want) - 1) // 2), True)
         want = torch.stack([(want[own] * size[own, None]).sum(0) / size[own].sum() for own in groups])
         size = torch.stack([size[own].sum() for own in groups])
@@ -79,7 +65,7 @@ def test_as_released_the_matching_is_that_of_the_code(ratio):
 @pytest.mark.system("auroracap", "exact")
 def test_at_ratio_one_nothing_changes():
     x = tokens(3, GRID.n, 8)
-    for made, _, bias in _through(AuroraCap(1.0), BIGG, GRID, x):
+    for made, _, bias in through(AuroraCap(1.0), BIGG, GRID, x):
         assert torch.equal(made, x)
         assert bias is None
 
@@ -88,7 +74,7 @@ def _halves_stay_apart(act=None):
     """A picture of two flat halves at ratio 0.5: every token that is left is of one half."""
     halves = torch.tensor([[1.0, 0, 0], [0, 1, 0]])[GRID.place[1:, 3] // 3]
     x = torch.cat([torch.tensor([[0.0, 0, 1]]), halves])[None]
-    made = _through(AuroraCap(0.5), ModelInfo(vision_depth=6, points=("blocks.mlp",)), GRID, x, act)[-1][0][0]
+    made = through(AuroraCap(0.5), ModelInfo(vision_depth=6, points=("blocks.mlp",)), GRID, x, act=act)[-1].x[0]
     assert len(made) == 37 - 6 * 3
     assert ((made == 0) | (made == 1)).all()
 
@@ -147,13 +133,13 @@ def test_the_code_is_not_a_selection_that_looks_at_nothing(stub):
 @pytest.mark.parametrize("budget", [36, 30, 9, 3, "50%", 0.25])
 def test_at_a_budget_that_many_patches_are_left(budget):
     method = AuroraCap().at_budget(budget, 36)
-    made = _through(method, ModelInfo(vision_depth=6, feature_layer=-2, points=("blocks.mlp",)), GRID, tokens(6, 37, 4))
+    made = through(method, ModelInfo(vision_depth=6, feature_layer=-2, points=("blocks.mlp",)), GRID, tokens(6, 37, 4))
     assert made[-1][0].shape[1] == 1 + {"50%": 18, 0.25: 9}.get(budget, budget)
 
 
 def test_a_budget_that_halving_cannot_reach_is_refused():
     with pytest.raises(WinnowError, match="auroracap: left=5 of 36; allowed in 2 blocks: 9 and more"):
-        _through(AuroraCap(left=5), ModelInfo(vision_depth=2, points=("blocks.mlp",)), GRID, tokens(0, 37, 4))
+        through(AuroraCap(left=5), ModelInfo(vision_depth=2, points=("blocks.mlp",)), GRID, tokens(0, 37, 4))
 
 
 @pytest.mark.parametrize("settings", [{"ratio": 1.1}, {"ratio": -0.1}, {"ratio": "most"}, {"left": 0}])
@@ -162,24 +148,14 @@ def test_wrong_settings(settings):
         AuroraCap(**settings)
 
 
-@pytest.fixture(scope="module")
-def few(samples):
-    """A third of the sample: what acts in the tower encodes each picture anew."""
-    return samples[0].first(30)
-
-
-def _answers_more_than_pruning(few, method):
-    """At ratio 0.06 of 256 patches and 6 blocks, 40 go in each of the five that count."""
-    assert gap(few.right(method), few.right(Dropped(40))).low > 0
-
-
 @pytest.mark.system("auroracap", "directional")
 @pytest.mark.xdist_group("samples")
-def test_merged_frames_answer_more_than_as_many_that_random_pruning_leaves(few):
-    _answers_more_than_pruning(few, AuroraCap(0.06))
+def test_merged_frames_answer_more_than_as_many_that_random_pruning_leaves(some):
+    """At ratio 0.06 of 256 patches and 6 blocks, 40 go in each of the five that count."""
+    check_answers_more_than_pruning(some, AuroraCap(0.06))
 
 
 @pytest.mark.xdist_group("samples")
-def test_answering_fails_for_a_stub(few):
+def test_answering_fails_for_a_stub(some):
     with pytest.raises(AssertionError):
-        _answers_more_than_pruning(few, Dropped(40, seed=1))
+        check_answers_more_than_pruning(some, Dropped(40, seed=1))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from tests.methods.directional import Sample, at_random, evenly, gap
+from tests.methods.directional import at_random, evenly, gap
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.layout import Layout
 from winnow.core.reduction import Reduction
@@ -247,13 +247,6 @@ def test_wrong_settings(settings):
         PruMerge(**settings)
 
 
-@pytest.fixture(scope="module")
-def few(samples):
-    """A third of the sample: what acts at `features` encodes each picture anew."""
-    whole = samples[0]
-    return Sample(whole.handle, whole.processor, whole.requests[:30], whole.views)
-
-
 def _gaps(sample, kept):
     """The mean distance of a patch to the nearest that is kept, in patches."""
     place = torch.tensor(sample.layout.place[sample.layout.content][:, 2:]).double()
@@ -271,17 +264,17 @@ def _covers_and_finds(sample, kept):
 
 
 def mask(sample, stub):
-    return torch.cat([stub(view, 33).kept for view in sample.views["projected"][:2]])
+    return torch.cat([stub(view, 33).kept for view in sample.views["projected"]])
 
 
 @pytest.mark.system("prumerge", "directional")
 @pytest.mark.xdist_group("samples")
-def test_plus_covers_the_picture_and_finds_evidence(few):
-    _covers_and_finds(few, few.answers("prumerge:keep=33,plus=true")[1])
+def test_plus_covers_the_picture_and_finds_evidence(some):
+    _covers_and_finds(some, some.answers("prumerge:keep=33,plus=true")[1])
 
 
 @pytest.mark.xdist_group("samples")
 @pytest.mark.parametrize("stub", [first_k, evenly, at_random])
-def test_covering_fails_for_a_stub(few, stub):
+def test_covering_fails_for_a_stub(some, stub):
     with pytest.raises(AssertionError):
-        _covers_and_finds(few, mask(few, stub))
+        _covers_and_finds(some, mask(some, stub))

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar
-
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from tests.methods.directional import Sample, gap
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
-from winnow.core.method import Method
-from winnow.core.point import Point
 from winnow.core.reduction import Reduction
-from winnow.core.step import Reduce, State, Step
+from winnow.core.step import Reduce, State
 from winnow.core.view import View
 from winnow.methods.tome import ToMe
 from winnow.signals.vision import VisionKeys
 
 from .stubs import STUBS, tokens
+from .tower_merges import Dropped, check_answers_more_than_pruning, released, through
 
 KEYS = VisionKeys()
 GRID = Layout.grid(5, 6, cls=True)
@@ -152,18 +146,9 @@ def test_schedules(settings, blocks, want):
 
 def _through(method, info, layout, b=1):
     """How many tokens are left behind each block, with random keys."""
-    x, ids, state, left = tokens(0, layout.n, 12, b), torch.arange(layout.n).expand(b, -1), State(), []
-    for step in method.bind(info)[1]:
-        keys = tokens(x.shape[1], x.shape[1], 8, b)
-        view = View(x, layout, ids, layout.n_content, step.signals(lambda signal, keys=keys: keys))
-        action, state = step.act(view, state)
-        feeds = (action.reduction.to_matrix() != 0).float()
-        state = State(summed={name: (feeds @ s[..., None])[..., 0] for name, s in state.summed.items()})
-        x, ids = action.reduction.apply(x), ids.gather(1, action.reduction.representatives)
-        left.append(x.shape[1])
-        if "size" in state.summed:
-            assert (state.summed["size"].sum(1) == layout.n).all()
-    return left
+    found = through(method, info, layout, tokens(0, layout.n, 12, b), keys=lambda n: tokens(n, n, 8, b))
+    assert all((left.size.sum(1) == layout.n).all() for left in found)
+    return [left.x.shape[1] for left in found]
 
 
 @pytest.mark.system("tome", "exact")
@@ -192,22 +177,6 @@ def test_a_budget_that_halving_cannot_reach_is_refused():
 def test_a_budget_of_tiles_is_a_share_of_each():
     assert ToMe().at_budget(320, 2880).left.of(576) == 64
     assert ToMe().at_budget(13, 256).left.of(256) == 13
-
-
-def released(metric, r, class_token):
-    """What the code's matching does: tokens of the output as lists, its own token first."""
-    unit = metric.double() / metric.double().norm(dim=-1, keepdim=True)
-    even, odd = unit[::2], unit[1::2]
-    scores = even @ odd.T
-    if class_token:
-        scores[0] = -torch.inf
-    best, where = scores.max(-1)
-    edge = sorted(range(len(best)), key=lambda a: -best[a].item())
-    stays, merged = edge[r:], edge[:r]
-    stays = sorted(stays) if class_token else stays
-    return [[2 * a] for a in stays] + [
-        [2 * b + 1, *(2 * a for a in sorted(merged) if int(where[a]) == b)] for b in range(len(odd))
-    ]
 
 
 @pytest.mark.system("tome", "exact")
@@ -268,46 +237,13 @@ def test_wrong_settings(settings):
         ToMe(**settings)
 
 
-@dataclass(frozen=True)
-class Dropped(Method):
-    """Drops as many patches in every block as ToMe merges, at random."""
-
-    r: int = 0
-    seed: int = 0
-
-    slug: ClassVar[str] = "dropped"
-
-    def steps(self, info):
-        blocks = VisionKeys().block(info) + 1
-        return tuple(Step(Point("blocks", block, "mlp"), partial(self._drop, block)) for block in range(blocks))
-
-    def _drop(self, block, view, state):
-        generator = torch.Generator().manual_seed(97 * self.seed + block)
-        patches = torch.rand(view.b, view.n - 1, generator=generator).argsort(1)[:, self.r :] + 1
-        return Reduction.select(
-            torch.cat([torch.zeros(view.b, 1, dtype=torch.int64), patches.sort(1).values], 1), view.n
-        )
-
-
-@pytest.fixture(scope="module")
-def few(samples):
-    """A third of the sample: what acts in the tower encodes each picture anew."""
-    whole = samples[0]
-    return Sample(whole.handle, whole.processor, whole.requests[:30], whole.views)
-
-
-def _answers_more_than_pruning(sample, method):
-    """With 40 tokens less in each of five blocks, 56 of 256 left."""
-    assert gap(sample.right(method), sample.right(Dropped(40))).low > 0
-
-
 @pytest.mark.system("tome", "directional")
 @pytest.mark.xdist_group("samples")
-def test_merged_tokens_answer_more_than_as_many_that_random_pruning_leaves(few):
-    _answers_more_than_pruning(few, ToMe(40))
+def test_merged_tokens_answer_more_than_as_many_that_random_pruning_leaves(some):
+    check_answers_more_than_pruning(some, ToMe(40))
 
 
 @pytest.mark.xdist_group("samples")
-def test_answering_fails_for_a_stub(few):
+def test_answering_fails_for_a_stub(some):
     with pytest.raises(AssertionError):
-        _answers_more_than_pruning(few, Dropped(40, seed=1))
+        check_answers_more_than_pruning(some, Dropped(40, seed=1))

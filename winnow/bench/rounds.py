@@ -13,7 +13,7 @@ from winnow.bench.clock import clocked
 from winnow.bench.native import Inputs, fed, lengths_of, padded, shortened
 from winnow.bench.plans import Job
 from winnow.bench.schema import Timing
-from winnow.bench.sweep import out_of_memory
+from winnow.core.memory import out_of_memory
 from winnow.engine.compress import compress
 
 PHASES = ("encoder", "projector", "select", "prefill")

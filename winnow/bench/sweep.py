@@ -22,6 +22,7 @@ from winnow.bench.schema import Answer, Overlay
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.layout import Layout
 from winnow.core.ledger import ItemLedger, Ledger
+from winnow.core.memory import out_of_memory
 from winnow.core.plan import Plan
 from winnow.engine.handle import Handle
 from winnow.media import MediaError
@@ -180,10 +181,3 @@ def _code(error: WinnowError) -> str:
     if isinstance(error, UnsupportedError):
         return "unsupported"
     return error.code if isinstance(error, MediaError) else "invalid"
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on the device or on the host."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error))

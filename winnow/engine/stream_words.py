@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from winnow.core.errors import WinnowError
-from winnow.models.inputs import check_question, pictures_prompt, placeholder
+from winnow.models.inputs import check_question, placeholder, prompt
 
 MARK = "winnowquestion"
 
@@ -70,7 +70,7 @@ class Words:
 
 def _parts(processor: Any, placeholder: int, question: str, pictures: int) -> tuple[tuple[int, ...], ...]:
     """The text of a message, cut at its pictures."""
-    ids = torch.tensor(processor.tokenizer(pictures_prompt(processor, question, pictures)).input_ids)
+    ids = torch.tensor(processor.tokenizer(prompt(processor, question, count=pictures)).input_ids)
     cuts = (ids == placeholder).nonzero()[:, 0].tolist()
     if len(cuts) != pictures:
         raise WinnowError(

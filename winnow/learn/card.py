@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from winnow.learn import card_page, controls, evaluate, measures
+from winnow.learn import card_page, cards, controls, evaluate, measures
 from winnow.learn.evaluate import answers_right
 from winnow.learn.progress import read
 from winnow.models.load import load, quiet
@@ -63,8 +63,7 @@ def make(
     )
     card: dict[str, Any] = {
         "preset": preset,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
+        **cards.weights(model, folder),
         "image_size": size,
         "visual_tokens": tokens.shape[1],
         "layers": model.config.text_config.num_hidden_layers,

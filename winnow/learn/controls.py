@@ -16,10 +16,10 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from winnow.core.errors import WinnowError
 from winnow.engine.compress import compress
+from winnow.learn.checkpoint import read_checkpoint
 from winnow.learn.evaluate import BATCH, Sample, answers_right, by_type, visual_tokens
 from winnow.learn.measures import SHARES, depth, dropping, scores
 from winnow.learn.progress import read
-from winnow.learn.run import read_checkpoint
 from winnow.models.load import load
 from winnow.reference import prompt
 from winnow.reference.build import make_model

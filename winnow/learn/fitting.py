@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from winnow.core.errors import WinnowError
+from winnow.learn.checkpoint import read_checkpoint, write_checkpoint
 from winnow.learn.progress import Log
-from winnow.learn.run import read_checkpoint
 from winnow.parts.learned import untrained
 
 LEAST = 16  # examples
@@ -191,9 +191,7 @@ class Run:
             "phase": phase,
             "at": at,
         }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
+        write_checkpoint(path, state)
 
     def export(self, module: nn.Module, records: list[Record], facts: dict[str, Any]) -> Path:
         """The weights in bfloat16, and what is known of them, measured as they are then."""

@@ -1,13 +1,16 @@
-"""The log of a training run: lines on the terminal, the same as JSON lines in a file, curves as a picture."""
+"""The progress of a training run: running averages, and its log on the terminal, in a file, and as a picture."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from winnow.learn.workers import rank
 
@@ -34,6 +37,32 @@ class Log:
         if not self.quiet:
             text = " ".join(f"{k} {v:.3f}" for k, v in values.items())
             print(f"{stage} {step} [{seconds:.0f} s] {text}", flush=True)  # noqa: T201 — progress is the purpose
+
+
+class Averages:
+    """Running averages of pairs (right, asked) and of losses, forgetting by `decay` a step."""
+
+    def __init__(self, decay: float = 0.97) -> None:
+        self.decay = decay
+        self.pairs: dict[str, Tensor] = {}
+        self.losses: dict[str, float] = {}
+
+    def add(self, name: str, pair: Tensor) -> None:
+        self.pairs[name] = self.pairs.get(name, torch.zeros(2)) * self.decay + pair
+
+    def add_loss(self, name: str, value: float) -> None:
+        self.losses[name] = self.losses.get(name, value) * self.decay + value * (1 - self.decay)
+
+    def accuracy(self, name: str) -> float:
+        right, asked = self.pairs.get(name, torch.zeros(2)).tolist()
+        return right / asked if asked else 0.0
+
+    def reach(self, gate: Mapping[str, float]) -> bool:
+        """Whether every name of a gate has at least its accuracy; False if there is none."""
+        return bool(gate) and all(self.accuracy(name) >= least for name, least in gate.items())
+
+    def values(self) -> dict[str, float]:
+        return self.losses | {name: self.accuracy(name) for name, pair in self.pairs.items() if pair[1] > 0}
 
 
 def read(path: Path) -> list[dict[str, Any]]:

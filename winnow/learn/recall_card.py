@@ -5,9 +5,7 @@ python -m winnow.learn.recall_card FOLDER --log RUN/log.jsonl --seed 0
 
 from __future__ import annotations
 
-import argparse
 import datetime
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from winnow.bench.recall import Answer, accuracy, measure, perplexity
+from winnow.learn import cards
 from winnow.learn.markdown import table
-from winnow.learn.progress import read
-from winnow.models.load import quiet
 from winnow.world.recall import COUNTS, TASKS, VERSION, draw
 
 LENGTHS = (128, 256, 512)
@@ -43,8 +40,7 @@ def make(
     asking = [task for task in TASKS if COUNTS[task][1]]
     needles = {length: measure(model, None, "needle", samples, length) for length in LENGTHS}
     card: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
+        **cards.weights(model, folder),
         "layers": config.num_hidden_layers,
         "width": config.hidden_size,
         "heads": [config.num_attention_heads, config.num_key_value_heads],
@@ -64,10 +60,9 @@ def make(
         },
         "needle_by_quarter": _by_quarter(needles[LENGTHS[-1]], LENGTHS[-1]),
         "perplexity": {str(n): round(perplexity(model, None, min(samples, 32), n), 3) for n in LENGTHS},
-        "training": None if log is None else _training(read(Path(log))),
+        "training": cards.training(log, "tokens", TASKS),
     }
-    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-    (folder / "README.md").write_text(page(card))
+    cards.write(card, page(card), folder)
     return card
 
 
@@ -82,17 +77,6 @@ def _by_quarter(answers: Sequence[Answer], length: int) -> list[float]:
         start = draw("needle", answer.seed, length, "test").asked[0].evidence[0][0]
         quarters[4 * start // length].append(answer)
     return [_rate(part) if part else 0.0 for part in quarters]
-
-
-def _training(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Steps and tokens of each stage, and the running accuracies at its end."""
-    ends = {row["stage"]: row for row in rows}
-    stages = [{"stage": row["stage"], "steps": row["step"]} | {t: row.get(t) for t in TASKS} for row in ends.values()]
-    seconds = 0.0
-    for row, later in zip(rows, [*rows[1:], None], strict=True):
-        if later is None or later["cpu_seconds"] < row["cpu_seconds"]:  # the run was stopped here, and went on
-            seconds += row["cpu_seconds"]
-    return {"tokens": rows[-1]["tokens"], "cpu_minutes": round(seconds / 60, 1), "stages": stages}
 
 
 def page(card: dict[str, Any]) -> str:
@@ -147,25 +131,12 @@ def _made(card: dict[str, Any]) -> str:
     training = card["training"]
     if training is None:
         return said
-    rows = [
-        [stage["stage"], str(stage["steps"]), *("–" if stage[t] is None else f"{stage[t]:.3f}" for t in TASKS[:-1])]
-        for stage in training["stages"]
-    ]
     return (
         f"{said} {training['tokens'] / 1e6:.1f} million tokens in {training['cpu_minutes']:.0f} minutes of one CPU "
         "thread. Stages are named by the longest context; running accuracies where each was last logged:\n\n"
-        + table(["stage", "steps logged", *TASKS[:-1]], rows)
-        + "\n\n![accuracy over the run](curves.png)"
+        + cards.stage_table(training, TASKS[:-1])
     )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--log", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=100)
-    parser.add_argument("--date")
-    given = parser.parse_args()
-    quiet()
-    make(given.folder, log=given.log, seed=given.seed, samples=given.samples, date=given.date)
+    cards.main(make, __doc__, "samples", 100)

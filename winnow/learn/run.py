@@ -1,29 +1,27 @@
-"""A training run: its options, its model with its place in the chain of stages, its checkpoint, its averages."""
+"""A training run of the reference model: its options, and its model with its place in the chain of stages."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from winnow.core.errors import WinnowError
 from winnow.learn import attention, tower
+from winnow.learn.checkpoint import CHECKPOINT, read_checkpoint, restore, save_model, write_checkpoint
 from winnow.learn.optim import Optimizer
 from winnow.learn.progress import Log, draw_curves
+from winnow.learn.stages import MAX_STAGES, STAGE_SEEDS
 from winnow.learn.targets import EXTENTS
 from winnow.learn.workers import give_memory_back, rank, world
 from winnow.reference.build import make_model, make_processor
 from winnow.reference.presets import Preset
 from winnow.world.scenes import SEEDS_PER_SPLIT
 
-STAGE_SEEDS = 1 << 32  # scene seeds per stage, so that no stage sees a scene of another
-MAX_STAGES = 64
+_OTHER = "another preset; name the preset they belong to"
 MAX_SEED = SEEDS_PER_SPLIT // (STAGE_SEEDS * MAX_STAGES)
 
 
@@ -74,7 +72,7 @@ class Run:
         self.stage, self.at = 0, 0
         self.images = 0
         self.optimizer_state: Any = None
-        self.path = options.out / "checkpoint.pt"
+        self.path = options.out / CHECKPOINT
 
     def resume(self) -> None:
         """Go on where the checkpoint of this run's folder stopped."""
@@ -85,15 +83,15 @@ class Run:
                     f"{self.path.parent} holds a run with {name} {state['variant'][name]!r}; it cannot go on with "
                     f"{value!r}. Give the same options, or another folder"
                 )
-        _restore(self.model, state["model"], self.path)
-        _restore(self.heads, state["heads"], self.path)
-        _restore(self.places, state["places"], self.path)
+        restore(self.model, state["model"], self.path, of=_OTHER)
+        restore(self.heads, state["heads"], self.path, of=_OTHER)
+        restore(self.places, state["places"], self.path, of=_OTHER)
         self.stage, self.at, self.images = state["stage"], state["at"], state["images"]
         self.optimizer_state = state["optimizer"]
 
     def take_tower(self, folder: Path, first: int) -> None:
         """Begin at stage `first` with the pretrained tower of the run in `folder`."""
-        path = folder / "checkpoint.pt"
+        path = folder / CHECKPOINT
         if not path.exists():
             raise WinnowError(f"{folder} holds no run to take a tower from; give the folder of a training run")
         state = read_checkpoint(path)
@@ -101,7 +99,7 @@ class Run:
             raise WinnowError(f"the run in {folder} is still in its tower's pretraining; let it finish that first")
         before = "model.vision_tower."
         weights = {name.removeprefix(before): v for name, v in state["model"].items() if name.startswith(before)}
-        _restore(self.model.model.vision_tower, weights, path)
+        restore(self.model.model.vision_tower, weights, path, of=_OTHER)
         self.stage = first
 
     def save(self, optimizer: Optimizer | None) -> None:
@@ -118,9 +116,7 @@ class Run:
             "images": self.images,
             "optimizer": optimizer.state_dict() if optimizer else None,
         }
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.path)
+        write_checkpoint(self.path, state)
         export(self.model, self.sizes, self.options.out / "model")
         draw_curves(self.log.path, self.options.out / "curves.png")
 
@@ -146,48 +142,6 @@ class Run:
         give_memory_back()
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What `Run.save` wrote."""
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        state["variant"]
-    except Exception:  # what a damaged file raises depends on where it is damaged
-        raise WinnowError(f"{path} is not a whole checkpoint of a training run; begin a new one elsewhere") from None
-    return state
-
-
-def _restore(module: torch.nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError:
-        raise WinnowError(f"{path} holds the weights of another preset; name the preset they belong to") from None
-
-
 def export(model: LlavaForConditionalGeneration, sizes: Preset, folder: Path) -> None:
     """Save the model in bfloat16 with its processor, for `from_pretrained`."""
-    copy = make_model(sizes)
-    copy.load_state_dict(model.state_dict())
-    copy.bfloat16().save_pretrained(folder)
-    make_processor(sizes).save_pretrained(folder)
-
-
-class Averages:
-    """Running averages of pairs (right, asked) and of losses, forgetting by `decay` a step."""
-
-    def __init__(self, decay: float = 0.97) -> None:
-        self.decay = decay
-        self.pairs: dict[str, Tensor] = {}
-        self.losses: dict[str, float] = {}
-
-    def add(self, name: str, pair: Tensor) -> None:
-        self.pairs[name] = self.pairs.get(name, torch.zeros(2)) * self.decay + pair
-
-    def add_loss(self, name: str, value: float) -> None:
-        self.losses[name] = self.losses.get(name, value) * self.decay + value * (1 - self.decay)
-
-    def accuracy(self, name: str) -> float:
-        right, asked = self.pairs.get(name, torch.zeros(2)).tolist()
-        return right / asked if asked else 0.0
-
-    def values(self) -> dict[str, float]:
-        return self.losses | {name: self.accuracy(name) for name, pair in self.pairs.items() if pair[1] > 0}
+    save_model(model, make_model(sizes), make_processor(sizes), folder)

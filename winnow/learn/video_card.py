@@ -5,12 +5,11 @@ python -m winnow.learn.video_card FOLDER --log RUN/log.jsonl --seed 0
 
 from __future__ import annotations
 
-import argparse
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
+from winnow.learn import cards
 from winnow.learn.clip_evaluate import (
     CHOICES,
     CONDITIONS,
@@ -23,8 +22,6 @@ from winnow.learn.clip_evaluate import (
     with_tokens,
 )
 from winnow.learn.markdown import table
-from winnow.learn.progress import read
-from winnow.models.load import quiet
 from winnow.reference import video
 from winnow.world.clips import LEVELS, TYPES, VERSION, ClipSpec
 
@@ -52,8 +49,7 @@ def make(
     marks = {condition: under(model, sample, condition) for condition in CONDITIONS}
     accuracy = {condition: _rounded(by_type(sample, marks[condition])) for condition in CONDITIONS}
     card: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
+        **cards.weights(model, folder),
         "clips_version": VERSION,
         "seed": seed,
         "date": date or datetime.date.today().isoformat(),
@@ -70,10 +66,9 @@ def make(
         },
         "needle_in_long_clips": {str(frames): _needle(model, frames, min(per_type, 60)) for frames in LONG},
         "through_generate": _through_generate(model, processor, sample, marks["full"]),
-        "training": None if log is None else _training(read(Path(log))),
+        "training": cards.training(log, "clips", TYPES),
     }
-    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-    (folder / "README.md").write_text(page(card))
+    cards.write(card, page(card), folder)
     return card
 
 
@@ -103,17 +98,6 @@ def _through_generate(model: Any, processor: video.ClipProcessor, sample: Sample
     return round(sum(same) / len(same), 4)
 
 
-def _training(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Steps and clips of each stage, and the running accuracies at its end."""
-    ends = {row["stage"]: row for row in rows}
-    stages = [{"stage": row["stage"], "steps": row["step"]} | {t: row.get(t) for t in TYPES} for row in ends.values()]
-    seconds = 0.0
-    for row, later in zip(rows, [*rows[1:], None], strict=True):
-        if later is None or later["cpu_seconds"] < row["cpu_seconds"]:  # the run was stopped here, and went on
-            seconds += row["cpu_seconds"]
-    return {"clips": rows[-1]["clips"], "cpu_minutes": round(seconds / 60, 1), "stages": stages}
-
-
 def page(card: dict[str, Any]) -> str:
     """The card as Markdown."""
     accuracy, asked = card["accuracy"], card["questions"]
@@ -136,7 +120,7 @@ def page(card: dict[str, Any]) -> str:
         table(
             ["type", *CONDITIONS, "most frequent"],
             [
-                [name, *(f"{accuracy[c][name]:.3f}" for c in CONDITIONS), _cell(card["majority"].get(name))]
+                [name, *(f"{accuracy[c][name]:.3f}" for c in CONDITIONS), cards.cell(card["majority"].get(name))]
                 for name in NAMES
             ],
         ),
@@ -175,10 +159,6 @@ def page(card: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
 def _not_learned(weak: list[str]) -> str:
     rule = f"at least {LEARNED} and {BEYOND} above blind and, beyond perception, above a single frame"
     if not weak:
@@ -195,24 +175,11 @@ def _made(card: dict[str, Any]) -> str:
     if training is None:
         return said
     said += f" {card['notes']}" if "notes" in card else ""
-    rows = [
-        [stage["stage"], str(stage["steps"]), *(_cell(stage[kind]) for kind in TYPES)] for stage in training["stages"]
-    ]
     return (
         f"{said} {training['clips'] / 1e3:.0f} thousand clips in {training['cpu_minutes']:.0f} minutes of one CPU "
-        "thread. Running accuracies where each stage was last logged:\n\n"
-        + table(["stage", "steps logged", *TYPES], rows)
-        + "\n\n![accuracy over the run](curves.png)"
+        "thread. Running accuracies where each stage was last logged:\n\n" + cards.stage_table(training, TYPES)
     )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--log", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--per-type", type=int, default=150)
-    parser.add_argument("--date")
-    given = parser.parse_args()
-    quiet()
-    make(given.folder, log=given.log, seed=given.seed, per_type=given.per_type, date=given.date)
+    cards.main(make, __doc__, "per_type", 150)

@@ -12,15 +12,13 @@ last layer would hold less than the window (below 1280 slots of a head, with its
 
 from typing import Annotated, Literal
 
-from torch import Tensor
-
 from winnow.contract import Between, Budget, CacheMethod, Count, KVBudget, KVView, WinnowError, register
 from winnow.parts.pyramid import pyramid
-from winnow.parts.window_votes import check_window, window_votes
+from winnow.parts.window_votes import WindowVotes
 
 
 @register("pyramidkv")
-class PyramidKV(CacheMethod):
+class PyramidKV(WindowVotes, CacheMethod):
     """Keeps more in low layers than in high ones: the slots that the last tokens attend to, and those tokens.
 
     Args:
@@ -39,7 +37,6 @@ class PyramidKV(CacheMethod):
     released = {
         "keep": "50%", "beta": 20, "window": 64, "kernel": 5, "pool": "mean", "narrow": "equal",
     }  # fmt: skip
-    one_scale = True
 
     keep: KVBudget = KVBudget("20%")
     beta: Annotated[float, Between(1)] = 20
@@ -50,20 +47,13 @@ class PyramidKV(CacheMethod):
     limit: Count | None = None
     every: Count = 64
 
-    @property
-    def recent(self) -> int:  # type: ignore[override]
-        return self.window
-
     def check(self) -> None:
-        check_window(self.slug, self.window, self.kernel, self.limit)
+        super().check()
         if self.keep.is_layers or self.keep.is_kinds or self.keep.is_mass:
             raise WinnowError(
                 f"{self.slug}: keep={self.keep} says itself what each layer keeps; allowed: a count (512), a share "
                 '("20%") or bytes ("1.5GB"), which the pyramid shares out over the layers.'
             )
-
-    def ends(self, view: KVView) -> tuple[int, int]:
-        return 0, view.rows(self.window)
 
     def budget_now(self, view: KVView) -> KVBudget | None:
         if view.moment == "prefill":
@@ -83,6 +73,3 @@ class PyramidKV(CacheMethod):
     def _layer(self, mean: float, most: int | None, view: KVView) -> int:
         counts = pyramid(mean, self.window, view.depth, self.beta, most, clamp=self.narrow == "clamp")
         return max(1, counts[view.layer])
-
-    def score(self, view: KVView) -> Tensor:
-        return window_votes(view, self.window, self.kernel, self.pool)

@@ -14,14 +14,12 @@ over query heads. kvpress computes 1 − ratio in floats and rounds down, so tha
 
 from typing import Annotated, Literal
 
-from torch import Tensor
-
-from winnow.contract import Between, CacheMethod, Count, KVBudget, KVView, register
-from winnow.parts.window_votes import check_window, window_votes
+from winnow.contract import Between, CacheMethod, Count, KVBudget, register
+from winnow.parts.window_votes import WindowVotes
 
 
 @register("snapkv")
-class SnapKV(CacheMethod):
+class SnapKV(WindowVotes, CacheMethod):
     """Keeps the slots that the last tokens of the prompt attend to, and those tokens.
 
     Args:
@@ -34,7 +32,6 @@ class SnapKV(CacheMethod):
     """
 
     released = {"keep": "50%", "window": 64, "kernel": 5, "pool": "mean"}
-    one_scale = True
 
     keep: KVBudget = KVBudget("20%")
     window: Annotated[int, Between(1)] = 32
@@ -42,16 +39,3 @@ class SnapKV(CacheMethod):
     pool: Literal["mean", "max"] = "mean"
     limit: Count | None = None
     every: Count = 64
-
-    @property
-    def recent(self) -> int:  # type: ignore[override]
-        return self.window
-
-    def check(self) -> None:
-        check_window(self.slug, self.window, self.kernel, self.limit)
-
-    def ends(self, view: KVView) -> tuple[int, int]:
-        return 0, view.rows(self.window)
-
-    def score(self, view: KVView) -> Tensor:
-        return window_votes(view, self.window, self.kernel, self.pool)

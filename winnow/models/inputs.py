@@ -131,47 +131,26 @@ def _size(shown: Image.Image | Video) -> str:
     return f"{frames} frames of {width} × {height} pixels"
 
 
-def prompt(processor: Any, question: str, modality: str = "image") -> str:
-    """The text around the picture or video: by the processor's chat template, where it has one.
+def prompt(processor: Any, question: str, modality: str = "image", count: int = 1) -> str:
+    """The text around a picture, several pictures or a video: by the processor's chat template, where it has one.
 
-    Some templates take a list of contents, others only text; the placeholder is then written before the question.
+    Some templates take a list of contents, others only text; the placeholders are then written before the question.
 
     Raises:
-        WinnowError: the template fails, or leaves out the question or the picture.
+        WinnowError: the template fails, or leaves out the question or a picture.
     """
     token = placeholder(processor, modality)
+    shown = "\n".join([token] * count + [question])
     if not getattr(processor, "chat_template", None):
-        return f"USER: {token}\n{question} ASSISTANT:"
-    text = templated(processor, question, modality)
+        return f"USER: {shown} ASSISTANT:"
+    text = templated(processor, question, modality, count)
     if text is None:
-        text = _rendered(processor, question, f"{token}\n{question}", token)
+        text = _rendered(processor, question, shown, token, count)
     if text is None:
         raise WinnowError(
             f"The chat template of {type(processor).__name__} does not give a prompt with the question and exactly "
-            f"one {token!r} in it; mend chat_template.jinja, or remove it to use LLaVA's prompt."
-        )
-    return without_start(processor.tokenizer, text)
-
-
-def pictures_prompt(processor: Any, question: str, count: int) -> str:
-    """The text around several pictures and a question about them: see `prompt`.
-
-    Raises:
-        WinnowError: as `prompt`; or the template writes one picture alone.
-    """
-    if count == 1:
-        return prompt(processor, question)
-    token = placeholder(processor, "image")
-    if not getattr(processor, "chat_template", None):
-        return prompt(processor, question).replace(token, "\n".join([token] * count))
-    parts = [{"type": "image"}] * count + [{"type": "text", "text": question}]
-    text = _rendered(processor, question, parts, token, count)
-    if text is None:
-        text = _rendered(processor, question, "\n".join([token] * count + [question]), token, count)
-    if text is None:
-        raise WinnowError(
-            f"The chat template of {type(processor).__name__} does not give a prompt with {count} pictures and a "
-            "question; mend chat_template.jinja, or remove it to use LLaVA's prompt."
+            f"{'one' if count == 1 else count} {token!r} in it; mend chat_template.jinja, or remove it to use LLaVA's "
+            "prompt."
         )
     return without_start(processor.tokenizer, text)
 
@@ -184,18 +163,16 @@ def without_start(tokenizer: Any, text: str) -> str:
     return text
 
 
-def templated(processor: Any, question: str, modality: str = "image") -> str | None:
-    """What the chat template makes of a picture or video and a question, given as a list of contents.
+def templated(processor: Any, question: str, modality: str = "image", count: int = 1) -> str | None:
+    """What the chat template makes of pictures or a video and a question, given as a list of contents.
 
-    None if it fails, or if the question or the placeholder does not come out of it exactly once.
+    None if it fails, or if the question, or each of the `count` placeholders, does not come out of it.
     """
-    content = [{"type": modality}, {"type": "text", "text": question}]
-    return _rendered(processor, question, content, placeholder(processor, modality))
+    content = [{"type": modality}] * count + [{"type": "text", "text": question}]
+    return _rendered(processor, question, content, placeholder(processor, modality), count)
 
 
-def _rendered(
-    processor: Any, question: str, content: str | list[dict[str, str]], token: str, count: int = 1
-) -> str | None:
+def _rendered(processor: Any, question: str, content: str | list[dict[str, str]], token: str, count: int) -> str | None:
     message = {"role": "user", "content": content}
     try:
         text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)

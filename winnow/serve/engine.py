@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from winnow.bench.sweep import out_of_memory
 from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.memory import out_of_memory
 from winnow.serve.decoding import Chooser, Listener, Row
 from winnow.serve.errors import ApiError, internal, invalid, no_memory, stopping, told, where
 from winnow.serve.job import Failed, Job

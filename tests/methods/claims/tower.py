@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tests.methods.directional import Sample
-from tests.methods.test_tome import Dropped
+from tests.methods.tower_merges import Dropped
 from winnow.core.budget import Budget
 from winnow.methods.auroracap import AuroraCap
 from winnow.methods.diffrate import DiffRate

@@ -6,7 +6,6 @@ scenes. A run is a chain of stages; it is checkpointed inside stages and resumes
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,15 @@ from torch import Tensor
 
 from winnow.core.errors import WinnowError
 from winnow.learn import language, tower
+from winnow.learn.checkpoint import check_start
 from winnow.learn.language import ALL_TOKENS
 from winnow.learn.optim import Optimizer, ramp
+from winnow.learn.progress import Averages
 from winnow.learn.recipes.curriculum import LanguageStage, TowerStage, language_stages, tower_stages
-from winnow.learn.run import MAX_SEED, MAX_STAGES, Averages, Options, Run
+from winnow.learn.run import MAX_SEED, Options, Run
+from winnow.learn.stages import MAX_STAGES
 from winnow.learn.targets import Alignment
 from winnow.learn.workers import average_gradients, launch, rank, total, world
-from winnow.models.load import device_of
 from winnow.reference.presets import Preset, preset
 from winnow.world.names import TYPES
 
@@ -54,17 +55,11 @@ def train(
     pretrained tower to begin with.
     """
     folder = Path(out)
-    if not 0 < scale < math.inf:
-        raise WinnowError(f"scale {scale}; it is the share of the full schedule, a number above 0")
-    device_of(device)
+    check_start(folder, resume=resume, device=device, seed=seed, seeds=MAX_SEED, scale=scale)
     sizes, stages = preset(name), _stages(scale)
     names = [stage.name for stage in stages]
     if device != "cpu" and processes != 1:
         raise WinnowError(f"{processes} processes on {device!r}; several processes are for CPUs, use processes=1")
-    if (folder / "checkpoint.pt").exists() and not resume:
-        raise WinnowError(f"{folder} already holds a run; continue it with resume, or choose another folder")
-    if not 0 <= seed < MAX_SEED:
-        raise WinnowError(f"seed {seed} is outside 0 … {MAX_SEED - 1}")
     if until and until not in names:
         raise WinnowError(f"unknown stage {until!r}; the stages are {', '.join(names)}")
     options = Options(
@@ -181,7 +176,6 @@ def _train_language(run: Run, stage: LanguageStage) -> None:
         return loss
 
     def done(step: int, averages: Averages) -> bool:
-        passed = all(averages.accuracy(kind) >= least for kind, least in stage.gate.items())
-        return bool(stage.gate) and step >= stage.least and passed
+        return step >= stage.least and averages.reach(stage.gate)
 
     _loop(run, stage, optimizer, one_step, done, stage.batch)
