@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from winnow import __version__, cli_bench, cli_serve, cli_studio, cli_tune
+from winnow import __version__, cli_bench, cli_bench_serve, cli_serve, cli_studio, cli_tune
 from winnow.cli_options import Device, DeviceMap, Dtype, Json, Model, Positions, Quantization, Revision, Trust
 from winnow.cli_streams import flush, forgiving, mistake, print_json, say, warn
 from winnow.cli_train import Trainable, frames, toc3d
@@ -59,6 +59,7 @@ train.command("frames")(frames)
 cli_bench.register(app)
 cli_tune.register(app)
 cli_serve.register(app)
+cli_bench_serve.register(app)
 cli_studio.register(app)
 
 
