@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from winnow import __version__, cli_bench, cli_serve, cli_studio, cli_tune, cli_world
+from winnow import __version__, cli_bench, cli_bench_serve, cli_serve, cli_studio, cli_tune, cli_world
 from winnow.cli_options import (
     Device,
     DeviceMap,
@@ -70,6 +70,7 @@ train.command("frames")(frames)
 cli_bench.register(app)
 cli_tune.register(app)
 cli_serve.register(app)
+cli_bench_serve.register(app)
 cli_studio.register(app)
 cli_world.register(app)
 
