@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from winnow import __version__, cli_bench, cli_serve, cli_studio, cli_tune
+from winnow import __version__, cli_bench, cli_serve, cli_stream, cli_studio, cli_tune
 from winnow.cli_options import Device, DeviceMap, Dtype, Json, Model, Positions, Quantization, Revision, Trust
 from winnow.cli_streams import flush, forgiving, mistake, print_json, say, warn
 from winnow.cli_train import Trainable, frames, toc3d
@@ -59,6 +59,7 @@ train.command("frames")(frames)
 cli_bench.register(app)
 cli_tune.register(app)
 cli_serve.register(app)
+cli_stream.register(app)
 cli_studio.register(app)
 
 
@@ -122,18 +123,21 @@ def run(
 
     from winnow import cli_run
     from winnow.bench.clock import busy
+    from winnow.cli_clips import BUNDLED, load_for
     from winnow.engine.compress import DEFAULT
-    from winnow.models.load import load, quiet
+    from winnow.models.load import quiet
 
     quiet()
     wanted = cli_run.plans(method or [DEFAULT], keep, positions)
     paths = cli_run.overlay_paths(overlay, wanted)
-    asked = cli_run.subject(picture, question, cli_run.sampling_of(count, fps, keyframes))
+    asked = cli_run.subject(picture, question, cli_run.sampling_of(count, fps, keyframes), bundled=model is None)
     cli_run.check_overlays(paths, asked)
     reason = busy()
     if model is None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # the bundled model gains little from more, and loses much when a core is taken
-    loaded, processor = load(
+    films = model is None and asked.video is not None
+    loaded, processor = load_for(
+        films,
         model,
         device=device,
         device_map=device_map,
@@ -142,7 +146,7 @@ def run(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    warnings = cli_run.warnings(asked) if model is None and asked.video is None else []
+    warnings = cli_run.warnings(asked) if model is None else []
     if asked.video is not None and asked.video.sampled.broken:
         warnings.append("the video is damaged or cut off, and frames at its end are missing.")
     for warning in warnings:
@@ -150,7 +154,7 @@ def run(
     result = cli_run.compare(
         loaded, processor, asked, wanted, max_new_tokens=max_new_tokens, runs=runs, picture=overlay
     )
-    result = {"winnow": __version__, "model": model or "bundled reference model", **result}
+    result = {"winnow": __version__, "model": model or (BUNDLED if films else "bundled reference model"), **result}
     if warnings:
         result["warning"] = " ".join(warnings)
     if reason:
@@ -291,6 +295,25 @@ def world_export(
     from winnow.world.export import export
 
     say(export(folder, count, size, split, seed))
+
+
+@world.command("clip")
+def world_clip(
+    film: Annotated[Path, typer.Argument(help="The .mp4 or .gif to write.")],
+    seed: Annotated[int, typer.Option(help="Of the clip.")] = 0,
+    length: Annotated[int, typer.Option("--frames", help="An even number; two are a second.")] = 16,
+    split: Annotated[str, typer.Option(help="train or test.")] = "test",
+) -> None:
+    """Write a drawn clip as a short video, and say what can be asked about it."""
+    from winnow.world.clips import clip
+    from winnow.world.clips.export import save_clip
+
+    drawn = clip(seed, length, split=split)
+    film.parent.mkdir(parents=True, exist_ok=True)
+    save_clip(drawn, film)
+    say(film)
+    for question in drawn.questions:
+        say(f"{question.text} {question.answer}")
 
 
 @train.command("reference")

@@ -92,7 +92,7 @@ def test_a_gif_is_a_picture_unless_frames_are_asked_for(tmp_path):
         (("{path}", QUESTION, "--frames", 0), "from 1"),
         (("{path}", QUESTION, "--frames", 1000), "at most 256"),
         (("{path}",), "What do you want to ask"),
-        (("{path}", QUESTION), "not known to take videos"),
+        (("{path}", QUESTION), "does not know the words this: ask as"),
         (("world:3", "--fps", 2), "is a picture"),
         (("{picture}", QUESTION, "--keyframes"), "is not a video"),
         (("{picture}", QUESTION, "--overlay", "out.mp4"), "is a picture"),
