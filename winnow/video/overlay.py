@@ -47,7 +47,7 @@ def contact_sheet(
     """
     panels = list(_panels(video, layout, kept, shown, evidence, _SIDE["sheet"]))
     wide, high = panels[0].size
-    columns = max(1, min(len(panels), round(math.sqrt(len(panels) * 1.6 * high / wide))))
+    columns = _columns(len(panels), math.sqrt(len(panels) * 1.6 * high / wide))
     rows, gap, text = math.ceil(len(panels) / columns), 6, 24 if caption else 0
     sheet = Image.new("RGB", (columns * (wide + gap) - gap, rows * (high + gap) - gap + text), PAPER)
     for number, own in enumerate(panels):
@@ -95,6 +95,12 @@ def save_film(frames: list[Image.Image], path: Path, *, seconds: float = SECONDS
             pixels = np.asarray(frame.crop((0, 0, wide, high)))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
+
+
+def _columns(count: int, ideal: float) -> int:
+    """Columns of a sheet: near the ideal, and leaving as few places of the last row empty as can be."""
+    near = range(max(1, math.ceil(0.6 * ideal)), max(1, math.floor(1.5 * ideal)) + 1)
+    return min((n for n in near if n <= count), key=lambda n: (-count % n, abs(n - ideal)), default=1)
 
 
 def _encoder() -> Any:
