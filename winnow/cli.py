@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from winnow import __version__, cli_bench, cli_bench_serve, cli_serve, cli_studio, cli_tune, cli_world
+from winnow import __version__, cli_bench, cli_bench_serve, cli_serve, cli_stream, cli_studio, cli_tune, cli_world
 from winnow.cli_options import (
     Device,
     DeviceMap,
@@ -22,7 +22,6 @@ from winnow.cli_options import (
     Quantization,
     Revision,
     Trust,
-    opened,
 )
 from winnow.cli_reference import recall, reference, video
 from winnow.cli_streams import flush, forgiving, mistake, print_json, say, warn
@@ -71,6 +70,7 @@ cli_bench.register(app)
 cli_tune.register(app)
 cli_serve.register(app)
 cli_bench_serve.register(app)
+cli_stream.register(app)
 cli_studio.register(app)
 cli_world.register(app)
 
@@ -131,16 +131,19 @@ def run(
     """Answer a question about a picture or a video, with and without compression, and say what each answer cost."""
     from winnow import cli_run
     from winnow.bench.clock import busy
+    from winnow.cli_clips import BUNDLED, load_for
     from winnow.engine.compress import DEFAULT
     from winnow.models.load import quiet
 
     quiet()
     wanted = cli_run.plans(method or [DEFAULT], keep, positions)
     paths = cli_run.overlay_paths(overlay, wanted)
-    asked = cli_run.subject(picture, question, cli_run.sampling_of(count, fps, keyframes))
+    asked = cli_run.subject(picture, question, cli_run.sampling_of(count, fps, keyframes), bundled=model is None)
     cli_run.check_overlays(paths, asked)
     reason = busy()
-    loaded, processor = opened(
+    films = model is None and asked.video is not None
+    loaded, processor = load_for(
+        films,
         model,
         device=device,
         device_map=device_map,
@@ -149,7 +152,7 @@ def run(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    warnings = cli_run.warnings(asked) if model is None and asked.video is None else []
+    warnings = cli_run.warnings(asked) if model is None else []
     if asked.video is not None and asked.video.sampled.broken:
         warnings.append("the video is damaged or cut off, and frames at its end are missing.")
     for warning in warnings:
@@ -157,7 +160,7 @@ def run(
     result = cli_run.compare(
         loaded, processor, asked, wanted, max_new_tokens=max_new_tokens, runs=runs, picture=overlay
     )
-    result = {"winnow": __version__, "model": model or "bundled reference model", **result}
+    result = {"winnow": __version__, "model": model or (BUNDLED if films else "bundled reference model"), **result}
     if warnings:
         result["warning"] = " ".join(warnings)
     if reason:

@@ -37,14 +37,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else
 
 
 def opened(model: str | None, **how: Any) -> tuple[Any, Any]:
-    """The model that the options name, and its processor; the bundled one runs on one thread.
-
-    It gains little from more threads, and loses much when a core is taken. OMP_NUM_THREADS decides where it is set.
-    """
+    """The model that the options name, and its processor; the bundled one runs on one thread."""
     from winnow.models.load import load
 
-    if model is None and "OMP_NUM_THREADS" not in os.environ:
+    if model is None:
+        on_one_thread()
+    return load(model, **how)
+
+
+def on_one_thread() -> None:
+    """Bundled models gain little from more threads, and lose much when a core is taken.
+
+    OMP_NUM_THREADS decides where it is set.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
         import torch
 
         torch.set_num_threads(1)
-    return load(model, **how)

@@ -14,17 +14,19 @@ import torch
 from PIL import Image
 
 from winnow.bench.phases import answer
+from winnow.cli_clips import FOREIGN, Known, check_words, drawn_video, inputs_of, is_clip
 from winnow.core.errors import WinnowError
 from winnow.core.plan import Plan
 from winnow.core.registry import method_class
 from winnow.engine.compress import compress
 from winnow.media import MediaError, open_image
-from winnow.models.inputs import model_inputs
 from winnow.overlay import Box, covered, overlay, panel_size, shown_box
 from winnow.reference.doubts import doubts
 from winnow.video import Sampling, Video, container_of, open_video
 from winnow.video.overlay import MOVING, contact_sheet, film, save_film
 from winnow.world import Scene, scene
+from winnow.world.clips import FPS, Clip
+from winnow.world.clips.export import clip_in
 from winnow.world.export import scene_in
 
 LONGEST = {".png": 2**31 - 1, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # pixels of a side
@@ -39,7 +41,8 @@ class Subject:
         image: the picture; of a video its first frame.
         truth: the right answer, where the scene knows it.
         evidence: pixels on which the answer depends.
-        bundled: whether the picture is a scene of winnow's world.
+        bundled: whether the picture is a scene of winnow's world, or the video one of its clips.
+        clip: what is known of such a clip.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Subject:
     evidence: tuple[Box, ...] = ()
     bundled: bool = False
     video: Video | None = None
+    clip: Known | None = None
 
     @property
     def shown(self) -> Image.Image | Video:
@@ -66,20 +70,19 @@ def sampling_of(count: int | None, fps: float | None, keyframes: bool) -> Sampli
     return rules[0] if rules else None
 
 
-def subject(picture: str, question: str | None, sampling: Sampling | None = None) -> Subject:
-    """Open a file, or draw the scene of `world:SEED`, whose first question is asked when none is given.
+def subject(picture: str, question: str | None, sampling: Sampling | None = None, bundled: bool = False) -> Subject:
+    """Open a file, or draw the scene of `world:SEED` or the clip of `clip:SEED`, which bring questions of their own.
 
     Args:
         sampling: of a video; where it is given, a GIF is one.
+        bundled: whether the bundled model is asked, which reads two frames a second.
     """
     if picture.startswith("world:") and sampling is not None:
         raise WinnowError(f"{picture} is a picture: --frames, --fps and --keyframes are for videos.")
-    if _is_video(picture, sampling):
-        asked = (question or "").strip()
-        if not asked:
+    if is_clip(picture) or _is_video(picture, sampling):
+        if question is not None and not question.strip():
             raise WinnowError(f'What do you want to ask about {picture}? Say winnow run {picture} "QUESTION".')
-        video = open_video(picture, sampling=sampling)
-        return Subject(picture, Image.fromarray(video.frames[0]), asked, video=video)
+        return _filmed(picture, (question or "").strip(), sampling, bundled)
     if picture.startswith("world:"):
         seed = picture.removeprefix("world:")
         if not seed.isdecimal():
@@ -102,6 +105,27 @@ def subject(picture: str, question: str | None, sampling: Sampling | None = None
     return Subject(picture, image, known.text, known.answer, known.evidence, True)
 
 
+def _filmed(name: str, asked: str, sampling: Sampling | None, bundled: bool) -> Subject:
+    """A drawn clip, or a file that holds a video."""
+    drawn: Clip | None
+    if is_clip(name):
+        if sampling is not None:
+            raise WinnowError(f"{name} is drawn and read whole: --frames, --fps and --keyframes are for files.")
+        drawn, video = drawn_video(name)
+    else:
+        video = open_video(name, sampling=Sampling.rate(FPS) if bundled and sampling is None else sampling)
+        drawn = clip_in(name, video.frames)
+    if drawn is None and not asked:
+        raise WinnowError(f'What do you want to ask about {name}? Say winnow run {name} "QUESTION".')
+    if bundled:
+        check_words(asked)
+    first = Image.fromarray(video.frames[0])
+    if drawn is None:
+        return Subject(name, first, asked, video=video)
+    known = Known.of(drawn, asked)
+    return Subject(name, first, known.question, known.truth, bundled=True, video=video, clip=known)
+
+
 def _is_video(picture: str, sampling: Sampling | None) -> bool:
     """Told by the content. A GIF is a picture unless frames of it are asked for."""
     if picture.startswith("world:"):
@@ -118,7 +142,9 @@ def _is_video(picture: str, sampling: Sampling | None) -> bool:
 
 
 def warnings(asked: Subject) -> list[str]:
-    """Warnings about answers of the bundled model."""
+    """Warnings about answers of the bundled models."""
+    if asked.video is not None:
+        return [] if asked.bundled else [FOREIGN]
     return doubts(asked.question, asked.bundled)
 
 
@@ -159,7 +185,7 @@ def compare(
         picture: where to save the overlay; with several plans, their methods are added to the name.
     """
     wanted = list(wanted)
-    inputs = model_inputs(model, processor, asked.shown, asked.question)
+    inputs = inputs_of(model, processor, asked.shown, asked.question)
     paths = overlay_paths(picture, wanted)
     asking = {"max_new_tokens": max_new_tokens, "runs": runs}
     text, times = answer(model, processor, inputs, **asking)
@@ -174,7 +200,7 @@ def compare(
                 text, times = answer(model, processor, inputs, **asking, handle=handle)
             else:
                 video = handle.frames(asked.video)
-                own = inputs if video is asked.video else model_inputs(model, processor, video, asked.question)
+                own = inputs if video is asked.video else inputs_of(model, processor, video, asked.question)
                 with handle.using(plan, videos=[video]):
                     text, times = answer(model, processor, own, **asking, handle=handle)
             result, full = _costs(handle.last)
@@ -189,8 +215,8 @@ def compare(
         }
         if asked.video is None:
             result |= _picture(asked, processor, handle, path, str(plan))
-        elif path is not None:
-            result |= _moving(asked.question, processor, handle.last, video, path, str(plan))
+        else:
+            result |= _moving(asked, processor, handle.last, video, path, str(plan))
         results.append(result)
     about = {} if asked.video is None else {"video": asked.video.sampled.facts() | {"says": str(asked.video.sampled)}}
     return about | {
@@ -252,17 +278,24 @@ def _picture(asked: Subject, processor: Any, handle: Any, path: Path | None, nam
     return found
 
 
-def _moving(question: str, processor: Any, ledger: Any, video: Video, path: Path, name: str) -> dict[str, Any]:
-    """The overlay of a video: a contact sheet, or a short video where the name of the file asks for one."""
+def _moving(asked: Subject, processor: Any, ledger: Any, video: Video, path: Path | None, name: str) -> dict[str, Any]:
+    """Evidence recall and the overlay of a video: a contact sheet, or a short video where its name asks for one."""
     item = ledger.items[0]
+    found: dict[str, Any] = {}
+    recall = None if asked.clip is None else asked.clip.recall(item, video)
+    if recall is not None:
+        found["evidence_recall"] = recall
+    if path is None:
+        return found
     shown = shown_box(getattr(processor, "video_processor", processor), (video.frames.shape[2], video.frames.shape[1]))
+    told: dict[str, Any] = {"shown": shown, "evidence": {} if asked.clip is None else asked.clip.boxes(video)}
     if path.suffix.lower() in MOVING:
-        drawn = film(video, item.layout, item.provenance(), shown=shown)
+        drawn = film(video, item.layout, item.provenance(), **told)
         _write(path, lambda part: save_film(drawn, part))
     else:
-        caption = f"{name}: {len(item.kept)} of {item.layout.n_content} tokens · {item.frames} · {question}"
-        save(contact_sheet(video, item.layout, item.provenance(), shown=shown, caption=caption), path)
-    return {"overlay": str(path)}
+        caption = f"{name}: {len(item.kept)} of {item.layout.n_content} tokens · {item.frames} · {asked.question}"
+        save(contact_sheet(video, item.layout, item.provenance(), caption=caption, **told), path)
+    return found | {"overlay": str(path)}
 
 
 def overlay_paths(picture: Path | None, wanted: Sequence[Plan]) -> list[Path | None]:

@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
     )
     group.command("show")(show)
     group.command("export")(export)
+    group.command("clip")(clip)
     app.add_typer(group, name="world")
 
 
@@ -50,3 +51,21 @@ def export(
     from winnow.world.export import export as write
 
     say(write(folder, count, size, split, seed))
+
+
+def clip(
+    film: Annotated[Path, typer.Argument(help="The .mp4 or .gif to write.")],
+    seed: Annotated[int, typer.Option(help="Of the clip.")] = 0,
+    length: Annotated[int, typer.Option("--frames", help="An even number; two are a second.")] = 16,
+    split: Annotated[str, typer.Option(help="train or test.")] = "test",
+) -> None:
+    """Write a drawn clip as a short video, and say what can be asked about it."""
+    from winnow.world.clips import clip as draw
+    from winnow.world.clips.export import save_clip
+
+    drawn = draw(seed, length, split=split)
+    film.parent.mkdir(parents=True, exist_ok=True)
+    save_clip(drawn, film)
+    say(film)
+    for question in drawn.questions:
+        say(f"{question.text} {question.answer}")

@@ -92,7 +92,7 @@ def test_a_gif_is_a_picture_unless_frames_are_asked_for(tmp_path):
         (("{path}", QUESTION, "--frames", 0), "from 1"),
         (("{path}", QUESTION, "--frames", 1000), "at most 256"),
         (("{path}",), "What do you want to ask"),
-        (("{path}", QUESTION), "not known to take videos"),
+        (("{path}", QUESTION), "does not know the words this: ask as"),
         (("world:3", "--fps", 2), "is a picture"),
         (("{picture}", QUESTION, "--keyframes"), "is not a video"),
         (("{picture}", QUESTION, "--overlay", "out.mp4"), "is a picture"),
@@ -154,13 +154,20 @@ def drawn(kept: list[int]) -> tuple[Video, Layout, list[int]]:
 
 def test_dropped_tokens_are_dim_and_kept_ones_clear_in_the_frames_that_share_them():
     sheet = np.asarray(contact_sheet(*drawn([0, 7])))
-    right, below = 240 + 6, 240 + 20 + 6  # three in a row
+    right, below = 240 + 6, 240 + 20 + 6  # two in a row
     for top, left in ((0, 0), (0, right)):  # the frames 0 and 1 share the tokens 0 to 3
         assert (sheet[top + 60, left + 60] == 200).all()
         assert (sheet[top + 180, left + 180] < 130).all()
-    for top, left in ((0, 2 * right), (below, 0)):
+    for top, left in ((below, 0), (below, right)):
         assert (sheet[top + 60, left + 60] < 130).all()
         assert (sheet[top + 180, left + 180] == 200).all()
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (3, 3), (8, 4), (16, 4), (17, 6), (24, 6)])
+def test_a_sheet_has_few_empty_places(count, columns):
+    video = Video.of(np.full((count, 40, 40, 3), 200, np.uint8), fps=2)
+    sheet = contact_sheet(video, Layout.grid(2, 2, count), [0])
+    assert (sheet.width + 6) // (240 + 6) == columns
 
 
 def test_a_layout_of_more_frames_than_the_video_is_refused():

@@ -24,10 +24,13 @@ class Piece:
     Attributes:
         ids: its tokens, with a placeholder for each token of its frames.
         rest: pixels, grids and sizes.
+        positions: `[3, 1, n + 1]` where its tokens stand in the stream, and where text goes on behind them; None: as
+            the model's own rule says, behind what was read.
     """
 
     ids: Int[Tensor, "1 n"]
     rest: dict[str, Tensor] = field(default_factory=dict)
+    positions: Int[Tensor, "3 1 m"] | None = None
 
 
 def piece_of(given: Any) -> Piece:
@@ -36,6 +39,7 @@ def piece_of(given: Any) -> Piece:
         raise WinnowError(f"got {type(given).__name__}; {_NEEDED}. Or pass processor= to winnow.stream.")
     rest = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     ids, mask = rest.pop("input_ids", None), rest.pop("attention_mask", None)
+    positions = rest.pop("position_ids", None)
     for name in ("mm_token_type_ids", "token_type_ids"):
         rest.pop(name, None)
     if ids is None or ids.ndim != 2 or ids.shape[0] != 1 or not ids.shape[1]:
@@ -44,7 +48,13 @@ def piece_of(given: Any) -> Piece:
         raise WinnowError(f"the attention_mask hides tokens; {_NEEDED}.")
     if not any(name.startswith("pixel_values") for name in rest):
         raise WinnowError(f"got {', '.join(given) or 'nothing'}, and no pixels; {_NEEDED}.")
-    return Piece(ids, rest)
+    if positions is not None and (positions.dtype != torch.int64 or positions.shape != (3, 1, ids.shape[1] + 1)):
+        raise WinnowError(
+            f"got position_ids {tuple(positions.shape)} of {positions.dtype}; give int64 [3, 1, {ids.shape[1] + 1}]: "
+            "where the tokens stand and, last, where text goes on behind them. Without them the model's own rule "
+            "places what it reads."
+        )
+    return Piece(ids, rest, positions)
 
 
 def pieces_of(given: Any, words: Words) -> list[Piece]:

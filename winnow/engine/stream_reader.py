@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from winnow.cache.layer import HeldLayer, held_bytes
@@ -36,7 +37,7 @@ class Reader:
         self.handle, self.bound, self.model, self.plan = handle, handle.bound, handle.model, plan
         self.cache: Any = DynamicCache(config=self.bound.lm.config)
         self.memory: dict[int, dict[str, Any]] | None = {}  # None while a question is answered
-        self.next = 0
+        self.next = self._reach = 0
         self._most = most_slots(plan.plan, self.bound) if bounded else None
         self._warned = keeps_distances(plan.plan)
         self._ends = self.model.generation_config.eos_token_id
@@ -62,7 +63,7 @@ class Reader:
     def _read(self, piece: Piece) -> Ledger:
         ids = piece.ids.to(self.bound.device)
         given = {name: _moved(value, self.model) for name, value in piece.rest.items()}
-        positions = self._positions(ids, given)
+        positions, after = self._positions(piece, given)
         refused = None
         try:
             self._forward(ids, positions, given)
@@ -83,7 +84,8 @@ class Reader:
                 f"the cache would hold {sum(self.held):,} slots: {self.plan.plan} does not keep to its number in every "
                 "layer and head when more frames come; use another method of the cache."
             )
-        self.next = self.next + ids.shape[1] if positions is None else int(positions.max()) + 1
+        self.next = after
+        self._reach = after if positions is None else max(after, int(positions.max()) + 1)
         self._warn_of_distances()
         return ledger
 
@@ -115,24 +117,33 @@ class Reader:
             logits: Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=True, **called).logits
         return logits
 
-    def _positions(self, ids: Tensor, given: dict[str, Tensor]) -> Tensor | None:
-        """`[3, 1, n]` positions behind all that was read; None where the model counts them itself.
+    def _positions(self, piece: Piece, given: dict[str, Tensor]) -> tuple[Tensor | None, int]:
+        """`[3, 1, n]` positions of a part, and where what is read next goes on; None where the model counts itself.
 
-        They are those of one long prompt: the model's own rule, from where the last part ended.
+        They are those of one long prompt: the model's own rule, from where the last part ended. That rule may let text
+        go on before the last moment of a video, so it is asked for one token of text more.
         """
+        ids = piece.ids.to(self.bound.device)
+        n = ids.shape[1]
         if not self.bound.info.mrope:
-            return None
+            if piece.positions is not None:
+                raise WinnowError(f"{type(self.model).__name__} has positions on one axis; leave position_ids out.")
+            return None, self.next + n
         types = torch.zeros_like(ids)
         for number, modality in ((1, "image"), (2, "video")):
             types = types.masked_fill(ids == self.bound.token_ids[modality], number)
         given["mm_token_type_ids"] = types.int()
-        known = {**given, "attention_mask": torch.ones_like(ids)}
-        found: Tensor = self.model._prepare_position_ids_for_generation(ids, known)
-        return found[-3:].expand(3, 1, -1) + self.next
+        if piece.positions is not None:
+            found = piece.positions.to(ids.device)
+        else:
+            more = pad(ids, (0, 1))
+            known = {**given, "mm_token_type_ids": pad(types, (0, 1)).int(), "attention_mask": torch.ones_like(more)}
+            found = self.model._prepare_position_ids_for_generation(more, known)[-3:].expand(3, 1, -1) + self.next
+        return found[..., :n], int(found[..., n].max())
 
     def _warn_of_distances(self) -> None:
         places = getattr(self.bound.lm.config, "max_position_embeddings", None)
-        if self._warned or places is None or self.next <= places:
+        if self._warned or places is None or self._reach <= places:
             return
         self._warned = True
         warnings.warn(

@@ -17,12 +17,11 @@ from winnow.learn.attention import products
 from winnow.learn.clip_targets import MARKS, NOTHING, targets
 from winnow.learn.language import align
 from winnow.learn.packing import IGNORED, Pack, additive_mask, pack, right_by_type
-from winnow.reference.video import BOS, END, MERGE, PATCH, START, TOKEN_ID, USER, VIDEO, patches, token_ids
+from winnow.reference.video import BEFORE, END, MERGE, PATCH, TOKEN_ID, patches, places, token_ids
 from winnow.world.clips import FPS, TYPES, ClipSpec, staged
 from winnow.world.clips.draw import Stage
 from winnow.world.clips.questions import ask
 
-BEFORE = tuple(TOKEN_ID[token] for token in (BOS, USER, START))  # the video's tokens, then END, then questions
 LOOK = 3  # layers of the language model before what happened is read off its visual tokens
 MOST_SECONDS = 32  # that `Events` tells apart
 ALIGNMENT_WEIGHT, EVENTS_WEIGHT, NOTHING_WEIGHT = 0.15, 0.3, 0.2
@@ -146,24 +145,6 @@ def _attended(attention: Any, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = x.float().chunk(2, -1)
     return (x.float() * cos + torch.cat([-right, left], -1) * sin).to(x.dtype)
-
-
-def places(model: Qwen2_5_VLForConditionalGeneration, seconds: int, cells: int, after: int) -> Tensor:
-    """Positions [3, BEFORE + V + after] of the prefix, the tokens of a clip and `after` tokens behind it.
-
-    They are asked of the model, since versions of transformers differ in where text goes on behind a video.
-    """
-    grid = round(cells**0.5) * MERGE
-    ids = [*BEFORE, *[TOKEN_ID[VIDEO]] * (seconds * cells), *[TOKEN_ID[END]] * after]
-    row = torch.tensor([ids])
-    found, _ = model.model.get_rope_index(
-        row,
-        mm_token_type_ids=torch.where(row == TOKEN_ID[VIDEO], 2, 0),
-        video_grid_thw=torch.tensor([[seconds, grid, grid]]),
-        second_per_grid_ts=torch.ones(1),
-        attention_mask=torch.ones_like(row),
-    )
-    return found[:, 0]
 
 
 def language(

@@ -46,12 +46,18 @@ PATCH, MERGE, FRAMES_OF_PATCH = 14, 2, 2
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_NEW_TOKENS = 4
+BEFORE = tuple(TOKEN_ID[token] for token in (BOS, USER, START))  # then the tokens of the video, then END
 
 
 @cache
 def token_ids(text: str) -> tuple[int, ...]:
     """Token ids of a question or an answer, without special tokens; the same as the tokenizer gives."""
     return ids_from(TOKEN_ID, text)
+
+
+def knows(word: str) -> bool:
+    """Whether the model has a token for a word of a question, or two for a number of two digits."""
+    return (word in TOKEN_ID and word not in SPECIAL) or (len(word) == 2 and word.isdigit())
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -154,6 +160,24 @@ def patches(frames: Tensor) -> Tensor:
     return x.reshape(batch, count // FRAMES_OF_PATCH, (grid * MERGE) ** 2, -1)
 
 
+def places(model: Qwen2_5_VLForConditionalGeneration, seconds: int, cells: int, after: int) -> Tensor:
+    """Positions [3, BEFORE + V + after] of the prefix, the tokens of a clip and `after` tokens behind it.
+
+    They are asked of the model, since versions of transformers differ in where text goes on behind a video.
+    """
+    grid = round(cells**0.5) * MERGE
+    ids = [*BEFORE, *[TOKEN_ID[VIDEO]] * (seconds * cells), *[TOKEN_ID[END]] * after]
+    row = torch.tensor([ids])
+    found, _ = model.model.get_rope_index(
+        row,
+        mm_token_type_ids=torch.where(row == TOKEN_ID[VIDEO], 2, 0),
+        video_grid_thw=torch.tensor([[seconds, grid, grid]]),
+        second_per_grid_ts=torch.ones(1),
+        attention_mask=torch.ones_like(row),
+    )
+    return found[:, 0]
+
+
 @dataclass(frozen=True)
 class ClipProcessor:
     """What a processor is for the video reference model: clips and questions to what `model.generate` takes."""
@@ -179,8 +203,7 @@ class ClipProcessor:
         flat = patches(clip[None])[0]
         grid = clip.shape[1] // PATCH
         tokens = flat.shape[0] * flat.shape[1] // MERGE**2
-        before = [TOKEN_ID[token] for token in (BOS, USER, START)]
-        ids = torch.tensor([[*before, *[TOKEN_ID[VIDEO]] * tokens, TOKEN_ID[END], *asked, TOKEN_ID[ASSISTANT]]])
+        ids = torch.tensor([[*BEFORE, *[TOKEN_ID[VIDEO]] * tokens, TOKEN_ID[END], *asked, TOKEN_ID[ASSISTANT]]])
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),

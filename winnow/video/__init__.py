@@ -17,7 +17,19 @@ PyAV is loaded by that process alone: this module imports without it.
 
 from winnow.core.sampled import Sampled
 from winnow.video.clip import Video
+from winnow.video.process import Frame
+from winnow.video.reading import Reading, read_video
 from winnow.video.sampling import Sampling, VideoLimits
 from winnow.video.source import container_of, open_video
 
-__all__ = ["Sampled", "Sampling", "Video", "VideoLimits", "container_of", "open_video"]
+__all__ = [
+    "Frame",
+    "Reading",
+    "Sampled",
+    "Sampling",
+    "Video",
+    "VideoLimits",
+    "container_of",
+    "open_video",
+    "read_video",
+]

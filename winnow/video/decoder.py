@@ -7,7 +7,8 @@ reach. It sets its own limits before PyAV is loaded, reads the one file that it 
 - `F` + width, height, channels, rotation (degrees to the left), number, time + pixels: a frame, rows from the top;
 - `E` + length + JSON: the end; `X` + length + JSON: the video is refused.
 
-Numbers are little-endian. The parent believes none of it (`winnow.video.process`).
+Of a request with `each` frames are read one by one, and its limits of time are those of each frame. Numbers are
+little-endian. The parent believes none of it (`winnow.video.process`).
 """
 
 from __future__ import annotations
@@ -53,13 +54,22 @@ def choose(times: Sequence[float], keys: Sequence[int], rule: str, value: float,
     if rule == "count":
         picked = _middles(n, min(n, int(value)))
     elif rule == "rate":
-        ticks = min(math.floor(times[-1] * value + 1e-6) + 1, 8 * n)
-        picked = sorted({bisect.bisect_right(times, tick / value + 1e-6) - 1 for tick in range(ticks)})
+        picked = _on_screen(times, value)
     else:
         picked = list(keys)
     if len(picked) <= most:
         return picked, len(picked)
     return [picked[at] for at in _middles(len(picked), most)], len(picked)
+
+
+def _on_screen(times: Sequence[float], rate: float) -> list[int]:
+    """The frames during which a tick falls, of those at 0, 1/rate, … up to the last frame."""
+    last, found = math.floor(times[-1] * rate + 1e-6), []
+    for number, (time, end) in enumerate(zip(times, (*times[1:], math.inf), strict=True)):
+        tick = max(0, math.ceil((time - 1e-6) * rate))
+        if tick <= last and tick / rate + 1e-6 < end:
+            found.append(number)
+    return found
 
 
 def _middles(n: int, parts: int) -> list[int]:
@@ -70,10 +80,22 @@ def limit(asked: dict[str, Any]) -> None:
     """Bounds that the system holds: address space, processor time, wall time, no file written, no core left."""
     seconds = math.ceil(asked["seconds"])
     resource.setrlimit(resource.RLIMIT_AS, (asked["memory"], asked["memory"]))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds + 1, seconds + 1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if asked.get("each"):
+        renew(seconds)
+        return
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds + 1, seconds + 1))
     signal.alarm(seconds + 2)  # its parent ends it sooner, unless the parent has died
+
+
+def renew(seconds: int) -> None:
+    """Start the clocks anew, behind a frame that somebody has taken in his own time."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    most = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    until = math.ceil(used.ru_utime + used.ru_stime) + seconds + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (until if most == resource.RLIM_INFINITY else min(until, most), most))
+    signal.alarm(seconds + 2)
 
 
 class Source:
@@ -174,9 +196,12 @@ def decode(source: Source, found: dict[str, Any], wanted: list[int], give: Calla
     """Give the wanted frames in order; False where the video is damaged, and frames from there on are missing.
 
     Each group of frames behind one keyframe is sought and decoded by itself. A container that cannot be sought right
-    is decoded from its start.
+    is decoded from its start, and so is a video that is read frame by frame.
     """
     stamps, keys = found["stamps"], found["keys"]
+    if source.asked["each"]:
+        with source() as (container, stream):
+            return _pass(source, container, stream, stamps, wanted, give, None)[0]
     groups: dict[int, list[int]] = {}
     for number in wanted:
         at = bisect.bisect_right(keys, number) - 1
@@ -258,6 +283,8 @@ class Writer:
         plain = frame.reformat(format="rgba" if alpha else "rgb24")
         channels = 4 if alpha else 3
         rotation = int(frame.rotation or 0)
+        if self.asked["each"]:
+            signal.alarm(0)  # whoever reads takes his time
         self._write(b"F" + FRAME.pack(width, height, channels, rotation, number, time))
         plane, row = plain.planes[0], width * channels
         pixels = memoryview(plane)
@@ -267,6 +294,8 @@ class Writer:
             for at in range(height):
                 start = at * plane.line_size
                 self._write(pixels[start : start + row])
+        if self.asked["each"]:
+            renew(math.ceil(self.asked["seconds"]))
 
     def _write(self, data: Any) -> None:
         left = memoryview(data)

@@ -11,23 +11,42 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 
 from winnow.core.errors import UnsupportedError
 from winnow.media import MediaError
+from winnow.video.refusals import broken, refusal
 from winnow.video.sampling import Sampling, VideoLimits
 
 DECODER = Path(__file__).with_name("decoder.py")
 MISSING = "Videos need PyAV, which is not installed: pip install 'tokenwinnow[video]'."
 _FRAME = struct.Struct("<IIBhQd")  # as in decoder.py
 _LONGEST_MESSAGE = 4096  # bytes of a JSON message
-_CODECS = "H.264, HEVC, MPEG-4, VP8, VP9, AV1, Motion JPEG or GIF"
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # where the system finds libraries
+
+
+class Frame(NamedTuple):
+    """A frame of a video.
+
+    Attributes:
+        pixels: `[H, W, 3]`, upright.
+        time: seconds from the first frame of the file.
+        number: which frame of the file it is, from 0.
+    """
+
+    pixels: UInt8[np.ndarray, "h w 3"]
+    time: float
+    number: int
+
+
+Message = dict[str, Any] | Frame | bool
+"""What the scan found; a frame; at the end, whether all that were wanted could be decoded."""
 
 
 def decoded(
@@ -42,16 +61,43 @@ def decoded(
         MediaError: the video is refused, or its decoder died, hung or needed too much.
         UnsupportedError: PyAV is not there, or the system holds no limits.
     """
+    with _child(_request(file, demuxer, sampling, limits)) as child:
+        reader = _Reader(child.stdout.fileno(), limits)  # type: ignore[union-attr]
+        found, *frames, whole = _messages(reader, limits, limits.max_frames, limits.max_decoded)
+    times, numbers = [frame.time for frame in frames], [frame.number for frame in frames]  # type: ignore[union-attr]
+    return found, [frame.pixels for frame in frames], times, numbers, whole  # type: ignore[return-value, union-attr]
+
+
+def streamed(file: int, demuxer: str, sampling: Sampling, limits: VideoLimits) -> Generator[Message, None, None]:
+    """The same one by one, for frames that nobody wants to hold together. The process ends with the generator.
+
+    `limits.timeout` holds for each frame, and not for whoever takes them; those of the number of frames and of their
+    bytes together do not hold.
+    """
+    with _child(_request(file, demuxer, sampling, limits, each=True)) as child:
+        reader = _Reader(child.stdout.fileno(), limits)  # type: ignore[union-attr]
+        for message in _messages(reader, limits, limits.max_listed, None):
+            yield message
+            reader.renew()
+
+
+def _request(file: int, demuxer: str, sampling: Sampling, limits: VideoLimits, each: bool = False) -> dict[str, Any]:
+    """What the process is asked for.
+
+    Args:
+        each: whether frames are read one by one.
+    """
     if os.name != "posix":
         raise UnsupportedError("Videos are decoded in a process with limits, which this system does not have.")
     if find_spec("av") is None:
         raise UnsupportedError(MISSING)
-    asked = {
+    return {
         "file": file,
         "demuxer": demuxer,
         "rule": sampling.rule,
         "value": sampling.value,
-        "frames": limits.max_frames,
+        "each": each,
+        "frames": limits.max_listed if each else limits.max_frames,
         "listed": limits.max_listed,
         "streams": limits.max_streams,
         "pixels": limits.max_pixels,
@@ -61,8 +107,6 @@ def decoded(
         "seconds": limits.timeout,
         "path": [entry for entry in sys.path if entry],
     }
-    with _child(asked) as child:
-        return _frames(_Reader(child.stdout.fileno(), limits), limits)  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager
@@ -93,7 +137,11 @@ class _Reader:
 
     def __init__(self, pipe: int, limits: VideoLimits) -> None:
         self.pipe, self.limits = pipe, limits
-        self.until = time.monotonic() + limits.timeout
+        self.renew()
+
+    def renew(self) -> None:
+        """Start the time anew."""
+        self.until = time.monotonic() + self.limits.timeout
 
     def into(self, buffer: Any) -> None:
         left = memoryview(buffer).cast("B")
@@ -118,56 +166,52 @@ class _Reader:
     def facts(self) -> dict[str, Any]:
         (length,) = struct.unpack("<I", self.bytes(4))
         if length > _LONGEST_MESSAGE:
-            raise _broken()
+            raise broken()
         try:
             made = json.loads(self.bytes(length))
         except ValueError:
             made = None
         if not isinstance(made, dict):
-            raise _broken()
+            raise broken()
         return made
 
 
-def _broken() -> MediaError:
-    return MediaError("the decoder answered with nonsense: the video is damaged", "invalid_video")
+def _messages(reader: _Reader, limits: VideoLimits, most: int, room: int | None) -> Iterator[Message]:
+    """What the process says, believed as far as it can be checked.
 
-
-def _frames(
-    reader: _Reader, limits: VideoLimits
-) -> tuple[dict[str, Any], list[np.ndarray], list[float], list[int], bool]:
+    Args:
+        most: frames.
+        room: bytes of all frames together, counted before they are copied; None: any number.
+    """
     found: dict[str, Any] = {}
-    frames: list[np.ndarray] = []
-    times: list[float] = []
-    numbers: list[int] = []
-    taken = 0
+    count, last, taken = 0, -1, 0
     while True:
         kind = reader.bytes(1)
         if kind == b"X":
-            raise _refusal(reader.facts(), limits)
+            raise refusal(reader.facts(), limits)
         if kind == b"S" and not found:
             found = _checked(reader.facts())
+            yield found
         elif kind == b"E" and found:
-            return found, frames, times, numbers, reader.facts().get("whole") is True
+            yield reader.facts().get("whole") is True
+            return
         elif kind == b"F" and found:
             width, height, channels, rotation, number, seconds = _FRAME.unpack(reader.bytes(_FRAME.size))
             taken += width * height * channels
-            if taken > limits.max_decoded:
+            if room is not None and taken > room:
                 raise MediaError(
-                    f"the frames need more than the {limits.max_decoded} bytes that are allowed; take fewer frames",
-                    "too_large",
+                    f"the frames need more than the {room} bytes that are allowed; take fewer frames", "too_large"
                 )
             fits = 0 < width * height <= limits.max_pixels and max(width, height) <= limits.max_side
-            fresh = len(frames) < min(found["chosen"], limits.max_frames)
-            ordered = number < found["given"] and (not numbers or number > numbers[-1]) and math.isfinite(seconds)
-            if not (fits and fresh and ordered and channels in (3, 4)):
-                raise _broken()
+            ordered = last < number < found["given"] and math.isfinite(seconds)
+            if not (fits and count < min(found["chosen"], most) and ordered and channels in (3, 4)):
+                raise broken()
             pixels = np.empty((height, width, channels), np.uint8)
             reader.into(pixels)
-            frames.append(_upright(_on_white(pixels), rotation))
-            times.append(seconds)
-            numbers.append(number)
+            count, last = count + 1, number
+            yield Frame(_upright(_on_white(pixels), rotation), seconds, number)
         else:
-            raise _broken()
+            raise broken()
 
 
 def _checked(found: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +222,7 @@ def _checked(found: dict[str, Any]) -> dict[str, Any]:
     right &= all(isinstance(found.get(name), int | float) and 0 <= found[name] < math.inf for name in real)
     right &= isinstance(found.get("codec"), str) and isinstance(found.get("broken"), bool)
     if not right or found["chosen"] < 1:
-        raise _broken()
+        raise broken()
     return found
 
 
@@ -192,36 +236,3 @@ def _on_white(pixels: np.ndarray) -> np.ndarray:
 def _upright(pixels: np.ndarray, rotation: int) -> np.ndarray:
     """Turned by the quarter turns, to the left, that the file asks for."""
     return np.ascontiguousarray(np.rot90(pixels, round(rotation / 90) % 4))
-
-
-def _refusal(facts: dict[str, Any], limits: VideoLimits) -> MediaError:
-    def number(name: str) -> str:
-        value = facts.get(name)
-        return f"{value:g}" if isinstance(value, int | float) else "?"
-
-    said = {
-        "invalid": ("the video cannot be read: it is damaged or cut off, or its content is not what it begins as",
-                    "invalid_video"),
-        "no_video": ("the file holds no pictures, only sound or data", "no_video"),
-        "codec": (f"its video codec is not supported: give {_CODECS}", "unsupported_format"),
-        "streams": (f"the file has more than the {limits.max_streams} streams that are allowed", "too_large"),
-        "pixels": (
-            f"its frames have {number('width')} × {number('height')} pixels; at most {limits.max_pixels} in all and "
-            f"{limits.max_side} on a side are allowed",
-            "too_large",
-        ),
-        "unsized": ("the size of its frames cannot be read, or is too large", "too_large"),
-        "frames": (f"the file lists more than the {limits.max_listed} frames that are allowed", "too_large"),
-        "duration": (
-            f"the video lasts {number('seconds')} seconds; at most {limits.max_seconds:g} are allowed", "too_large"
-        ),
-        "times": ("its frames carry no times, so they cannot be sampled; write it anew as MP4 or WebM",
-                  "unsupported_format"),
-        "empty": ("the video has no frame that can be read", "no_frames"),
-        "keyframes": ("the video marks no keyframes; sample it by count or by rate", "no_frames"),
-        "sizes": ("its frames change their size within the video, which is not supported", "unsupported_format"),
-        "memory": (f"decoding needs more than the {limits.max_memory} bytes that are allowed", "too_large"),
-        "import": ("PyAV cannot be loaded within the memory that is allowed", "too_large"),
-    }  # fmt: skip
-    code = facts.get("code")
-    return MediaError(*said[code]) if isinstance(code, str) and code in said else _broken()

@@ -19,7 +19,7 @@ from winnow.video.sampling import DEFAULT_COUNT, Sampling, VideoLimits
 
 _ALLOWED = "MP4, MOV, WebM, Matroska or GIF"
 _LIMITS = VideoLimits()
-_HEAD = 64  # bytes that tell the container
+HEAD = 64  # bytes that tell the container
 _PICTURE_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis", b"crx ")
 _FOREIGN = {
     b"OggS": "Ogg",
@@ -50,9 +50,9 @@ def open_video(source: Any, *, sampling: Sampling | None = None, limits: VideoLi
         raise MediaError(
             f"{rule.value:g} frames were asked for; at most {limits.max_frames} are allowed", "too_many_frames"
         )
-    with _opened(source, limits) as file:
-        name = _container(os.pread(file, _HEAD, 0))
-        found, frames, times, numbers, whole = decoded(file, _DEMUXER[name], rule, limits)
+    with opened(source, limits) as file:
+        name = container_name(os.pread(file, HEAD, 0))
+        found, frames, times, numbers, whole = decoded(file, DEMUXER[name], rule, limits)
     if not frames:
         raise MediaError("the video is damaged before the first frame that was to be taken", "truncated_video")
     sampled = Sampled(
@@ -77,20 +77,20 @@ def container_of(source: Any) -> str | None:
     Raises:
         MediaError: the file cannot be read, or is a video of another kind.
     """
-    with _opened(source, VideoLimits(max_bytes=2**61)) as file:
-        head = os.pread(file, _HEAD, 0)
+    with opened(source, VideoLimits(max_bytes=2**61)) as file:
+        head = os.pread(file, HEAD, 0)
     try:
-        return None if _is_picture(head) else _container(head)
+        return None if _is_picture(head) else container_name(head)
     except MediaError as refused:
         if refused.code != "invalid_video":
             raise
     return None
 
 
-_DEMUXER = {"mp4": "mov", "webm": "matroska", "gif": "gif"}
+DEMUXER = {"mp4": "mov", "webm": "matroska", "gif": "gif"}
 
 
-def _container(head: bytes) -> str:
+def container_name(head: bytes) -> str:
     if head.startswith((b"GIF87a", b"GIF89a")):
         return "gif"
     if head.startswith(b"\x1aE\xdf\xa3"):
@@ -116,7 +116,7 @@ def _is_picture(head: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(source: Any, limits: VideoLimits) -> Iterator[int]:
+def opened(source: Any, limits: VideoLimits) -> Iterator[int]:
     """A descriptor of a regular file that holds the video; what is not one is copied into a file without a name."""
     if isinstance(source, str):
         check_local(source)
