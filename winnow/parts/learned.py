@@ -18,6 +18,7 @@ UNTRAINED = "untrained"
 _REFERENCE = Path(__file__).resolve().parents[1] / "reference"
 SHIPPED = _REFERENCE / "small" / "learned"
 SHIPPED_TEXT = _REFERENCE / "recall" / "learned"
+SHIPPED_VIDEO = _REFERENCE / "video" / "learned"
 
 
 def learned(slug: str, weights: str | None, info: ModelInfo, make: Callable[..., nn.Module]) -> nn.Module:
@@ -33,7 +34,7 @@ def learned(slug: str, weights: str | None, info: ModelInfo, make: Callable[...,
     """
     if weights == UNTRAINED or (weights is None and info.fingerprint is None):
         return untrained(make)
-    own = [folder / f"{slug}.safetensors" for folder in (SHIPPED, SHIPPED_TEXT)]
+    own = [folder / f"{slug}.safetensors" for folder in (SHIPPED, SHIPPED_TEXT, SHIPPED_VIDEO)]
     path = Path(weights) if weights is not None else next(filter(Path.exists, own), own[0])
     model = None if info.fingerprint is None else info.fingerprint()
     facts = None if weights is None and not path.exists() else facts_of(path, slug)
@@ -67,7 +68,7 @@ def facts_of(path: Path, slug: str) -> dict[str, Any]:
 
 
 def untrained(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    """A module with random matrices from a seed (Glorot's uniform), biases of 0, and other vectors of 1.
+    """A module with random matrices from a seed (Glorot's uniform), biases and gates of 0, and other vectors of 1.
 
     The global random generator is left alone.
     """
@@ -78,7 +79,7 @@ def untrained(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
         if parameter.ndim > 1:
             nn.init.xavier_uniform_(parameter, generator=generator)
         else:
-            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+            nn.init.constant_(parameter, 0.0 if name.endswith(("bias", "gate")) else 1.0)
     return module
 
 
