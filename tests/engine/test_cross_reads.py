@@ -11,7 +11,7 @@ import pytest
 import torch
 import zoo
 from byhand import Entry, Hand, Read, Reference
-from cases import TURN, check_against_hand, effect, picking, prolonged, same
+from cases import check_against_hand, effect, picking, prolonged, same
 from probes import STEPS, Pick, forward, generate, step_logits
 from torch import Tensor
 
