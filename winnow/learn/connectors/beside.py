@@ -20,6 +20,8 @@ from winnow.engine.cross_seam import Seam
 from winnow.parts.cross_attention import GatedHeads, GatedStates
 from winnow.signals.tap import Tap
 
+AJAR = 0.2  # of gates, before tanh
+
 
 @dataclass(frozen=True, eq=False)
 class RowMemory:
@@ -109,8 +111,12 @@ def reading(
 
 @torch.no_grad()
 def as_the_layer(reader: GatedHeads | GatedStates, layer: Any) -> None:
-    """Norms and projections of what reads become those of the layer in which it reads; its gate is left alone."""
+    """Norms and projections of what reads become those of the layer in which it reads; its gate opens a little.
+
+    Behind a gate of 0 all else would stand still at first.
+    """
     attention, norm = layer.self_attn, layer.input_layernorm.weight
+    nn.init.constant_(reader.gate, AJAR)
     reader.beside.norm.weight.copy_(norm)
     pairs = [(reader.beside.k, attention.k_proj), (reader.beside.v, attention.v_proj)]
     if isinstance(reader, GatedStates):

@@ -11,6 +11,7 @@ from winnow.learn.connectors.beside import as_the_layer
 class Recipe(recipe.Recipe):
     slug = "crosslmm"
     settings: ClassVar = {"grid": 1}
+    clips = 900
     rate = 2e-3
 
     def start(self, module: Any) -> None:
