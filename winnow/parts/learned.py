@@ -88,5 +88,5 @@ def in_fp32(module: nn.Module, *inputs: Tensor) -> Tensor:
     own = dict(module.named_parameters())
     narrow = {name: x.float() for name, x in own.items() if x.dtype in (torch.bfloat16, torch.float16)}
     dtype = torch.float32 if narrow else next(iter(own.values())).dtype
-    inputs = tuple(x if x.dtype == torch.bool else x.to(dtype) for x in inputs)
+    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
     return functional_call(module, narrow, inputs) if narrow else module(*inputs)
