@@ -104,11 +104,26 @@ def cut(entry: Entry, choose: Choice, *, separators: bool = True) -> Cut:
 
 
 @dataclass(frozen=True)
+class Read:
+    """What rows read beside the sequence in one layer: `[n, W]` that is added to what they carry, for one sample.
+
+    Attributes:
+        heads: of what the heads give `[n, H · d]`, the rows' queries `[H, n, d]`, and their logical positions (None of
+            a decoded token).
+        states: of the states behind the attention `[n, D]`, and these positions.
+    """
+
+    heads: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    states: Callable[[Tensor, Tensor | None], Tensor] | None = None
+
+
+@dataclass(frozen=True)
 class Hand:
-    """A method worked out for one sample: what enters the LM, and what is cut before which layer."""
+    """A method worked out for one sample: what enters the LM, and what is cut before and read in which layer."""
 
     entry: Entry
     cuts: dict[int, Cut] = field(default_factory=dict)
+    reads: dict[int, Read] = field(default_factory=dict)
 
 
 def keeping(entry: Entry, kept: Sequence[Tensor]) -> Cut:
@@ -205,14 +220,21 @@ class Reference:
 
     @torch.no_grad()
     def run(
-        self, entry: Entry, forced: Sequence[int] = (), cuts: dict[int, Cut] | None = None, compact: bool = False
+        self,
+        entry: Entry,
+        forced: Sequence[int] = (),
+        cuts: dict[int, Cut] | None = None,
+        compact: bool = False,
+        reads: dict[int, Read] | None = None,
     ) -> Trace:
         """Prefill and one step for each forced token.
 
         Args:
             cuts: for a layer, what it and all later ones read.
             compact: a layer numbers its rows 0 … n − 1 and goes on from there; else rows keep their true positions.
+            reads: for a layer, what its rows read beside the sequence.
         """
+        reads = reads or {}
         seen: list[Seen] = []
         cache = DynamicCache(config=self.lm.config)
         hidden, held = entry.embeds, entry.held
@@ -221,14 +243,22 @@ class Reference:
                 chosen = cuts[i]([*seen, Seen(hidden, held)])
                 hidden, held = chosen.hidden, chosen.held
             seen.append(Seen(hidden, held))
-            hidden = self._layer(layer, hidden, self._at(entry, held, compact), cache)
+            at = self._at(entry, held, compact)
+            if i in reads:
+                hidden = self._reading(layer, hidden, at, cache, reads[i], held)
+            else:
+                hidden = self._layer(layer, hidden, at, cache)
         prompt = self.lm.norm(hidden)
         logits = [self.model.lm_head(prompt[:, -1])]
         for step, token in enumerate(forced):
             hidden = self.model.get_input_embeddings()(torch.tensor([[token]]))
-            for layer, was in zip(self.lm.layers, seen, strict=True):
+            for i, (layer, was) in enumerate(zip(self.lm.layers, seen, strict=True)):
                 start = len(was.held) if compact else int(entry.positions[..., -1].max()) + 1
-                hidden = self._layer(layer, hidden, self._numbered(torch.tensor([start + step])), cache)
+                at = self._numbered(torch.tensor([start + step]))
+                if i in reads:
+                    hidden = self._reading(layer, hidden, at, cache, reads[i], None)
+                else:
+                    hidden = self._layer(layer, hidden, at, cache)
             logits.append(self.model.lm_head(self.lm.norm(hidden)[:, -1]))
         return Trace(torch.cat(logits), seen, prompt, cache)
 
@@ -238,6 +268,28 @@ class Reference:
         rope = self.lm.rotary_emb(hidden, positions)
         held = {_cache_keyword(layer): cache}
         return layer(hidden, attention_mask=mask, position_embeddings=rope, use_cache=True, **held)
+
+    def _reading(
+        self, layer: Any, hidden: Tensor, positions: Tensor, cache: DynamicCache, read: Read, held: Tensor | None
+    ) -> Tensor:
+        """A layer written out by its parts, with what its rows read beside the sequence."""
+        attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+        cos, sin = self.lm.rotary_emb(hidden, positions)
+        q = attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim))[0].transpose(0, 1)
+        half = q.shape[-1] // 2
+        q = q * cos[0] + torch.cat([-q[..., half:], q[..., :half]], -1) * sin[0]
+
+        def more(module: nn.Module, args: tuple) -> tuple:
+            return (args[0] if read.heads is None else args[0] + read.heads(args[0][0], q, held),)
+
+        hook = attention.o_proj.register_forward_pre_hook(more)
+        of_cache = {_cache_keyword(attention): cache}
+        out = attention(hidden_states=normed, attention_mask=None, position_embeddings=(cos, sin), **of_cache)[0]
+        hook.remove()
+        hidden = hidden + out
+        if read.states is not None:
+            hidden = hidden + read.states(hidden[0], held)
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
     def _at(self, entry: Entry, held: Tensor, compact: bool) -> Tensor:
         return self._numbered(torch.arange(len(held))) if compact else entry.positions[..., held]

@@ -182,7 +182,7 @@ def check_against_hand(
     for row, part in enumerate(parts):
         entry = reference.entry(part)
         worked = by_hand(reference, part, entry)
-        trace = reference.run(worked.entry, tokens[row, :-1].tolist(), worked.cuts, compact)
+        trace = reference.run(worked.entry, tokens[row, :-1].tolist(), worked.cuts, compact, worked.reads)
         assert logits.shape[1] == len(trace.logits) == STEPS
         assert (logits[row] - trace.logits).abs().max() <= tolerance, f"row {row}"
         assert tuple(layer[row] for layer in ledger.layer_tokens) == trace.lengths

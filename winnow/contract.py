@@ -4,6 +4,7 @@ from winnow.contract import Budget, Method, View, VisionAttention, register
 """
 
 from winnow.core.budget import Budget, split_evenly
+from winnow.core.cross_read import CrossRead, Rows
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.frames_view import FramesView
 from winnow.core.info import ModelInfo
@@ -71,6 +72,7 @@ __all__ = [
     "ClsLogits",
     "Codec",
     "Count",
+    "CrossRead",
     "Emit",
     "Follow",
     "FramesView",
@@ -108,6 +110,7 @@ __all__ = [
     "Repose",
     "Route",
     "RowStates",
+    "Rows",
     "Share",
     "Signal",
     "Site",

@@ -80,7 +80,7 @@ def by_hand_on(slug, build, model, sample, forced, **settings) -> Worked:
 
 def worked(slug, plain, sample, forced, **settings) -> Worked:
     made = hand(slug).by_hand(plain, sample, plain.entry(sample), **settings)
-    trace = plain.run(made.entry, forced, made.cuts)
+    trace = plain.run(made.entry, forced, made.cuts, reads=made.reads)
     return Worked(trace.logits, [ids.tolist() for ids in trace.kept(made.entry)], trace.lengths)
 
 

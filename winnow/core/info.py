@@ -26,6 +26,7 @@ class ModelInfo:
         modalities: of the items that the model reads; empty where there is no model.
         vision_width: width of the tower's output at `features`.
         heads: query heads of an LM layer.
+        kv_heads: heads of the keys and values of an LM layer.
         head_dim: width of a key of one head.
         fingerprint: gives a word that tells the model's weights from others of its shape; None where there is no model.
     """
@@ -43,6 +44,7 @@ class ModelInfo:
     vision_width: int = 1
     modalities: tuple[str, ...] = ()
     heads: int = 1
+    kv_heads: int = 1
     head_dim: int = 1
     fingerprint: Callable[[], str] | None = field(default=None, compare=False, repr=False)
 

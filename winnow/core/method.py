@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from torch import Tensor
 
 from winnow.core.budget import Budget, Rounding
+from winnow.core.cross_read import CrossRead
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.point import Point
@@ -111,6 +112,10 @@ class Method:
     def stretch(self, tokens: int) -> Stretch | None:
         """How the rotary positions of a request are stretched that has so many visual tokens; None: they are not."""
         return None
+
+    def cross_reads(self, info: ModelInfo) -> tuple[CrossRead, ...]:
+        """What rows of the language model read of that which the method remembers of items; none by default."""
+        return ()
 
     def build(self, info: ModelInfo) -> Any:
         """Parameters of a learned method as an nn.Module; None for the others."""

@@ -77,8 +77,10 @@ class BoundModel:
         # Where layers differ, the first stands for all: learned methods that need heads are trained for a model anyway.
         own = lm.config.per_layer_config[0] if getattr(lm.config, "is_heterogeneous", False) else lm.config
         heads = getattr(own, "num_attention_heads", 1)
+        groups = getattr(own, "num_key_value_heads", None) or heads
         width = getattr(own, "head_dim", None) or getattr(own, "hidden_size", heads) // heads
-        info = replace(family.info(model), heads=heads, head_dim=width, fingerprint=partial(fingerprint, model))
+        sizes: dict[str, Any] = {"heads": heads, "kv_heads": groups, "head_dim": width}
+        info = replace(family.info(model), **sizes, fingerprint=partial(fingerprint, model))
         modalities = tuple(modality for _, modality, _ in family.encoders)
         modalities += ("video",) * (family.frames_apart and "video" not in modalities)
         videos = ("frames",) if "video" in modalities else ()

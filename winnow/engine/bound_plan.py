@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from winnow.core.cross_read import CrossRead
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.kv import KVStep
@@ -42,6 +43,7 @@ class BoundPlan:
         text_signals: signals of the question, which are read where the language model is entered.
         text_encoder: the text tower that was handed over, where a step needs one.
         modalities: of each method, those of the items that it acts on.
+        cross_reads: number of a method → what rows read of that which it remembers of items.
         deaf: whether the model reads sounds beside other items, and no method acts on them: they are no items then.
     """
 
@@ -63,6 +65,7 @@ class BoundPlan:
     frames: Steps = ()
     modalities: tuple[tuple[str, ...], ...] = ()
     deaf: bool = False
+    cross_reads: Mapping[int, tuple[CrossRead, ...]] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -133,6 +136,7 @@ class BoundPlan:
             frames=tuple(at["frames"]),
             modalities=acted,
             deaf=len(info.modalities) > 1 and not any("audio" in own for own in acted),
+            cross_reads={i: own for i, method in enumerate(resolved.methods) if (own := method.cross_reads(info))},
         )
 
     def acts_on(self, number: int, modality: str) -> bool:

@@ -78,6 +78,7 @@ class CacheState:
         rope_deltas: `[B, 1]` for 3-D positions: belongs to the request, not to the module.
         real: `[B]` real tokens seen so far; needed with 3-D positions.
         stretches: of each row, how its positions were stretched; None where none was.
+        memories: of each row, what it reads beside the sequence; None where nothing is read. See `cross_reads`.
         talk: the conversation, where pictures are to be selected again; see `turns`.
         ledger: of the request that filled it.
     """
@@ -92,8 +93,15 @@ class CacheState:
     padded: bool = False
     first_other: int | None = None
     stretches: tuple[Any, ...] | None = None
+    memories: tuple[Any, ...] | None = None
     talk: Any = None
     ledger: Any = None
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the batch; None where nothing belongs to one."""
+        offsets = [past.offset for past in self.layers.values()]
+        return next((len(own) for own in (*offsets, self.stretches, self.memories, self.real) if own is not None), None)
 
     def settle(self, depth: int) -> None:
         """Note what decoded tokens ask for at every step.
@@ -108,7 +116,8 @@ class CacheState:
     def __deepcopy__(self, memo: dict[int, Any]) -> "CacheState":
         made = CacheState(self.attachment, self.logical, self.prompt, rope_deltas=self.rope_deltas, real=self.real)
         made.layers = dict(self.layers)  # entries are never changed in place
-        made.padded, made.first_other, made.stretches = self.padded, self.first_other, self.stretches
+        made.padded, made.first_other = self.padded, self.first_other
+        made.stretches, made.memories = self.stretches, self.memories
         made.talk, made.ledger = None if self.talk is None else self.talk.copy(), self.ledger
         return made
 
@@ -120,6 +129,8 @@ class CacheState:
             self.talk.lost = "its rows were moved or repeated (beams do so)"
         if self.stretches is not None:
             self.stretches = tuple(self.stretches[row] for row in index.tolist())
+        if self.memories is not None:
+            self.memories = tuple(self.memories[row] for row in index.tolist())
         if self.rope_deltas is not None and self.real is not None:
             at = index.to(self.real.device)
             self.rope_deltas, self.real = self.rope_deltas[at], self.real[at]
@@ -188,8 +199,8 @@ class LogicalLength:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        if self._winnow.layers:
-            rows = next(iter(self._winnow.layers.values())).offset.shape[0]
+        rows = self._winnow.rows
+        if rows is not None:
             self._winnow.select(torch.arange(rows).repeat_interleave(repeats))
 
 

@@ -20,6 +20,7 @@ from winnow.engine.cache import state_of
 from winnow.engine.checkpointing import BeforeCheckpoint, before_checkpoint, without_cache
 from winnow.engine.clock import Clock
 from winnow.engine.cross_pass import CrossPass
+from winnow.engine.cross_reads import all_reads, check_reads, listen
 from winnow.engine.encoding import record_of
 from winnow.engine.forward import encodings_of, positions_of_later_turn, start_lm
 from winnow.engine.hooks import ForwardMethod, Hook, stand_in
@@ -102,6 +103,7 @@ class Engine:
                     check_model(self.bound, str(plan))
                 if stretching(made) is not None:
                     check_rotation(self.bound, made)
+                check_reads(self.bound, made)
                 self._plans[key] = self._with_text_encoder(made) if made.needs_text_encoder else made
             made = self._plans[key]
             if self.bound.family.cross and (made.listeners or made.probed):
@@ -201,9 +203,7 @@ class Engine:
     def _listen(self, plan: BoundPlan) -> None:
         """Taps and hooks that a plan needs; they stay until detach."""
         for site in plan.listeners:
-            if site not in self._tapped:
-                self._tapped.add(site)
-                self._removers.append(self._listener(site))
+            self._tap(site)
         if stretching(plan) is not None and not self._stretches:
             self._stretches = True
             stretched = Hook(Stretched(self._lm_pass))
@@ -212,22 +212,24 @@ class Engine:
             for handle in self._tower.hook_blocks(plan):
                 self._hook(handle)
             # Taps wherever tokens may be weighted or hidden from then on.
-            behind = [Site("vision", index) for index in range(plan.first_block, len(self.bound.blocks))]
-            for site in (site for site in behind if site not in self._tapped):
-                self._tapped.add(site)
-                self._removers.append(self._listener(site))
+            for index in range(plan.first_block, len(self.bound.blocks)):
+                self._tap(Site("vision", index))
         for layer in held_layers(self.bound) if plan.kv else ():
-            if (site := Site("lm", layer)) not in self._tapped:  # a compressed cache attends where it is tapped
-                self._tapped.add(site)
-                self._removers.append(self._listener(site))
+            self._tap(Site("lm", layer))  # a compressed cache attends where it is tapped
             if any(step.calls for _, step in plan.kv.get(layer, ())):  # type: ignore[attr-defined]
                 attention = self.bound.attention_of(layer)
                 self._hook(attention.register_forward_pre_hook(Hook(show_call), with_kwargs=True))
         for layer, wanted in plan.probed.items():
-            attends = any(signal.site(self.bound.info).shows == "attention" for signal in wanted)
-            if attends and Site("lm", layer) not in self._tapped:
-                self._tapped.add(Site("lm", layer))
-                self._removers.append(self._listener(Site("lm", layer)))
+            if any(signal.site(self.bound.info).shows == "attention" for signal in wanted):
+                self._tap(Site("lm", layer))
+        for layer in {read.layer for read in all_reads(plan) if read.place == "heads"}:
+            self._tap(Site("lm", layer))
+        self._removers += listen(plan, self.attachment, self._lm_pass)
+
+    def _tap(self, site: Site) -> None:
+        if site not in self._tapped:
+            self._tapped.add(site)
+            self._removers.append(self._listener(site))
 
     def _listener(self, site: Site) -> Callable[[], None]:
         """What shows a site to its signals, and how to remove it."""

@@ -20,6 +20,7 @@ from winnow.core.packing import Packing
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal, Site
 from winnow.engine.cache import CacheState, Past, check_cache, held_by, state_of, tag
+from winnow.engine.cross_reads import CrossReading
 from winnow.engine.devices import device_of
 from winnow.engine.encoder import lm_signal, places
 from winnow.engine.encoding import EncoderRecord
@@ -90,6 +91,7 @@ class LMPass:
         self._lm_past: Past | None = None
         self.merged: list[Merged] = []
         self.stretches: Stretches | None = None
+        self.reading = CrossReading.of(self)
         self.whole: WholeCall | None = None
         if not self.bound.short:
             self.whole = WholeCall(self.tokens, self.before, self.flash)
@@ -262,6 +264,8 @@ class LMPass:
 
     def attention(self, layer: int, module: nn.Module, q: Tensor, k: Tensor, mask: Any = None) -> None:
         """A tapped LM layer shows its queries, keys and mask; by now its cache holds the keys of this forward too."""
+        if self.reading is not None and (layer, "heads") in self.request.attachment.reads:
+            self.reading.queries[layer] = q
         wanted = self.plan.listeners.get(Site("lm", layer), ())
         if self.items and wanted:
             if isinstance(k, AttendsItself) or (self.whole is not None and self._cut(layer) is not None):
@@ -444,7 +448,7 @@ class LMPass:
     def leave(self, last: Tensor, cache: Any) -> Tensor:
         """After the LM: outputs get their logical length back; the cache learns how long it is."""
         self.cache = cache if self.cache is None else self.cache  # made by the LM, and returned with its output
-        if (self.tokens.touched or self.stretches) and self.state is None and self.cache is not None:
+        if (self.tokens.touched or self.stretches or self.reading) and self.state is None and self.cache is not None:
             self._tag()
         state = self.state
         if state is not None:
@@ -455,6 +459,8 @@ class LMPass:
             remember_layers(self, state)
             if self.bound.info.mrope:
                 remember_positions(self, state)
+        if self.reading is not None:
+            self.reading.leave(state)
         return self.tokens.to_logical(last, self.tokens.packing) if self.tokens.touched else last
 
     def close(self) -> None:

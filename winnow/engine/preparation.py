@@ -371,6 +371,11 @@ def _check_plan(plan: BoundPlan) -> None:
             f"{plan.plan} stretches rotary positions, which the model does with inputs as it was trained; use "
             "winnow.compress, or leave them as they are (window=none)."
         )
+    if plan.cross_reads:
+        raise UnsupportedError(
+            f"{plan.plan} reads tokens beside the sequence inside the language model, which inputs cannot hold; use "
+            "winnow.compress."
+        )
     inside = [step.at for steps in plan.layers.values() for _, step in steps]
     if inside:
         raise UnsupportedError(

@@ -26,10 +26,15 @@ Spans = tuple[tuple[int, int], ...]
 
 @dataclass(eq=False)
 class Attachment:
-    """One attachment of plans to a model. Caches remember it: what it reduced must not go on without it."""
+    """One attachment of plans to a model. Caches remember it: what it reduced must not go on without it.
+
+    Attributes:
+        reads: LM layers, and places in them, where rows can read what is beside the sequence.
+    """
 
     bound: BoundModel
     attached: bool = False
+    reads: set[tuple[int, str]] = field(default_factory=set)
 
 
 @dataclass(frozen=True, eq=False)

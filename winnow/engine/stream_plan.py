@@ -105,6 +105,11 @@ def check_steps(plan: BoundPlan) -> None:
             f"{plan.plan} drops tokens at layers[{min(plan.layers)}]; a stream is reduced at features or projected, "
             "and in the cache."
         )
+    if plan.cross_reads:
+        raise UnsupportedError(
+            f"{plan.plan} reads tokens beside the sequence, which would grow with each frame; use methods that leave "
+            "all that is read in the sequence."
+        )
     inside = (*plan.blocks.values(), *plan.halves.values())
     for number, _ in (pair for steps in inside for pair in steps):
         if plan.resolved.methods[number].streaming:

@@ -21,6 +21,8 @@ the signals of the question that the step lists, and takes the answer of the ste
     phases(records)       other phases than one on the answers; `answers(module, rows)` is the loss of one batch
     records, frozen       what was recorded of the clips, and the model, for losses of another kind
 
+What its `cross_reads` list is read beside these tokens, as in the engine (`beside`).
+
 Training runs the frozen language model behind these tokens, with the cross-entropy of the answers. A connector that
 reads no question has several questions behind each clip; one that does, a row for each question. Weights are found at
 winnow/reference/video/learned/SLUG.safetensors by `winnow.parts.learned`, and
@@ -31,7 +33,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-SHARED = {"__init__", "clips", "compared", "fit", "output", "recipe", "table"}
+SHARED = {"__init__", "beside", "clips", "compared", "fit", "output", "recipe", "table"}
 
 
 def trainable() -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from winnow.core.errors import WinnowError
 from winnow.core.reduction import Reduction
 from winnow.core.step import Action, Emit, Observe, Reduce
 from winnow.core.view import View
+from winnow.learn.connectors.beside import RowMemory
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,12 +25,14 @@ class Output:
         at: the tokens of the clip whose positions they take.
         there: False for tokens that pad a row; None: none does.
         losses: what is added to the loss of the answers, weighted.
+        memory: what each row reads beside these tokens; empty where nothing is.
     """
 
     tokens: Float[Tensor, "b m d"]
     at: Int[Tensor, "b m"]
     there: Bool[Tensor, "b m"] | None = None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
+    memory: tuple[RowMemory, ...] = ()
 
     @staticmethod
     def of(action: Action, view: View) -> Output:
@@ -65,7 +68,7 @@ def joined(parts: Sequence[tuple[Sequence[int], Output]]) -> Output:
     """
     longest = max(output.at.shape[1] for _, output in parts)
     rows = [number for own, _ in parts for number in own]
-    tokens, at, there = [], [], []
+    tokens, at, there, memory = [], [], [], []
     losses: dict[str, Tensor] = {}
     for own, output in parts:
         short = longest - output.at.shape[1]
@@ -73,8 +76,10 @@ def joined(parts: Sequence[tuple[Sequence[int], Output]]) -> Output:
         tokens.append(pad(output.tokens, (0, 0, 0, short)))
         at.append(pad(output.at, (0, short)))
         there.append(pad(real, (0, short)))
+        memory += output.memory
         for name, loss in output.losses.items():
             losses[name] = losses.get(name, loss.new_zeros(())) + loss * (len(own) / len(rows))
     order = torch.tensor(rows).argsort()
     whole = torch.cat(there)[order]
-    return Output(torch.cat(tokens)[order], torch.cat(at)[order], None if bool(whole.all()) else whole, losses)
+    read = tuple(memory[i] for i in order.tolist()) if memory else ()
+    return Output(torch.cat(tokens)[order], torch.cat(at)[order], None if bool(whole.all()) else whole, losses, read)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,8 @@ from winnow.core.registry import method_class
 from winnow.core.step import State
 from winnow.core.view import View
 from winnow.learn.clip_evaluate import ROW, answered_right
-from winnow.learn.clip_reading import read
+from winnow.learn.clip_reading import BEFORE, read
+from winnow.learn.connectors.beside import memories, reading
 from winnow.learn.connectors.clips import GRID, Frozen, Row, rows_of
 from winnow.learn.connectors.output import Output, joined
 from winnow.learn.fitting import Phase, Record
@@ -75,7 +77,9 @@ class Recipe:
 
     def output(self, module: nn.Module, view: View) -> Output:
         """What the method makes of a view's rows; its `module` is that of the view as well."""
-        return Output.of(self.step.act(view, State())[0], view)
+        action, state = self.step.act(view, State())
+        reads = self.method.cross_reads(self.frozen.info)
+        return replace(Output.of(action, view), memory=memories(reads, view, state))
 
     def phases(self, records: Sequence[Record]) -> list[Phase]:
         self.records = records
@@ -110,7 +114,9 @@ class Recipe:
 def answering(frozen: Frozen, rows: Sequence[Row], output: Output) -> tuple[Tensor, Pack]:
     """`[b, T, vocabulary]` logits of all questions behind what a connector gives, and how they are packed."""
     packed = pack([row.asked for row in rows], ROW, types=TYPES, ids=token_ids)
-    hidden, _ = read(frozen.model, output.tokens, output.at, GRID, packed, there=output.there)
+    layers = frozen.model.model.language_model.layers
+    with reading(layers, output.memory, output.at, output.there, len(BEFORE)):
+        hidden, _ = read(frozen.model, output.tokens, output.at, GRID, packed, there=output.there)
     logits: Tensor = frozen.model.lm_head(hidden)
     return logits, packed
 

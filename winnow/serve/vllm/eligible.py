@@ -28,7 +28,7 @@ def check_eligible(plan: BoundPlan) -> None:
             f"{text} reads the question. vLLM encodes a picture once for all questions about it, and before it knows "
             "one; use a method that looks at the picture alone."
         )
-    if plan.layers or plan.kv:
+    if plan.layers or plan.kv or plan.cross_reads:
         raise UnsupportedError(
             f"{text} acts inside the language model or looks at it; under vLLM methods act on what the encoder gives."
         )
