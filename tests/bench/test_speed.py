@@ -28,6 +28,12 @@ def store(tmp_path):
         yield opened
 
 
+@pytest.fixture(autouse=True)
+def _phases_are_timed_once(monkeypatch):
+    """More rounds make a time surer, which no test here looks at."""
+    monkeypatch.setattr("winnow.bench.rounds.PHASE_ROUNDS", 1)
+
+
 @pytest.fixture
 def idle(monkeypatch):
     """A machine that nobody else uses, whose times do not scatter."""

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+# Of LLaVA's kind one build is enough in the fast suite; methods run on both there (tests/methods/test_on_models.py).
+TWINS = {"llava_siglip": "llava_clip"}
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
@@ -10,3 +13,13 @@ def poisoned_memory():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test on a build whose twin has the same test is part of the full suite."""
+    here = [item for item in items if "tests/engine/" in item.nodeid]
+    fast = {item.nodeid for item in here if item.get_closest_marker("full") is None}
+    for item in here:
+        for build, twin in TWINS.items():
+            if build in item.nodeid and item.nodeid.replace(build, twin) in fast - {item.nodeid}:
+                item.add_marker(pytest.mark.full)
