@@ -1,6 +1,7 @@
 """Where something is added to the rows of one layer of a language model: to what its heads give, or behind them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -91,8 +92,8 @@ class Seam:
         expected = None if adding is None else adding.expected.pop(self.index, None)
         if expected is None or self.checked:
             return
-        near = {"rtol": 1e-2, "atol": 1e-3, "equal_nan": True}
-        if expected.shape != args[0].shape or not torch.allclose(args[0].to(expected), expected, **near):
+        near = partial(torch.allclose, rtol=1e-2, atol=1e-3, equal_nan=True)
+        if expected.shape != args[0].shape or not near(args[0].to(expected), expected):
             raise UnsupportedError(
                 f"layer {self.index} does not add what its attention gives to its states as it is, so nothing can be "
                 "added behind it; use a method that reads at the heads, or none that reads beside the sequence."

@@ -68,7 +68,10 @@ def joined(parts: Sequence[tuple[Sequence[int], Output]]) -> Output:
     """
     longest = max(output.at.shape[1] for _, output in parts)
     rows = [number for own, _ in parts for number in own]
-    tokens, at, there, memory = [], [], [], []
+    tokens: list[Tensor] = []
+    at: list[Tensor] = []
+    there: list[Tensor] = []
+    memory: list[RowMemory] = []
     losses: dict[str, Tensor] = {}
     for own, output in parts:
         short = longest - output.at.shape[1]
