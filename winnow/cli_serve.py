@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,10 +25,11 @@ NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
 def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
-    app.command("serve")(serve)
+    app.command("serve", context_settings={"allow_extra_args": True})(serve)
 
 
 def serve(
+    context: typer.Context,
     model: Model = None,
     method: Annotated[
         str | None,
@@ -71,7 +73,7 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, max=10_000, help="Requests that wait beside them.")] = 64,
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600.0,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that requests in flight have after SIGTERM.")] = 20.0,
-    engine: Annotated[str, typer.Option(help="winnow, or vllm.")] = "winnow",
+    engine: Annotated[str, typer.Option(help="winnow; or vllm: its own server, with winnow as a plug-in.")] = "winnow",
     device: Device = None,
     device_map: DeviceMap = None,
     dtype: Dtype = None,
@@ -79,8 +81,14 @@ def serve(
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Answer OpenAI's chat completions about pictures, each request compressed by the server's plan or its own."""
-    _check_engine(engine)
+    """Answer OpenAI's chat completions about pictures, each request compressed by the server's plan or its own.
+
+    With --engine vllm, what stands behind -- is for vLLM.
+    """
+    if engine == "vllm":
+        _serve_by_vllm(context)
+        return
+    _check_engine(engine, context.args)
     check_installed("serve", NEEDS)
 
     from winnow.core.budget import Budget
@@ -117,11 +125,56 @@ def serve(
         raise typer.Exit(code)
 
 
-def _check_engine(engine: str) -> None:
-    if engine == "vllm":
-        raise WinnowError("--engine vllm needs winnow's plug-in for vLLM, which is not installed; use --engine winnow.")
+def _check_engine(engine: str, extra: list[str]) -> None:
     if engine != "winnow":
         raise WinnowError(f"--engine {engine!r}; allowed: winnow, vllm.")
+    if extra:
+        raise WinnowError(f"{extra[0]!r}: only --engine vllm takes more than options, and passes it on to vLLM.")
+
+
+def _serve_by_vllm(context: typer.Context) -> None:
+    """vLLM's own server, with the plug-in."""
+    from winnow.serve.vllm.launch import check_installed, launch
+
+    given: dict[str, Any] = context.params
+    version = check_installed()
+    if given["model"] is None:
+        raise WinnowError(
+            "--engine vllm needs a --model: the bundled one has narrower heads than vLLM's attention on CPUs takes."
+        )
+
+    from winnow.core.budget import Budget
+    from winnow.serve.vllm.command import Served, arguments
+
+    keys = _keys(given["key_file"])
+    served = Served(
+        model=given["model"],
+        name=given["name"] or _name(given["model"]),
+        host=given["host"], port=given["port"],
+        plan=_plan_text(given["method"], given["keep"], given["positions"]),
+        plans=_allowed(given["allow"] or ["none"]),
+        least=Budget(given["min_keep"]), most=Budget(given["max_keep"]),
+        temperature=given["temperature"],
+    )  # fmt: skip
+    by_user = {name for name in given if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    found = arguments(served, {name: given[name] for name in by_user}, context.args)
+    warn(f"starts vLLM {version} as this command would: vllm serve {shlex.join(found)}")
+    launch(found, keys)
+
+
+def _plan_text(method: str | None, keep: str | None, positions: str | None) -> str:
+    """The plan as the plug-in reads it: a text that names no policy of positions means the one that vLLM has."""
+    from winnow.cli_run import plans
+    from winnow.core.plan_file import names_file
+    from winnow.engine.compress import DEFAULT
+
+    spec = method or DEFAULT
+    plan = plans([spec], keep, positions)[0]
+    said = positions or (plan.positions if names_file(spec) or "positions=" in spec else None)
+    text = str(plan)
+    if said is None or "positions=" in text:
+        return text
+    return f"{text}{',' if '|' in text else ' | '}positions={said}"
 
 
 def _announce(listener: Any, name: str, plan: str) -> None:

@@ -224,7 +224,7 @@ def test_W17_a_port_that_is_taken_is_told_by_the_process_before_anything_is_load
 REFUSED = [
     (["--model", "no/such-model"], "There is no checkpoint"),
     (["--device", "cuda:99"], "give cpu, or cuda where there is a GPU"),
-    (["--engine", "vllm"], "plug-in for vLLM, which is not installed"),
+    (["--", "--tensor-parallel-size", "2"], "only --engine vllm takes more than options"),
     (["--engine", "other"], "allowed: winnow, vllm"),
     (["--method", "nonsense"], "Unknown method"),
     (["--allow", "nonsense"], "Unknown method"),

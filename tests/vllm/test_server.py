@@ -1,10 +1,10 @@
-"""A real server process on loopback, asked by the official `openai` client."""
+"""`winnow serve --engine vllm`: a real server process on loopback, asked by the official `openai` client."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
-import json
 import os
 import signal
 import socket
@@ -21,7 +21,7 @@ import pytest
 from asking import TOKENS, Case, Library, picture
 
 STARTS = 240  # seconds that a server may take
-SETTINGS = {"winnow": {"plan": "fastervlm:keep=16", "plans": ["divprune:keep=16"], "most": "75%"}}
+KEY = "key-of-the-tests"
 SHOWN = (1, 112, 112)
 QUESTION = "what is in the picture ?"
 
@@ -36,24 +36,25 @@ def client(vllm: Any, checkpoint: Callable[[str], str], tmp_path_factory: pytest
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log.txt"
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", checkpoint("llava"), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "4"),
-        *("--block-size", "32", "--limit-mm-per-prompt", '{"image": 2}', "--enable-prompt-tokens-details"),
-        *("--trust-request-mm-kwargs", "--hf-overrides", json.dumps(SETTINGS)),
+        *(sys.executable, "-P", "-m", "winnow.cli", "serve", "--engine", "vllm", "--port", str(port)),
+        *("--model", checkpoint("llava"), "--name", "tiny", "--method", "fastervlm", "--keep", "16"),
+        *("--allow", "divprune", "--max-keep", "75%", "--max-pictures", "2", "--max-context", "1024", "--batch", "4"),
+        *("--dtype", "float32", "--", "--enforce-eager", "--block-size", "32", "--enable-prompt-tokens-details"),
     ]
     environment = {name: x for name, x in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    environment |= {"WINNOW_API_KEY": KEY}
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
     try:
         _wait_for(f"http://127.0.0.1:{port}/health", process, log)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120, max_retries=0)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, timeout=120, max_retries=0)
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            assert process.wait(30) == 0, log.read_text(errors="replace")[-3000:]
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # an engine outlives a server that does not end by itself
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
 
 
@@ -94,9 +95,9 @@ def test_requests_choose_and_usage_counts_what_was_kept(client: Any) -> None:
 
 def test_the_answer_is_that_of_the_library(client: Any) -> None:
     library = Library("llava")
-    for plan in ("fastervlm:keep=16", "divprune:keep=16"):
-        choice = ask(client, winnow={"plan": plan}).choices[0]
-        said, _ = library.answer(Case(f"@ {QUESTION}", (SHOWN,), plan))
+    for slug in ("fastervlm", "divprune"):
+        choice = ask(client, winnow={"plan": slug, "keep": 16}).choices[0]
+        said, _ = library.answer(Case(f"@ {QUESTION}", (SHOWN,), f"{slug}:keep=16"))
         assert choice.token_ids == said
 
 
@@ -107,6 +108,13 @@ def test_another_question_about_the_picture_reuses_it(client: Any) -> None:
     assert other.usage.prompt_tokens_details.cached_tokens == 32
     fewer = ask(client, "is a red dog left of the picture ?", winnow={"keep": 47})
     assert fewer.usage.prompt_tokens_details is None or not fewer.usage.prompt_tokens_details.cached_tokens
+
+
+def test_a_key_is_asked_for(client: Any) -> None:
+    import openai
+
+    with pytest.raises(openai.AuthenticationError):
+        ask(client.with_options(api_key="another-key"))
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,15 @@ def check_version() -> None:
     """Refuse a version of vLLM that the tests do not cover."""
     import vllm
 
-    release = ".".join(re.findall(r"\d+", vllm.__version__)[:2])
-    if release not in TESTED:
+    check_release(vllm.__version__)
+
+
+def check_release(version: str) -> None:
+    """The same for a version that somebody names."""
+    if ".".join(re.findall(r"\d+", version)[:2]) not in TESTED:
         raise UnsupportedError(
-            f"winnow was tested with vLLM {', '.join(TESTED)}, and this is {vllm.__version__}; it uses seams that vLLM "
-            "may change. Install a tested version."
+            f"winnow was tested with vLLM {', '.join(TESTED)}, and this is {version}; it uses seams that vLLM may "
+            "change. Install a tested version."
         )
 
 
