@@ -25,6 +25,11 @@ ON_NEWEST := tests/engine tests/models tests/contract tests/signals tests/core/t
 RUN      := $(BIN)/winnow run
 COMPARED := --method fastervlm:keep=32 --method divprune:keep=32 --method visionzip:keep=32 --method fastv:keep=32
 
+# The same for a video: a quarter of the 72 tokens of a clip.
+VIDEOS   := evs,vidcom2,fastvid,stc,holitom
+FILMED   := --method evs:keep=18 --method vidcom2:keep=18 --method fastvid:keep=18 --method dycoke:k=1,p=0 \
+            --method prunevid:alpha=0.5 --method holitom:keep=36,inner=18
+
 # What `measured`, `reference` and `card` share.
 EIGHT   := --method fastervlm,vtc-cls,hiprune,divprune,todre,visionzip,fastv,pyramiddrop
 MEASURE := $(BIN)/winnow bench --keep 64,32,13 --questions 2000 --processes 2 --threads 1
@@ -37,7 +42,7 @@ SEED    := 1
 LEARNED := covipal diffrate dyvte explainability-compression frames toc3d
 
 .DEFAULT_GOAL := help
-.PHONY: connectors help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean video test-studio venv-vllm test-vllm bench-stream bench-serve
+.PHONY: connectors help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean video test-studio venv-vllm test-vllm bench-stream bench-serve demo-video clips-table
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -78,6 +83,13 @@ demo: $(STAMP) ## Three scenes with and without compression; then a sweep of eig
 	$(RUN) world:3 "what color is the triangle?" $(COMPARED) --overlay out/demo-3.png
 	$(BIN)/winnow bench $(EIGHT) --store out/demo.sqlite --questions 400 --processes 2 --threads 1
 	$(BIN)/winnow report out/demo.sqlite --out out/report.html
+
+demo-video: $(STAMP) ## A drawn clip as a film, with and without compression, and as a stream; then methods of videos on clips
+	$(BIN)/winnow world clip out/clip.mp4 --seed 7
+	$(RUN) out/clip.mp4 "when does the diamond enter?" $(FILMED) --overlay out/video.png
+	$(RUN) out/clip.mp4 "when does the diamond enter?" --method vidcom2:keep=18 --overlay out/video.mp4
+	$(BIN)/winnow stream out/clip.mp4 --ask "5:is there a diamond?" --ask "when does the diamond enter?" --ask "is there a circle?"
+	$(BIN)/winnow bench --clips 16 --method $(VIDEOS) --keep 25% --questions 140 --store out/video.sqlite --processes 2 --threads 1
 
 test: $(STAMP) ## The fast suite (no network, no GPU), and its report for the system table
 	$(PYTEST) tests $(FAST) --system-report $(REPORT)
@@ -202,6 +214,9 @@ video: $(STAMP) ## Train the reference model of clips (an hour of one core), and
 
 images: $(STAMP) ## Draw the pictures of the documentation
 	$(RUN) world:54 "where is the motorcycle?" --method fastervlm:keep=32 --overlay docs/images/kept.png
+
+clips-table: $(STAMP) ## Measure every method of videos on the video reference model for docs/clips.md
+	OMP_NUM_THREADS=1 $(BIN)/python tools/clips.py measure
 
 clean: ## Remove the environment and everything generated
 	rm -rf $(VENV) $(NEWEST) $(VLLM) out build dist site .pytest_cache .mypy_cache .ruff_cache

@@ -61,6 +61,10 @@ def bench(
         int | None,
         typer.Option(help="Frames of clips to ask about instead of pictures; the model is then one of `train video`."),
     ] = None,
+    types: Annotated[
+        str | None,
+        typer.Option(help="Of questions about clips: presence,order,…", show_default="those the model has learned"),
+    ] = None,
     split: Split = "test",
     start: Start = 0,
     baselines: Annotated[
@@ -89,7 +93,7 @@ def bench(
         None if data is None else str(data), questions, split, start,
         several.listed(baselines, "--baselines random,uniform"), batch, seed, max_new_tokens, positions, device, dtype,
         trust_remote_code, threads=threads if threads is not None or processes == 1 else 1, resume=not fresh,
-        clips=clips,
+        clips=clips, types=None if types is None else several.listed(types, "--types presence,order"),
     )  # fmt: skip
     run = several.run_all(sweep, processes, progress=sys.stderr.isatty() and not as_json, say=warn)
     with Store(store) as results:

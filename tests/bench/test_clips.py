@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from winnow.bench.baselines import Seconds, choose, whole_frames
-from winnow.bench.clips import blind, clip_task, open_clip, shuffled, single_frame
+from winnow.bench.clips import blind, clip_task, learned_types, open_clip, shuffled, single_frame
 from winnow.bench.plans import jobs
+from winnow.bench.processes import Sweep
 from winnow.bench.requests import request
 from winnow.bench.runner import bench
 from winnow.bench.store import Store
@@ -52,6 +53,20 @@ def test_a_task_asks_all_types_and_can_be_opened_again(task):
     assert pixels.shape == (16, 84, 84, 3)
     with pytest.raises(WinnowError, match="at least 1"):
         clip_task(0)
+
+
+def test_a_sweep_asks_the_types_that_the_model_has_learned(tmp_path):
+    learned = learned_types()
+    assert learned == ("presence", "color", "order", "motion", "cause", "when", "needle")
+    assert learned_types(tmp_path) == TYPES
+    (tmp_path / "card.json").write_text('{"learned": ["order", "presence"]}')
+    assert learned_types(tmp_path) == ("presence", "order")
+    sweep = Sweep("", ("evs",), ("25%",), questions=7, clips=16)
+    assert {ask.type for ask in sweep.task(None).questions} == set(learned)
+    other = Sweep("", ("evs",), ("25%",), questions=2, clips=16, types=("cuts",))
+    assert {ask.type for ask in other.task(None).questions} == {"cuts"}
+    with pytest.raises(WinnowError, match="no questions of colour; allowed: presence"):
+        clip_task(7, types=("colour",))
 
 
 def test_what_is_shown_less(task):

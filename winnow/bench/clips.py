@@ -7,17 +7,33 @@ needs no clip (`blind`), no order (`shuffled`), or no time (`single-frame`).
 from __future__ import annotations
 
 import functools
+import json
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from winnow.bench.tasks import Ask, Task, identity
 from winnow.core.errors import WinnowError
+from winnow.reference import video
 from winnow.world.clips import TYPES, VERSION, Clip, ClipQuestion, Sight, clip, stretches
 
 CLIPS_FOR_EACH = 60  # drawn at most for one question of a type
 FRAMES, SIDE = 16, 84  # of what the video reference model was trained on
+
+
+def learned_types(folder: str | Path | None = None) -> tuple[str, ...]:
+    """The types of questions that a model has learned, by the card in its folder; all types where it has none.
+
+    Args:
+        folder: of the model; None: the shipped one.
+    """
+    card = (video.path() if folder is None else Path(folder)) / "card.json"
+    if not card.is_file():
+        return TYPES
+    learned = json.loads(card.read_text(encoding="utf-8"))["learned"]
+    return tuple(kind for kind in TYPES if kind in learned)
 
 
 def clip_task(
@@ -30,6 +46,9 @@ def clip_task(
     types: Sequence[str] = TYPES,
 ) -> Task:
     """`count` questions about clips, as equally many of each type as can be, from consecutive clips."""
+    wrong = [kind for kind in types if kind not in TYPES]
+    if wrong:
+        raise WinnowError(f"Clips ask no questions of {', '.join(wrong)}; allowed: {', '.join(TYPES)}.")
     if count < 1:
         raise WinnowError(f"questions={count}; ask at least 1.")
     left = {kind: count // len(types) + (i < count % len(types)) for i, kind in enumerate(types)}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from winnow.bench.baselines import BASELINES, OF_CLIPS
-from winnow.bench.clips import clip_task
+from winnow.bench.clips import clip_task, learned_types
 from winnow.bench.environment import code_hash
 from winnow.bench.plans import FULL_JOB
 from winnow.bench.runner import CHECKED, NEW_TOKENS, bench, refuse_mismatches
@@ -33,6 +33,7 @@ class Sweep:
         data: the user's file; None means winnow's own world, with the given split, start and size.
         clips: frames of clips to ask about, instead of pictures; the model is then the video reference model, or a
             folder of one.
+        types: of the questions about clips; None: those that the model has learned, by its card.
         threads: of each process; None leaves torch's choice.
         code: hash of the code that the first process runs; the others must run the same.
     """
@@ -55,6 +56,7 @@ class Sweep:
     trust_remote_code: bool = False
     checked: int = CHECKED
     clips: int | None = None
+    types: tuple[str, ...] | None = None
     threads: int | None = None
     resume: bool = True
     shard: tuple[int, int] = (0, 1)
@@ -64,7 +66,8 @@ class Sweep:
         if self.clips is not None:
             if self.data is not None:
                 raise WinnowError("--clips asks about winnow's own clips; leave --data out.")
-            return clip_task(self.questions or 400, frames=self.clips, split=self.split, seed=self.start)
+            types = learned_types(self.model) if self.types is None else self.types
+            return clip_task(self.questions or 400, frames=self.clips, split=self.split, seed=self.start, types=types)
         if self.data is not None:
             return data_task(self.data, self.questions)
         side = getattr(getattr(model.config, "vision_config", None), "image_size", 224)
