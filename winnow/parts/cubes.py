@@ -70,8 +70,8 @@ def summed_in_cubes(x: Float[Tensor, "b t q d"], cube: Int[Tensor, "b t"], cubes
 
 def sincos(at: Float[Tensor, "*lanes 3"], width: int) -> Float[Tensor, "*lanes d"]:
     """Sines and cosines of frame, row and column: a quarter of the channels, and three eighths for each side."""
-    sizes = (2 * (width // 8), 2 * (3 * width // 16))
-    sizes = (*sizes, width - sum(sizes))
+    frame, row = 2 * (width // 8), 2 * (3 * width // 16)
+    sizes = (frame, row, width - frame - row)
     return torch.cat([sinusoid(at[..., axis], size) for axis, size in enumerate(sizes)], -1)
 
 
