@@ -39,11 +39,16 @@ GRID = (FRAMES // FPS, (SIDE // (PATCH * MERGE)) ** 2)  # seconds, and tokens of
 
 
 class Asked(NamedTuple):
-    """A question about a clip."""
+    """A question about a clip.
+
+    Attributes:
+        seconds: of the clip, in which its evidence lies; none where the answer is that there is none.
+    """
 
     type: str
     text: str
     answer: str
+    seconds: Sequence[int] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +91,7 @@ class Frozen:
     def record(self, seen: Clip, questions: Iterable[ClipQuestion] | None = None) -> Record:
         """The tokens of a clip in half precision, and its questions (default: all) as JSON in bytes."""
         tokens = tower_tokens(self.model, patches(torch.from_numpy(seen.pixels)[None])[0]).flatten(0, 1)
-        asked = [(q.type, q.text, q.answer) for q in (seen.questions if questions is None else questions)]
+        asked = [asked_of(q) for q in (seen.questions if questions is None else questions)]
         said = torch.frombuffer(bytearray(json.dumps(asked), "utf-8"), dtype=torch.uint8)
         return {"tokens": tokens.half(), "asked": said}
 
@@ -133,6 +138,11 @@ def rows_of(records: Sequence[Record], asks: bool, each: int | None = None, seed
             asked = rng.sample(asked, each)
         rows += [Row(tokens, (one,)) for one in asked] if asks else [Row(tokens, tuple(asked))]
     return [row for row in rows if row.asked]
+
+
+def asked_of(question: ClipQuestion) -> Asked:
+    seconds = sorted({frame // FPS for frame, _ in question.evidence})
+    return Asked(question.type, question.text, question.answer, seconds)
 
 
 def questions_of(record: Record) -> list[Asked]:
