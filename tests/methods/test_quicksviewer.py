@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from winnow.bench.intervals import paired
 from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
@@ -22,7 +21,7 @@ from winnow.parts.condensed import parts_naive
 from winnow.parts.cubes import CubeModule, hardened, number_of_cubes, starts_of, thumbnail_of
 from winnow.parts.learned import untrained
 
-from . import learned_clips
+from . import connectors
 from .stubs import tokens
 
 H, W, D = 3, 4, 16
@@ -237,5 +236,6 @@ def test_settings_and_weights_are_checked():
 @pytest.mark.system("quicksviewer", "directional")
 @pytest.mark.xdist_group("clips")
 def test_trained_it_answers_more_about_clips_than_untrained():
-    trained, fresh = (learned_clips.right("quicksviewer", frames=2, weights=weights) for weights in (None, "untrained"))
-    assert paired(fresh, trained).low > 0
+    found = connectors.of_method("quicksviewer")
+    assert found.tokens == 17
+    assert found.over_untrained.low > 0

@@ -49,7 +49,7 @@ def test_ties_go_to_the_lowest_index(slug):
 
 
 # How many tokens are left depends on the data: one read for each step.
-READS_THE_DEVICE = {"dyvte", "pixelprune", "prunevid"}
+READS_THE_DEVICE = {"b-vllm", "dyvte", "pixelprune", "prunevid"}
 
 
 @pytest.mark.gpu
