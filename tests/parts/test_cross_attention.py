@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from winnow.core.layout import Layout
 from winnow.core.view import View
-from winnow.parts.cross_attention import Beside, GatedHeads, GatedStates, attend, attend_naive, kept_beside
+from winnow.parts.cross_attention import Beside, GatedHeads, GatedStates, attend, attend_naive, kept_beside, placed
 from winnow.parts.learned import untrained
+from winnow.parts.sinusoid import sinusoid_naive
 
 H, G, D, W = 4, 2, 6, 12
 
@@ -74,3 +78,12 @@ def test_keys_alone_know_where_tokens_stand():
     (k, v), (placed, same) = beside(x), beside(x, torch.ones(1, 4, W))
     assert torch.equal(v, same)
     assert (k - placed).abs().max() > 1e-2
+
+
+def test_places_are_frame_row_and_column_each_in_a_third_of_the_channels():
+    view = View.of(torch.zeros(1, 12, 14), layout=Layout.grid(2, 2, 3))
+    view = replace(view, tokens=view.tokens[:, :2], ids=torch.tensor([[6, 11]]))
+    made = placed(view)[0]
+    for row, spot in enumerate([(1, 1, 0), (2, 1, 1)]):
+        want = [number for at in spot for number in sinusoid_naive(at, 4)]
+        assert made[row].tolist() == pytest.approx([*want, 0.0, 0.0], abs=1e-6)

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import winnow.contract as wn
-from winnow.parts.cross_attention import GatedStates, along, gated, joined, kept_beside
+from winnow.parts.cross_attention import GatedStates, gated, joined, kept_beside, placed
 from winnow.parts.frames import frame_grid, frame_sides, frame_slots
 from winnow.parts.learned import UNTRAINED
 from winnow.parts.windows_of_frames import squares
@@ -83,8 +83,7 @@ class CrossLMM(wn.Method):
         """Pooled tokens, and beside them keys and values of all, frame by frame."""
         order = frame_slots(view, self.slug)[1].argsort(1)[..., None]
         x = view.tokens.gather(1, order.expand_as(view.tokens))
-        place = torch.tensor(view.layout.place[view.layout.content][:, 1:], device=x.device)[view.ids]
-        place = along(place.gather(1, order.expand_as(place)), x.shape[-1])
+        place = placed(view).gather(1, order.expand_as(view.tokens))
         readers = {name: own for name, own in (view.module or {}).items() if name.startswith(self.kinds())}
         pooled = self.reduce(view)
         entered = torch.ones(view.b, pooled.m, dtype=torch.bool, device=x.device)

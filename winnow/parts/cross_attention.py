@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -69,10 +69,11 @@ class Beside(nn.Module):
         return k, v
 
 
-def along(place: Int[Tensor, "*lanes a"], width: int) -> Float[Tensor, "*lanes w"]:
-    """Places along several axes, each axis in an equal part of the channels; zeros fill them up."""
-    axes = place.shape[-1]
-    made = sinusoid(place, width // axes).flatten(-2)
+def placed(view: View) -> Float[Tensor, "b r w"]:
+    """The frame, row and column of each token of a view as sines and cosines, each in a third of the channels."""
+    layout, width = view.layout, view.tokens.shape[-1]
+    place = torch.tensor(layout.place[layout.content][:, 1:], device=view.ids.device)[view.ids]
+    made = sinusoid(place, width // 3).flatten(-2)
     return nn.functional.pad(made, (0, width - made.shape[-1]))
 
 

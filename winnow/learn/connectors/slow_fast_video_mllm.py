@@ -11,8 +11,8 @@ from winnow.learn.connectors.beside import as_the_layer
 class Recipe(recipe.Recipe):
     slug = "slow-fast-video-mllm"
     settings: ClassVar = {"stride": 4, "least": 1}
-    clips = 900
-    rate = 2e-3
+    clips, steps = 900, 450
+    rate = 5e-3
 
     def start(self, module: Any) -> None:
         layers = self.frozen.model.model.language_model.layers
