@@ -39,13 +39,14 @@ class Sequences(RuleBasedStateMachine):
         self.outputs = {Plan(()): self.plain}
 
     def teardown(self):
-        if hasattr(self, "pools"):
-            for pool in self.pools:
-                pool.shutdown()
-            if self.handle is not None:
-                self.handle.detach()
-            assert differences(self.before, snapshot(self.model)) == []
-            assert same(generate(self.model, self.inputs, steps=STEPS), self.plain)
+        for pool in getattr(self, "pools", ()):
+            pool.shutdown()
+        if not hasattr(self, "outputs"):  # the start has failed: what it says is not to be hidden by another error
+            return
+        if self.handle is not None:
+            self.handle.detach()
+        assert differences(self.before, snapshot(self.model)) == []
+        assert same(generate(self.model, self.inputs, steps=STEPS), self.plain)
 
     def within(self, who, work):
         return self.pools[who].submit(work).result(60)
