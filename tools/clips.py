@@ -140,7 +140,8 @@ def tables(figures: dict[str, Any]) -> str:
     """The tables of the page."""
     rows = figures["rows"]
     baselines = [row for row in rows if row["plan"].startswith("baseline:")]
-    shows = [row for row in baselines if not row["budget"]]
+    order = ("full", "shuffled", "single-frame", "blind")
+    shows = sorted((row for row in baselines if not row["budget"]), key=lambda row: order.index(row["name"]))
     chosen = [row for row in baselines if row["budget"]]
     methods = [row for row in rows if not row["plan"].startswith("baseline:")]
     parts = [
@@ -192,9 +193,9 @@ def _gap(found: Sequence[float] | None) -> str:
     """A paired difference in percentage points; in bold where its interval leaves out 0."""
     if found is None:
         return ""
-    value, low, high = (100 * x for x in found)
-    text = f"{value:+.0f} [{low:+.0f}, {high:+.0f}]"
-    return text if low <= 0 <= high else f"**{text}**"
+    value, low, high = (f"{number:+d}" if number else "0" for number in (round(100 * x) for x in found))
+    text = f"{value} [{low}, {high}]"
+    return text if found[1] <= 0 <= found[2] else f"**{text}**"
 
 
 def _number(value: float | None) -> str:
