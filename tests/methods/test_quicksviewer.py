@@ -45,7 +45,7 @@ def learned(view, made=None, **settings) -> Emit:
 
 
 def free(view, **settings) -> Reduction:
-    return Quicksviewer(**{"score": "diff-norm", "tokens": "mean", "queries": 3, **settings}).read(view)
+    return Quicksviewer(**{"borders": "diff-norm", "tokens": "mean", "queries": 3, **settings}).read(view)
 
 
 def begins_of(found: Reduction, lane=0) -> list[int]:
@@ -70,11 +70,11 @@ def cubes_of(found: Reduction, queries: int) -> list[list[int]]:
 
 @pytest.mark.system("quicksviewer", "exact")
 @given(st.integers(1, 14), st.integers(1, 6), st.integers(0, 99), st.sampled_from(["learned", "diff-norm", "even"]))
-def test_cubes_share_out_the_video_without_gap_or_overlap(t, frames, seed, score):
+def test_cubes_share_out_the_video_without_gap_or_overlap(t, frames, seed, borders):
     view = View.of(tokens(seed, t * P, D), layout=Layout.grid(H, W, t))
     for found in (
-        learned(view, frames=frames, score=score).provenance,
-        Quicksviewer(frames=frames, score=score, tokens="mean", queries=3).read(replace(view, module=module())),
+        learned(view, frames=frames, borders=borders).provenance,
+        Quicksviewer(frames=frames, borders=borders, tokens="mean", queries=3).read(replace(view, module=module())),
     ):
         assert found.m == 3 * number_of_cubes(t, frames) + (t > 1)
         share_out(cubes_of(found, 3), t, frames)
@@ -106,7 +106,7 @@ def test_the_size_of_the_change_finds_all_cuts():
 
 
 @pytest.mark.parametrize(
-    "stub", [lambda view: begins_of(free(view, frames=4, score="even")), lambda view: [0, 1, 2, 3]]
+    "stub", [lambda view: begins_of(free(view, frames=4, borders="even")), lambda view: [0, 1, 2, 3]]
 )
 def test_cuts_tell_a_stub(stub):
     with pytest.raises(AssertionError):
@@ -122,7 +122,7 @@ def test_more_cuts_are_borders_than_in_cubes_of_equal_length():
         cuts = (1 + torch.randperm(15, generator=generator)[:3]).sort().values.tolist()
         view = scenes(cuts, 16, seed=seed, noise=0.3)
         hits += len({*cuts} & {*begins_of(free(view, frames=4))})
-        even += len({*cuts} & {*begins_of(free(view, frames=4, score="even"))})
+        even += len({*cuts} & {*begins_of(free(view, frames=4, borders="even"))})
     assert hits == 120
     assert even <= 40
 
@@ -142,7 +142,7 @@ def test_free_of_training_tokens_are_means_over_parts_of_each_cube():
     view = scenes((3, 7, 8), 16)
     found = free(view, frames=4)
     torch.testing.assert_close(found.apply(view.tokens)[0], means(view, 16, [0, 3, 7, 8]))
-    other = free(view, frames=4, score="even").apply(view.tokens)[0]
+    other = free(view, frames=4, borders="even").apply(view.tokens)[0]
     assert not torch.allclose(other, means(view, 16, [0, 3, 7, 8]), atol=0.1)
 
 
@@ -224,11 +224,11 @@ def test_videos_of_which_tokens_are_gone_are_refused_and_pictures_are_not():
 
 
 def test_settings_and_weights_are_checked():
-    for bad in ({"frames": 0}, {"queries": 0}, {"score": "random"}, {"tokens": "max"}, {"pool": 0}):
+    for bad in ({"frames": 0}, {"queries": 0}, {"borders": "random"}, {"tokens": "max"}, {"pool": 0}):
         with pytest.raises(WinnowError):
             Quicksviewer(**bad)
-    assert Quicksviewer(score="diff-norm", tokens="mean").build(ModelInfo(width=D)) is None
-    assert Quicksviewer(score="even").build(ModelInfo(width=D)).reader.queries.shape == (64, D)
+    assert Quicksviewer(borders="diff-norm", tokens="mean").build(ModelInfo(width=D)) is None
+    assert Quicksviewer(borders="even").build(ModelInfo(width=D)).reader.queries.shape == (64, D)
     with pytest.raises(WinnowError, match="trained for another model"):
         Quicksviewer().build(ModelInfo(width=D, fingerprint=lambda: "another"))
 

@@ -6,7 +6,7 @@ The change from each frame to the next is smoothed over time; a small net turns 
 and the best frames do, so many that a cube has `frames` frames in the mean. Learned queries read all tokens of a cube
 by one cross-attention, whose keys have the sines of frame, row and column. Before them stands a thumbnail: the mean of
 the frames that begin cubes, `pool` neighbours to a token. In training the scores get their gradient through it alone.
-Free of training is `score=diff-norm,tokens=mean`: borders by the size of the change, and means over parts of the
+Free of training is `borders=diff-norm,tokens=mean`: borders by the size of the change, and means over parts of the
 picture in each cube. A picture is one cube without a thumbnail. Tokens take places of the frame their cube begins with.
 Departs from the paper: what is read are tokens behind the projector of a model that stays frozen, not features of its
 tower, and their places tell the language model when a cube begins, so that no times are written. Where frames have few
@@ -15,7 +15,7 @@ Departs from the released code: one frame is a picture; the code fails. Its posi
 (`positions=compact`).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -46,7 +46,7 @@ class Quicksviewer(wn.Method):
         frames: of a cube, in the mean.
         queries: tokens of a cube; trained ones are as many as they were trained with.
         pool: neighbours that are one token of the thumbnail.
-        score: of beginning a cube: learned, the size of the change, or `even`, of cubes of equal length.
+        borders: where cubes begin: learned, by the size of the change, or `even`, cubes of equal length.
         tokens: of a cube: learned, or means over parts of the picture.
         weights: a file that `winnow train quicksviewer` wrote, or `untrained`; default: those for the video model.
     """
@@ -54,7 +54,7 @@ class Quicksviewer(wn.Method):
     frames: Annotated[int, wn.Between(1)] = 5
     queries: Annotated[int, wn.Between(1)] = 64
     pool: Annotated[int, wn.Between(1)] = 9
-    score: Literal["learned", "diff-norm", "even"] = "learned"
+    borders: Literal["learned", "diff-norm", "even"] = "learned"
     tokens: Literal["learned", "mean"] = "learned"
     weights: str | None = None
 
@@ -63,7 +63,7 @@ class Quicksviewer(wn.Method):
     released = {"positions": "compact"}
 
     def build(self, info: wn.ModelInfo):
-        if "learned" not in (self.score, self.tokens):
+        if "learned" not in (self.borders, self.tokens):
             return None
 
         def make(queries: int = self.queries) -> CubeModule:
@@ -100,10 +100,10 @@ class Quicksviewer(wn.Method):
         found = map_of(weights, begins, broken, pooled, starts, order)
         return wn.Emit(made.to(view.tokens.dtype), provenance=found)
 
-    def begins(self, x: Float[Tensor, "1 t p d"], module: CubeModule | None, cubes: int) -> Float[Tensor, "1 t"]:
+    def begins(self, x: Float[Tensor, "1 t p d"], module: Any, cubes: int) -> Float[Tensor, "1 t"]:
         """1 for each frame that begins a cube."""
         t = x.shape[1]
-        if self.score == "even" or t == 1:
+        if self.borders == "even" or t == 1:
             return x.new_zeros(1, t).index_fill(1, torch.arange(cubes, device=x.device) * t // cubes, 1)
-        score = momentum(x).norm(dim=-1).mean(2) if self.score == "diff-norm" else in_fp32(module.cubing, x.mean(2))
+        score = momentum(x).norm(dim=-1).mean(2) if self.borders == "diff-norm" else in_fp32(module.cubing, x.mean(2))
         return hardened(wn.comparable(score), cubes - 1)

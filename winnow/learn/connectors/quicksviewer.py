@@ -42,10 +42,11 @@ class Recipe(recipe.Recipe):
         rows = [row for i in batch for row in rows_of([self.records[i]], asks=False, each=1, seed=i)]
         loss = torch.zeros(())
         for own, view in self.frozen.views(rows, self.step, module):
-            free = Quicksviewer(**{**self.settings, "score": "diff-norm", "tokens": "mean"})
+            free = Quicksviewer(**{**self.settings, "borders": "diff-norm", "tokens": "mean"})
             x = view.tokens.unflatten(1, GRID)
             begins = torch.cat([free.begins(one, None, number_of_cubes(GRID[0], free.frames)) for one in x.split(1)])
-            wanted = free.read(view).apply(view.tokens)
+            means: Any = free.read(view)
+            wanted = means.apply(view.tokens)
             error = (self._read(module, view, begins).tokens - wanted).square().mean()
             loss = loss + error / wanted.var() * len(own) / len(rows)
         return loss
