@@ -32,7 +32,7 @@ FILMED   := --method evs:keep=18 --method vidcom2:keep=18 --method fastvid:keep=
 
 # What `measured`, `reference` and `card` share.
 EIGHT   := --method fastervlm,vtc-cls,hiprune,divprune,todre,visionzip,fastv,pyramiddrop
-MEASURE := $(BIN)/winnow bench --keep 64,32,13 --questions 2000 --processes 2 --threads 1
+MEASURE := $(BIN)/winnow bench --keep 128,64,32,13 --questions 1000 --processes 2 --threads 1
 TRAIN   := $(BIN)/winnow train reference --preset small --processes 2 --resume
 SMALL   := winnow/reference/small
 RECALL  := winnow/reference/recall
