@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 
 from winnow.bench.phases import answer
-from winnow.cli_clips import FOREIGN, Known, check_words, drawn_video, inputs_of, is_clip
+from winnow.cli_clips import FOREIGN, Known, drawn_video, inputs_of, is_clip
 from winnow.core.errors import WinnowError
 from winnow.core.plan import Plan
 from winnow.core.registry import method_class
 from winnow.engine.compress import compress
 from winnow.media import MediaError, open_image
 from winnow.overlay import Box, covered, overlay, panel_size, shown_box
+from winnow.reference.clip_inputs import check_words
 from winnow.reference.doubts import doubts
 from winnow.video import Sampling, Video, container_of, open_video
 from winnow.video.overlay import MOVING, contact_sheet, film, save_film

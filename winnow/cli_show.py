@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+from winnow.core.shown import number
+
 PHASE_NAMES = {
     "encoder": "vision encoder",
     "projector": "projector",
@@ -35,16 +36,6 @@ def listing(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console().print(table)
-
-
-def number(value: float | None, unit: str = "") -> str:
-    """Three significant digits with a decimal prefix: 12.3 GFLOP."""
-    if value is None:
-        return "–"
-    scale, prefix = next(((s, p) for s, p in UNITS if abs(value) >= s), (1, ""))
-    shown = value / scale
-    digits = 0 if prefix == "" and float(value).is_integer() else max(0, 2 - len(str(int(abs(shown)))) + 1)
-    return f"{shown:.{digits}f} {prefix}{unit}".strip()
 
 
 def comparison(result: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from winnow.cli_show import number
+from winnow.core.shown import number
 from winnow.watch.questions import Typed
 from winnow.watch.record import Answer, Record
 
