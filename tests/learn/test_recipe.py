@@ -16,7 +16,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from tests.learn.workers_of_tests import two_steps
 from winnow import reference, world
 from winnow.core.errors import WinnowError
-from winnow.learn import evaluate, tower
+from winnow.learn import checkpoint, evaluate, tower
 from winnow.learn.checkpoint import read_checkpoint
 from winnow.learn.language import Keep, Mix
 from winnow.learn.progress import Log, draw_curves, read
@@ -168,7 +168,7 @@ def test_a_run_is_not_started_over_another(tmp_path, monkeypatch):
 
 
 def test_processes_are_for_cpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "device_of", lambda _: None)  # as on a machine with a GPU
+    monkeypatch.setattr(checkpoint, "device_of", lambda _: None)  # as on a machine with a GPU
     with pytest.raises(WinnowError, match="processes=1"):
         recipe.train("micro", tmp_path, device="cuda", processes=2)
 

@@ -1,4 +1,4 @@
-"""One server process for all tests of this folder; after each of them, the next good request must be answered right."""
+"""One server process for all tests of this folder. It answers after each of them; after those of a file, a question."""
 
 from __future__ import annotations
 
@@ -30,11 +30,17 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         assert list(folder.iterdir()) == []  # a server writes no file
 
 
-@pytest.fixture
-def server(shared_server: Server) -> Iterator[Server]:
-    yield shared_server
+@pytest.fixture(scope="module")
+def answering(shared_server: Server) -> Iterator[None]:
+    yield
     answer = shared_server.ask(MOTORCYCLE, drawn(54).image)
     assert (answer.status, answer.text) == (200, "yes")
+
+
+@pytest.fixture
+def server(shared_server: Server, answering: None) -> Iterator[Server]:
+    yield shared_server
+    assert shared_server.send("GET", "/v1/models").status == 200
 
 
 @pytest.fixture(scope="session")
