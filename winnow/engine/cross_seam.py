@@ -91,7 +91,7 @@ class Seam:
         expected = None if adding is None else adding.expected.pop(self.index, None)
         if expected is None or self.checked:
             return
-        near = {"rtol": 1e-2, "atol": 1e-3, "equal_nan": True}
+        near: dict[str, Any] = {"rtol": 1e-2, "atol": 1e-3, "equal_nan": True}
         if expected.shape != args[0].shape or not torch.allclose(args[0].to(expected), expected, **near):
             raise UnsupportedError(
                 f"layer {self.index} does not add what its attention gives to its states as it is, so nothing can be "

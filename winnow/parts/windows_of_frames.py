@@ -57,7 +57,10 @@ def kept(side: int) -> list[Window]:
 
 def pooled(frames: Sequence[Window], rows: Sequence[Window], columns: Sequence[Window], h: int, w: int) -> Pooled:
     """The map of windows along the three axes of frames of h × w tokens."""
-    source, target, weight, anchor = [], [], [], []
+    source: list[int] = []
+    target: list[int] = []
+    weight: list[float] = []
+    anchor: list[int] = []
     for t in frames:
         for r in rows:
             for c in columns:
