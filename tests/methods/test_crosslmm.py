@@ -23,6 +23,9 @@ from winnow.core.view import View
 from winnow.methods.crosslmm import CrossLMM
 from winnow.testing import Picture
 
+from . import connectors
+from .beside import answered
+from .directional import gap
 from .stubs import STUBS, tokens
 
 WIDTH, T, H, W = 12, 4, 5, 6
@@ -192,3 +195,20 @@ def test_settings_that_no_model_has_are_refused():
         CrossLMM(grid=0)
     with pytest.raises(WinnowError, match="trained for another model"):
         winnow.compress(zoo.model("qwen2_5_vl"), "crosslmm")
+
+
+@pytest.mark.system("crosslmm", "directional")
+@pytest.mark.xdist_group("connectors")
+def test_trained_it_answers_more_than_pooled_frames_alone_and_than_fewer_frames():
+    """Untrained, its gates are shut, and it is the pooled model."""
+    found = connectors.of_method("crosslmm")
+    assert found.over_untrained.low > 0
+    assert found.over_frames.low > 0
+
+
+@pytest.mark.system("crosslmm", "directional")
+@pytest.mark.xdist_group("connectors")
+def test_what_is_read_is_the_clip():
+    """Beside the tokens of another clip fewer questions are answered."""
+    other = answered("crosslmm", lambda output: replace(output, memory=output.memory[1:] + output.memory[:1]))
+    assert gap(answered("crosslmm"), other).low > 0

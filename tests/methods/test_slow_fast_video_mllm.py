@@ -22,6 +22,9 @@ from winnow.core.step import State
 from winnow.core.view import View
 from winnow.methods.slow_fast_video_mllm import SlowFast
 
+from . import connectors
+from .beside import answered
+from .directional import gap
 from .stubs import STUBS, tokens
 
 WIDTH, HEADS, GROUPS, DIM, P = 12, 4, 2, 6, 5
@@ -193,3 +196,19 @@ def test_settings_that_no_model_has_are_refused():
         SlowFast(stride=0)
     with pytest.raises(WinnowError, match="trained for another model"):
         winnow.compress(zoo.model("qwen2_5_vl"), "slow-fast-video-mllm")
+
+
+@pytest.mark.system("slow-fast-video-mllm", "directional")
+@pytest.mark.xdist_group("connectors")
+def test_trained_it_answers_more_than_on_fast_tokens_alone():
+    """Untrained, its gates are shut, and it is the model on fast tokens."""
+    assert connectors.of_method("slow-fast-video-mllm").over_untrained.low > 0
+
+
+@pytest.mark.system("slow-fast-video-mllm", "directional")
+@pytest.mark.xdist_group("connectors")
+def test_what_text_reads_is_the_clip():
+    """Beside the slow tokens of another clip fewer questions are answered."""
+    slug = "slow-fast-video-mllm"
+    other = answered(slug, lambda output: replace(output, memory=output.memory[1:] + output.memory[:1]))
+    assert gap(answered(slug), other).low > 0
