@@ -88,7 +88,7 @@ class MQT(Method):
         place = view.layout.place[view.layout.content]
         table = view.module.key_positions(place[:, 2].max() + 1, place[:, 3].max() + 1)
         tokens, _ = view.module(view[TowerFeatures()], table[view.ids], self.m)
-        return Emit(tokens, latents(self.m)), state
+        return Emit(tokens, layout=latents(self.m)), state
 
 
 def latents(m: int) -> Layout:

@@ -107,11 +107,20 @@ class Follow(Action):
 
 @dataclass(frozen=True)
 class Emit(Action):
-    """New tokens that are not linear in the old: `[b, M, D]`, their layout, and provenance where there is one."""
+    """New tokens that are not linear in the old.
+
+    Args:
+        tokens: `[b, M, D]`.
+        provenance: from which of the old tokens each one is (attention of queries over the tokens, say), and whose
+            place and position it takes. Records, overlays, states and signals go by it.
+        layout: of tokens that take no places of old ones; then there need be no provenance.
+        separators: as for `Reduce`.
+    """
 
     tokens: Tensor
-    layout: Layout
     provenance: Reduction | None = None
+    layout: Layout | None = None
+    separators: str = "keep"
 
 
 @dataclass(frozen=True)

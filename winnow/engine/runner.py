@@ -15,10 +15,12 @@ from torch import Tensor
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal
-from winnow.core.step import Observe, Reduce, State, Step
+from winnow.core.step import Action, Emit, Observe, Reduce, State, Step
 from winnow.core.view import View
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.item_tokens import ItemTokens
+
+EMITS = ("projected", "layers")  # where tokens can be emitted: rows there are as wide as the LM
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +88,7 @@ class StepRunner:
                 item.states[number] = state
             if isinstance(action, Observe):
                 continue
-            reduce = _checked(action, view, step, method.slug)
-            changes += self._changes(group, view, reduce, step, method.slug)
+            changes += self._changes(group, view, action, step, method.slug)
         return changes
 
     def _gradients(self) -> AbstractContextManager[Any]:
@@ -106,10 +107,11 @@ class StepRunner:
             n_lm=first.n_lm,
         )
 
-    def _changes(self, group: list[ItemTokens], view: View, action: Reduce, step: Step, slug: str) -> list[Change]:
+    def _changes(self, group: list[ItemTokens], view: View, action: Action, step: Step, slug: str) -> list[Change]:
+        made, action = _emitted(action, view, step, slug)
         reduction = action.reduction
-        in_order = reduction.is_selection and reduction.ordered
-        made = None if in_order else reduction.apply(view.tokens)
+        if made is None and not (reduction.is_selection and reduction.ordered):
+            made = reduction.apply(view.tokens)
         changes = []
         for lane, item in enumerate(group):
             own = reduction.lane(lane)
@@ -167,8 +169,30 @@ def _signal(item: ItemTokens, signal: Any) -> Tensor:
     return item.signals[signal]
 
 
+def _emitted(action: Action, view: View, step: Step, slug: str) -> tuple[Tensor | None, Reduce]:
+    """New rows, where a step emits them, and the reduction that says whose places they take."""
+    if not isinstance(action, Emit):
+        return None, _checked(action, view, step, slug)
+    if step.at.name not in EMITS:
+        raise UnsupportedError(
+            f"{slug} emits new tokens at {step.at}, which the engine does not do yet; it does at {' and '.join(EMITS)}."
+        )
+    if action.provenance is None or action.layout is not None:
+        raise UnsupportedError(
+            f"{slug} emits tokens with a layout of their own, which the engine does not do yet; give a provenance, "
+            "whose representatives say which places they take, and no layout."
+        )
+    reduce = _checked(Reduce(action.provenance, action.separators), view, step, slug)
+    wanted = (view.b, action.provenance.m, view.tokens.shape[-1])
+    if action.tokens.shape != wanted:
+        raise WinnowError(
+            f"{slug} emitted tokens of shape {tuple(action.tokens.shape)}; its provenance and its view say {wanted}."
+        )
+    return action.tokens, reduce
+
+
 def _checked(action: Any, view: View, step: Step, slug: str) -> Reduce:
-    """The engine does Reduce; a reduction must fit its view. That indices are in range is tested for each method."""
+    """A reduction must fit its view. That indices are in range is tested for each method."""
     if not isinstance(action, Reduce):
         raise UnsupportedError(
             f"{slug} asks for {type(action).__name__} at {step.at}, which the engine does not do yet."

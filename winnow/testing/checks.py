@@ -22,7 +22,7 @@ from winnow.core.view import View
 from winnow.testing.cache_checks import CACHE_CHECKS
 from winnow.testing.largest import Largest
 from winnow.testing.pictures import PICTURES, WITH_CLS, WITHOUT_CLS, Picture
-from winnow.testing.subject import Act, Subject, expect, run
+from winnow.testing.subject import Act, Subject, emitted, expect, run
 
 
 def check_registration(subject: Subject) -> None:
@@ -178,6 +178,16 @@ def check_batch(subject: Subject) -> None:
                 expect(kept_all, f"{subject.kind.slug} at {step.at}: item {i} changes in a batch only")
             elif lane is not None:
                 _same(lane, alone.lane(0), f"{subject.kind.slug} at {step.at}: item {i} of a batch and alone")
+                _same_tokens(step, view, i)
+
+
+def _same_tokens(step: Step, view: View, i: int) -> None:
+    """New tokens of an item do not stand on what else is in the batch; products of another size round otherwise."""
+    together = emitted(step, view)
+    alone = emitted(step, _mapped(view, partial(torch.narrow, dim=0, start=i, length=1), ids=True))
+    if together is not None and alone is not None:
+        off = (together[i, : alone.shape[1]] - alone[0]).abs().max()
+        expect(float(off) <= 1e-4 * (1 + float(alone.abs().max())), f"new tokens at {step.at}: item {i} is {off} off")
 
 
 def check_identity(subject: Subject) -> None:
@@ -185,6 +195,7 @@ def check_identity(subject: Subject) -> None:
     if subject.kind.identity is None:
         return
     for step, view in _views(subject, **subject.kind.identity):
+        expect(emitted(step, view) is None, f"{subject.kind.slug} at {step.at}: new tokens at its identity settings")
         found = run(step, view)
         if found is not None:
             everything = torch.arange(view.n).expand(view.b, -1)

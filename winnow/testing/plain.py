@@ -15,7 +15,7 @@ from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.reduction import Reduction
 from winnow.core.signal import Signal
-from winnow.core.step import Observe, Reduce, State, Step
+from winnow.core.step import Emit, Observe, Reduce, State, Step
 from winnow.core.view import View
 from winnow.testing.pictures import WITH_CLS
 
@@ -91,12 +91,18 @@ def run_step(
     action, after = acts.act(view, state or State())
     if isinstance(action, Observe):
         return StepResult(list(view.ids), list(tokens), after, None, view.notes)
-    if not isinstance(action, Reduce):
-        raise WinnowError(f"run_step knows Reduce and Observe; {method.slug} asks for {type(action).__name__}.")
-    made, lanes = action.reduction.apply(tokens), [action.reduction.lane(i) for i in range(view.b)]
+    match action:
+        case Reduce(reduction=reduction):
+            made = reduction.apply(tokens)
+        case Emit(tokens=made, provenance=Reduction() as reduction):
+            pass
+        case _:
+            asked = f"{method.slug} asks for {type(action).__name__}"
+            raise WinnowError(f"run_step knows Reduce, Observe, and Emit with a provenance; {asked}.")
+    lanes = [reduction.lane(i) for i in range(view.b)]
     kept = [own[lane.representatives] for own, lane in zip(view.ids, lanes, strict=True)]
     rows = [own[: lane.m] for own, lane in zip(made, lanes, strict=True)]
-    return StepResult(kept, rows, after, action.reduction, view.notes)
+    return StepResult(kept, rows, after, reduction, view.notes)
 
 
 def _given(step: Step, signals: Any) -> Callable[[Signal], Tensor]:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from winnow.core.errors import UnsupportedError
 from winnow.core.info import ModelInfo
 from winnow.core.kv_method import CacheMethod
 from winnow.core.method import Method
 from winnow.core.reduction import Reduction
-from winnow.core.step import Observe, Reduce, State, Step
+from winnow.core.step import Emit, Observe, Reduce, State, Step
 from winnow.core.view import View
 from winnow.testing.pictures import WITH_CLS, WITHOUT_CLS, Picture
 
@@ -94,5 +95,13 @@ def run(step: Step, view: View, state: State | None = None) -> Reduction | None:
     action, _ = step.act(view, state or State())
     if isinstance(action, Observe):
         return None
-    expect(isinstance(action, Reduce), f"these checks know Reduce and Observe, not {type(action).__name__}")
+    if isinstance(action, Emit):
+        return action.provenance
+    expect(isinstance(action, Reduce), f"these checks know Reduce, Emit and Observe, not {type(action).__name__}")
     return action.reduction  # type: ignore[attr-defined]
+
+
+def emitted(step: Step, view: View, state: State | None = None) -> Tensor | None:
+    """`[b, M, D]` the new tokens of a step that emits them."""
+    action, _ = step.act(view, state or State())
+    return action.tokens if isinstance(action, Emit) else None
