@@ -7,9 +7,10 @@ import torch
 
 from winnow.core.layout import Layout
 from winnow.core.view import View
+from winnow.learn.longform.classifier import HEAT, Selective
 from winnow.methods.selective_s4 import SelectiveS4
 from winnow.parts.learned import untrained
-from winnow.parts.selective import HEAT, Selective, chosen
+from winnow.parts.selective import chosen
 
 from .stubs import STUBS, ids, tokens
 
@@ -17,12 +18,12 @@ WIDTH = 16
 
 
 def made(seed=0, classes=5):
-    return untrained(lambda: Selective(WIDTH, 12, 2, 4, classes), seed)
+    return untrained(lambda: Selective(WIDTH, classes, 12, 4), seed)
 
 
 def view_of(seed=0, b=1, module=None, frames=5):
     view = View.of(tokens(seed, frames * 6, WIDTH, b), layout=Layout.grid(2, 3, frames))
-    object.__setattr__(view, "module", module or made(seed))
+    object.__setattr__(view, "module", (module or made(seed)).choose)
     return view
 
 
@@ -30,10 +31,10 @@ def place(frames=5):
     return torch.cartesian_prod(torch.arange(frames), torch.arange(2), torch.arange(3))[None]
 
 
-def judged(module, x, spots):
+def judged(choose, x, spots):
     """A token's score, written out behind the guide."""
-    x = module.choose.guide(module.choose.embed(x, spots))[0]
-    judge, half = module.choose.judge, x.shape[1] // 2
+    x = choose.guide(choose.embed(x, spots))[0]
+    judge, half = choose.judge, x.shape[1] // 2
     hidden = torch.stack([judge.enter(row) for row in x])
     mean = hidden[:, half:].sum(0) / len(x)
     said = torch.stack([judge.judge(torch.cat([row[:half], mean])) for row in hidden])
@@ -166,7 +167,7 @@ def test_broken_tokens_are_not_kept_and_change_no_other_score():
     kept = SelectiveS4(keep=28).reduce(view)
     assert not {3, 8} & set(ids(kept))
     assert int(view.notes["nan_scores"]) == 2
-    other = view_of(5, module=view.module)
+    other = view_of(5)
     other.tokens.copy_(clean)
     other.tokens[0, 3] = -torch.inf
     other.tokens[0, 8] = torch.nan
@@ -179,6 +180,6 @@ def test_the_order_of_tokens_and_their_frames_count():
     """A scan hears what came before; a set would not."""
     view = view_of(6)
     plain = SelectiveS4().score(view)
-    turned = view_of(6, module=view.module)
+    turned = view_of(6)
     turned.tokens.copy_(view.tokens.flip(1))
     assert (SelectiveS4().score(turned).flip(1) - plain).abs().max() > 1e-3

@@ -5,21 +5,19 @@ being the width of the scan and s = 8 its states; no token attends to another.
 
 A state-space layer mixes all tokens of the video, from both ends; a small net scores each by what it has become and by
 the mean of all. The layer follows, with momentum, the first layer of a classifier of long videos that reads the kept
-tokens alone, and the net is trained in that classifier (`winnow.learn.connectors.selective_s4`), with Gumbel noise.
+tokens alone, and the net is trained in that classifier (`winnow.learn.longform`), with Gumbel noise.
 Departs from the paper: there the classifier is the whole model, and its blocks go on from the kept tokens; here they
 teach the choice, which is made for a language model. The classifier is a toy of two layers without pooling between
 them, the scan is S4D, and momentum grows to 0.95, because the training is short.
 Departs from the released code: none is known.
 """
 
-from functools import partial
-
 import torch
 from jaxtyping import Float
 
 import winnow.contract as wn
 from winnow.parts.learned import in_fp32, learned
-from winnow.parts.selective import Selective
+from winnow.parts.selective import Chooser
 
 
 @wn.register("selective-s4")
@@ -38,12 +36,15 @@ class SelectiveS4(wn.Method):
     across_frames = True
 
     def build(self, info: wn.ModelInfo):
-        return learned(self.slug, self.weights, info, partial(Selective, info.width))
+        def make(width: int = 48, states: int = 8) -> Chooser:
+            return Chooser(info.width, width, states)
+
+        return learned(self.slug, self.weights, info, make, part="choose")
 
     def score(self, view: wn.View) -> Float[torch.Tensor, "b n"]:
         place = view.groups(view.layout.place[view.layout.content, 1:])
         sound = view.tokens.to(torch.promote_types(view.tokens.dtype, torch.float32)).sum(-1).isfinite()
         tokens = view.tokens.masked_fill(~sound[..., None], 0)
         items = zip(tokens.split(1), place.split(1), sound.split(1), strict=True)
-        scores = torch.cat([in_fp32(view.module.choose, *item) for item in items])
+        scores = torch.cat([in_fp32(view.module, *item) for item in items])
         return scores.masked_fill(~sound, torch.nan)
