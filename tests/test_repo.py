@@ -266,7 +266,7 @@ def test_nothing_outside_a_method_names_it_and_nothing_outside_the_adapters_name
     for name, tree in sources().items():
         if Path(name).parts[1] in ("methods", "models") or name == "winnow/__init__.py":  # which exports their classes
             continue
-        if name.startswith("winnow/learn/pruners/"):  # the training of one method each
+        if name.startswith(("winnow/learn/pruners/", "winnow/learn/connectors/")):  # the training of one method each
             continue
         named = [f"{node.lineno}: {node.value!r}" for node in strings(tree) if word.search(node.value)]
         named += [module for module in imported(name, tree) if module.startswith("winnow.methods.")]

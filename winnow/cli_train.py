@@ -10,24 +10,33 @@ from typer.core import TyperGroup
 
 from winnow.cli_options import Device, Dtype, Model
 from winnow.cli_streams import say
-from winnow.learn.pruners import text, trainable
+from winnow.learn import connectors, pruners
+from winnow.learn.pruners import text
 
 _one = typer.Typer(add_completion=False)
 _of_text = typer.Typer(add_completion=False)
+_of_clips = typer.Typer(add_completion=False)
 
 
 class Trainable(TyperGroup):
     """A group in which each learned method is a command too."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), *trainable(), *text.trainable()]
+        return [*super().list_commands(ctx), *_learned()]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in (*trainable(), *text.trainable()):
+        found = _learned().get(cmd_name)
+        if found is None:
             return super().get_command(ctx, cmd_name)
-        command = typer.main.get_command(_one if cmd_name in trainable() else _of_text)
+        command = typer.main.get_command(found)
         command.name = cmd_name
         return command
+
+
+def _learned() -> dict[str, typer.Typer]:
+    """The command of each learned method."""
+    rooms = ((pruners, _one), (text, _of_text), (connectors, _of_clips))
+    return {slug: command for room, command in rooms for slug in room.trainable()}
 
 
 @_one.command()
@@ -72,6 +81,28 @@ def method_of_text(
     quiet()
     train = importlib.import_module(f"winnow.learn.pruners.text.{str(ctx.info_name).replace('-', '_')}").train
     say(train(out, model=None if model is None else str(model), resume=resume, seed=seed, scale=scale))
+
+
+@_of_clips.command()
+def method_of_clips(
+    ctx: typer.Context,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="The folder of a model of `winnow train video`.", show_default="the video reference model"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of the run.", show_default="runs/SLUG")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Decides everything.")] = 0,
+    scale: Annotated[float, typer.Option(help="Share of the clips and steps of the recipe.")] = 1.0,
+) -> None:
+    """Train this learned connector on winnow's clips, on a frozen video model."""
+    from winnow.learn.connectors.fit import fit
+    from winnow.models.load import quiet
+
+    quiet()
+    say(
+        fit(str(ctx.info_name), out, model=None if model is None else str(model), resume=resume, seed=seed, scale=scale)
+    )
 
 
 def toc3d(

@@ -10,6 +10,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from winnow.core.errors import WinnowError
 from winnow.learn import attention, video
+from winnow.learn.clip_reading import language
 from winnow.learn.clip_targets import MARKS, NOTHING, targets
 from winnow.learn.packing import pack
 from winnow.learn.progress import read
@@ -81,7 +82,7 @@ def test_packed_questions_are_answered_as_single_ones(products):
         tokens = video.tower_tokens(model, reader.patches(torch.from_numpy(drawn.pixels)[None])[0])
         tokens = tokens.reshape(1, -1, tokens.shape[-1])
         everything = torch.arange(tokens.shape[1])[None]
-        hidden, _ = video.language(model, tokens, everything, drawn.seconds, packed)
+        hidden, _ = language(model, tokens, everything, drawn.seconds, packed)
         logits = model.lm_head(hidden)[0]
     for number, question in enumerate(drawn.questions):
         own = (packed.segment[0] == number).nonzero()[:, 0]
@@ -145,7 +146,7 @@ def test_without_tokens_the_questions_are_asked_blindly():
     for seed in (1, 2):
         tokens = torch.randn(1, 72, 48, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
-            found.append(video.language(model, tokens, none, 8, packed)[0])
+            found.append(language(model, tokens, none, 8, packed)[0])
     assert torch.equal(*found)
 
 

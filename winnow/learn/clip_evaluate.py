@@ -27,7 +27,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from winnow.core.errors import WinnowError
 from winnow.core.layout import Layout
 from winnow.learn import video
-from winnow.learn.packing import pack
+from winnow.learn.clip_reading import language
+from winnow.learn.packing import Pack, pack
 from winnow.reference.video import MERGE, PATCH, patches, token_ids
 from winnow.world.clips import LEVELS, TYPES, Clip, ClipQuestion, ClipSpec, Sight, clip, stretches
 
@@ -127,8 +128,12 @@ def _at_random(drawn: Clip, question: ClipQuestion, layout: Layout, count: int) 
 
 def _seconds(drawn: Clip, question: ClipQuestion, layout: Layout, count: int) -> list[int]:
     cells = layout.n // drawn.seconds
-    number = max(1, count // cells)
-    chosen = [int((i + 0.5) * drawn.seconds / number) for i in range(number)]
+    return whole_seconds(drawn.seconds, cells, max(1, count // cells))
+
+
+def whole_seconds(seconds: int, cells: int, number: int) -> list[int]:
+    """The tokens of so many seconds of a clip, evenly spaced."""
+    chosen = [int((i + 0.5) * seconds / number) for i in range(number)]
     return [second * cells + cell for second in chosen for cell in range(cells)]
 
 
@@ -181,12 +186,19 @@ def _right(
     seconds: int,
 ) -> Marks:
     packed = pack(rows, ROW, types=TYPES, ids=token_ids)
-    hidden, _ = video.language(model, tokens, index, seconds, packed)
-    predicted = model.lm_head(hidden).argmax(-1).cpu()
-    right = (predicted == packed.labels) | (packed.labels < 0)
-    return [
-        [bool(right[b][packed.segment[b] == number].all()) for number in range(len(row))] for b, row in enumerate(rows)
-    ]
+    hidden, _ = language(model, tokens, index, seconds, packed)
+    return answered_right(model.lm_head(hidden), packed, [len(row) for row in rows])
+
+
+def answered_right(logits: Tensor, packed: Pack, counts: Sequence[int]) -> Marks:
+    """For each question of each row, whether all tokens of its answer are the likeliest.
+
+    Args:
+        logits: [B, T, vocabulary] of packed rows.
+        counts: questions of each row.
+    """
+    right = (logits.argmax(-1).cpu() == packed.labels) | (packed.labels < 0)
+    return [[bool(right[b][packed.segment[b] == number].all()) for number in range(n)] for b, n in enumerate(counts)]
 
 
 def by_type(sample: Sample, marks: Sequence[Sequence[bool]]) -> dict[str, float]:

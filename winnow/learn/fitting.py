@@ -23,10 +23,8 @@ from winnow.learn.progress import Log
 from winnow.learn.run import read_checkpoint
 from winnow.parts.learned import untrained
 
-LEAST = 16  # examples
 CHUNK = 48  # examples in a file of the cache
 HELD_OUT = 8  # the last of so many parts of the examples is measured and not trained on
-MAX_SEED = 1024
 
 Record = dict[str, Tensor]
 
@@ -52,6 +50,9 @@ class Recipe(Protocol):
     Attributes:
         sizes: of the module, as its `make` takes them; they are written beside the weights.
         settings: of the method for which the weights are.
+
+    It may also define `start(module)`, which changes what training begins with, and `describe(module)`, which gives
+    more to write beside the weights.
     """
 
     @property
@@ -71,30 +72,6 @@ class Recipe(Protocol):
 
     def measure(self, module: Any, records: Sequence[Record]) -> dict[str, float]:
         """Figures of a module on examples that it was not trained on."""
-
-
-def folder_of(slug: str, out: str | Path | None, *, resume: bool, seed: int, scale: float) -> Path:
-    """The folder of a run that may begin or go on; from here on torch uses one thread.
-
-    Args:
-        out: default: runs/SLUG.
-
-    Raises:
-        WinnowError: a seed or a scale out of bounds, or a folder with a run that is not to be resumed.
-    """
-    folder = Path(out) if out is not None else Path("runs") / slug
-    if not 0 < scale < math.inf or not 0 <= seed < MAX_SEED:
-        raise WinnowError(f"scale {scale}, seed {seed}; scale is above 0, and seed is 0 … {MAX_SEED - 1}.")
-    if (folder / "cache").exists() and not resume:
-        raise WinnowError(f"{folder} already holds a run; continue it with resume, or choose another folder.")
-    torch.set_num_threads(1)
-    return folder
-
-
-def command_of(slug: str, *, seed: int, scale: float, model: str | None = None, data: str | Path | None = None) -> str:
-    """The command that makes the weights again, without what it need not be told."""
-    given = {"model": model, "seed": seed or None, "scale": None if scale == 1 else scale, "data": data}
-    return f"winnow train {slug}" + "".join(f" --{k} {v}" for k, v in given.items() if v is not None)
 
 
 @dataclass
@@ -149,7 +126,10 @@ class Run:
     def trained(self, records: list[Record]) -> nn.Module:
         """The module after all phases."""
         seed = self.variant["seed"]
-        module = untrained(self.recipe.make, seed).to(self.device).train()
+        module = untrained(self.recipe.make, seed)
+        if start := getattr(self.recipe, "start", None):
+            start(module)
+        module = module.to(self.device).train()
         mine = range(first_held_out(records))
         phases, path = self.recipe.phases(records), self.folder / "checkpoint.pt"
         done, at, state = 0, 0, None

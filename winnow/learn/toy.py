@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from winnow.core.info import ModelInfo
-from winnow.learn.fitting import LEAST, Phase, Record, Run, command_of, folder_of
-from winnow.learn.progress import Log
+from winnow.learn.fitting import Phase, Record
+from winnow.learn.options import RunOptions
 from winnow.parts.learned import SHIPPED, learned
 
 APART = 1 << 32  # numbers of examples between two seeds of a run
@@ -90,20 +90,15 @@ class Toy(Generic[M]):
             out: the folder of the run; default: runs/SLUG.
             save: steps between checkpoints.
         """
-        folder = folder_of(cls.slug, out, resume=resume, seed=seed, scale=scale)
-        count, first = max(LEAST, round(cls.examples * scale)), seed * APART
+        options = RunOptions(cls.slug, out, resume, seed, scale, save=save, quiet=quiet)
+        options.begin()
+        count, first = options.count(cls.examples), seed * APART
 
         def numbers(start: int, end: int) -> Iterable[int]:
             return range(first + start, first + end)
 
-        variant = {"method": cls.slug, "model": cls.kind, "seed": seed, "scale": scale}
-        run = Run(folder, cls(scale), variant, Log(folder, quiet), save, numbers, torch.device("cpu"))
-        facts = {
-            "command": command_of(cls.slug, seed=seed, scale=scale),
-            "name": cls.name,
-            "data": f"{count} {cls.told} from {first} on",
-        }
-        return run.made(count, facts)
+        facts = {"name": cls.name, "data": f"{count} {cls.told} from {first} on"}
+        return options.made(cls(scale), numbers, count, variant={"model": cls.kind}, facts=facts)
 
 
 def stacked(records: Sequence[Record]) -> dict[str, Tensor]:

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from winnow.learn.attention import products
+from winnow.learn.clip_reading import language
 from winnow.learn.clip_targets import MARKS, NOTHING, targets
 from winnow.learn.language import align
-from winnow.learn.packing import IGNORED, Pack, additive_mask, pack, right_by_type
-from winnow.reference.video import BOS, END, MERGE, PATCH, START, TOKEN_ID, USER, VIDEO, patches, token_ids
+from winnow.learn.packing import IGNORED, Pack, pack, right_by_type
+from winnow.reference.video import MERGE, PATCH, patches, token_ids
 from winnow.world.clips import FPS, TYPES, ClipSpec, staged
 from winnow.world.clips.draw import Stage
 from winnow.world.clips.questions import ask
 
-BEFORE = tuple(TOKEN_ID[token] for token in (BOS, USER, START))  # the video's tokens, then END, then questions
 LOOK = 3  # layers of the language model before what happened is read off its visual tokens
 MOST_SECONDS = 32  # that `Events` tells apart
 ALIGNMENT_WEIGHT, EVENTS_WEIGHT, NOTHING_WEIGHT = 0.15, 0.3, 0.2
@@ -146,69 +146,6 @@ def _attended(attention: Any, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = x.float().chunk(2, -1)
     return (x.float() * cos + torch.cat([-right, left], -1) * sin).to(x.dtype)
-
-
-def places(model: Qwen2_5_VLForConditionalGeneration, seconds: int, cells: int, after: int) -> Tensor:
-    """Positions [3, BEFORE + V + after] of the prefix, the tokens of a clip and `after` tokens behind it.
-
-    They are asked of the model, since versions of transformers differ in where text goes on behind a video.
-    """
-    grid = round(cells**0.5) * MERGE
-    ids = [*BEFORE, *[TOKEN_ID[VIDEO]] * (seconds * cells), *[TOKEN_ID[END]] * after]
-    row = torch.tensor([ids])
-    found, _ = model.model.get_rope_index(
-        row,
-        mm_token_type_ids=torch.where(row == TOKEN_ID[VIDEO], 2, 0),
-        video_grid_thw=torch.tensor([[seconds, grid, grid]]),
-        second_per_grid_ts=torch.ones(1),
-        attention_mask=torch.ones_like(row),
-    )
-    return found[:, 0]
-
-
-def language(
-    model: Qwen2_5_VLForConditionalGeneration,
-    tokens: Tensor,
-    index: Tensor,
-    seconds: int,
-    packed: Pack,
-    look: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Hidden states [B, T, D] of packed questions behind a clip, and those of its tokens before layer `look`.
-
-    Args:
-        tokens: [B, V, D] of the whole clip.
-        index: [B, M] ascending places of those that the language model gets, at their own positions.
-    """
-    inner, device = model.model.language_model, tokens.device
-    batch, visual = index.shape
-    before = len(BEFORE)
-    table = places(model, seconds, tokens.shape[1] // seconds, 1 + int(packed.position.max()) + 1).to(device)
-    end = before + tokens.shape[1]
-    text = table[:, end + 1 + packed.position.to(device)]
-    positions = torch.cat(
-        [
-            table[:, None, :before].expand(-1, batch, -1),
-            table[:, before + index.to(device)],
-            table[:, None, end : end + 1].expand(-1, batch, -1),
-            text,
-        ],
-        2,
-    )
-    embed = inner.embed_tokens
-    given = torch.tensor([*BEFORE, TOKEN_ID[END]], device=device).expand(batch, -1)
-    around = embed(given)
-    seen = tokens.gather(1, index.to(device)[..., None].expand(-1, -1, tokens.shape[-1])).to(around.dtype)
-    hidden = torch.cat([around[:, :before], seen, around[:, before:], embed(packed.ids.to(device))], 1)
-    dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else hidden.dtype
-    mask = additive_mask(packed.segment.to(device), visual + before - 1, dtype)
-    turns = inner.rotary_emb(hidden, positions)
-    looked = seen
-    for number, layer in enumerate(inner.layers):
-        if number == look:
-            looked = hidden[:, before : before + visual]
-        hidden = layer(hidden, attention_mask=mask, position_ids=None, position_embeddings=turns)
-    return inner.norm(hidden[:, before + visual + 1 :]), looked
 
 
 def tower_step(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

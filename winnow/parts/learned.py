@@ -18,6 +18,7 @@ UNTRAINED = "untrained"
 _REFERENCE = Path(__file__).resolve().parents[1] / "reference"
 SHIPPED = _REFERENCE / "small" / "learned"
 SHIPPED_TEXT = _REFERENCE / "recall" / "learned"
+SHIPPED_VIDEO = _REFERENCE / "video" / "learned"
 
 
 def learned(
@@ -36,8 +37,8 @@ def learned(
     """
     if weights == UNTRAINED or (weights is None and info.fingerprint is None):
         return untrained(make)
-    ours = [folder / f"{slug}.safetensors" for folder in (SHIPPED, SHIPPED_TEXT)]
-    path = Path(weights) if weights is not None else next(filter(Path.exists, ours), ours[0])
+    own = [folder / f"{slug}.safetensors" for folder in (SHIPPED, SHIPPED_TEXT, SHIPPED_VIDEO)]
+    path = Path(weights) if weights is not None else next(filter(Path.exists, own), own[0])
     model = None if info.fingerprint is None else info.fingerprint()
     facts = None if weights is None and not path.exists() else facts_of(path, slug)
     if facts is None or model not in (None, facts["model"]):
@@ -49,8 +50,8 @@ def learned(
         with torch.random.fork_rng(devices=[]):
             module = make(**facts["sizes"])
         start = "" if part is None else f"{part}."
-        own = {name: x.float() for name, x in load_file(path).items() if name.startswith(start)}
-        module.load_state_dict({name.removeprefix(start): x for name, x in own.items()})
+        given = {name: x.float() for name, x in load_file(path).items() if name.startswith(start)}
+        module.load_state_dict({name.removeprefix(start): x for name, x in given.items()})
         return module
     except (OSError, SafetensorError, RuntimeError, TypeError) as error:
         reason = str(error).split("\n")[0]
@@ -72,7 +73,7 @@ def facts_of(path: Path, slug: str) -> dict[str, Any]:
 
 
 def untrained(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    """A module with random matrices from a seed (Glorot's uniform), biases of 0, and other vectors of 1.
+    """A module with random matrices from a seed (Glorot's uniform), biases and gates of 0, and other vectors of 1.
 
     The global random generator is left alone.
     """
@@ -83,7 +84,7 @@ def untrained(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
         if parameter.ndim > 1:
             nn.init.xavier_uniform_(parameter, generator=generator)
         else:
-            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+            nn.init.constant_(parameter, 0.0 if name.endswith(("bias", "gate")) else 1.0)
     return module
 
 

@@ -13,8 +13,7 @@ from typing import Any
 from winnow.core.errors import WinnowError
 from winnow.core.plan import Plan
 from winnow.engine.compress import compress
-from winnow.learn.fitting import LEAST, Run, command_of, folder_of
-from winnow.learn.progress import Log
+from winnow.learn.options import RunOptions
 from winnow.learn.pruners import trainable
 from winnow.learn.pruners.frozen import APART, FIRST, Frozen, questions
 from winnow.models.load import load
@@ -45,26 +44,20 @@ def fit(
     """
     if slug not in trainable():
         raise WinnowError(f"{slug!r} is not trained by winnow; these are: {', '.join(trainable())}.")
-    folder = folder_of(slug, out, resume=resume, seed=seed, scale=scale)
+    options = RunOptions(slug, out, resume, seed, scale, model, data, save, quiet)
+    options.begin()
     built, processor = load(model, device=device, dtype=dtype)
     built.set_attn_implementation("eager")  # gradients reach its masks and its weights
     recipes = importlib.import_module(f"winnow.learn.pruners.{slug.replace('-', '_')}")
     with compress(built, Plan(()), processor=processor) as handle:
-        count = max(LEAST, round(recipes.Recipe.questions * scale))
-        task = questions(count, seed, None if data is None else Path(data))
+        task = questions(options.count(recipes.Recipe.questions), seed, None if data is None else Path(data))
         recipe: Any = recipes.Recipe(Frozen(handle, processor, task), scale)
-        variant = {
-            "method": slug,
-            "model": handle.info.fingerprint(),
-            "seed": seed,
-            "scale": scale,
-            "questions": task.settings["hash"],
-        }
-        run = Run(folder, recipe, variant, Log(folder, quiet), save, recipe.frozen.examples, handle.bound.device)
         drawn = f"scenes of the train split from {FIRST + seed * APART} on"
-        facts = {
-            "command": command_of(slug, seed=seed, scale=scale, model=model, data=data),
-            "name": model or "bundled reference model",
-            "data": drawn if data is None else str(data),
-        }
-        return run.made(len(task.questions), facts)
+        return options.made(
+            recipe,
+            recipe.frozen.examples,
+            len(task.questions),
+            variant={"model": handle.info.fingerprint(), "questions": task.settings["hash"]},
+            facts={"name": model or "bundled reference model", "data": drawn if data is None else str(data)},
+            device=handle.bound.device,
+        )

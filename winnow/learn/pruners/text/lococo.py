@@ -25,9 +25,9 @@ from winnow.core.errors import UnsupportedError
 from winnow.core.kv import KVView
 from winnow.core.kv_budget import KVBudget
 from winnow.core.step import KVReduce
-from winnow.learn.fitting import LEAST, Phase, Record, Run, command_of, folder_of
+from winnow.learn.fitting import Phase, Record
+from winnow.learn.options import RunOptions
 from winnow.learn.packing import IGNORED
-from winnow.learn.progress import Log
 from winnow.learn.recall import FILLER_WEIGHT, Texts, pack
 from winnow.methods.lococo import LoCoCo
 from winnow.models.fingerprint import fingerprint
@@ -64,21 +64,17 @@ def train(
         model: a folder of a Llama that knows the words of the recall texts; default: the shipped recall model.
         scale: share of the rows and steps.
     """
-    folder = folder_of(SLUG, out, resume=resume, seed=seed, scale=scale)
+    options = RunOptions(SLUG, out, resume, seed, scale, model, save=save, quiet=quiet)
+    options.begin()
     frozen = load(model)
-    count, first = max(LEAST, round(ROWS * scale)), FIRST + seed * APART
+    count, first = options.count(ROWS), FIRST + seed * APART
 
     def seeds(start: int, end: int) -> Iterable[int]:
         return range(first + start, first + end)
 
-    variant = {"method": SLUG, "model": fingerprint(frozen), "seed": seed, "scale": scale}
-    run = Run(folder, Recipe(frozen, scale), variant, Log(folder, quiet), save, seeds, torch.device("cpu"))
-    facts = {
-        "command": command_of(SLUG, seed=seed, scale=scale, model=model),
-        "name": model or "recall model",
-        "data": f"{count} recall texts of the train split from {first} on",
-    }
-    return run.made(count, facts)
+    facts = {"name": model or "recall model", "data": f"{count} recall texts of the train split from {first} on"}
+    variant = {"model": fingerprint(frozen)}
+    return options.made(Recipe(frozen, scale), seeds, count, variant=variant, facts=facts)
 
 
 def load(model: str | None = None) -> LlamaForCausalLM:
