@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from winnow.learn.connectors.clips import Frozen
-from winnow.learn.connectors.compared import compared, test_records
-from winnow.learn.connectors.fit import fit
 
 from tests.learn.resuming import check_resumes
 from tests.learn.tiny_video import tiny
 from tests.methods.directional import gap
+from winnow.learn.connectors.clips import Frozen
+from winnow.learn.connectors.compared import compared, test_records
+from winnow.learn.connectors.fit import fit
 from winnow.learn.connectors.omnivid import Recipe, score, written
 from winnow.learn.grounding.tasks import (
     BOXES,

@@ -7,13 +7,13 @@ import json
 
 import pytest
 import torch
-from winnow.learn.connectors.clips import Frozen
-from winnow.learn.connectors.compared import compared, test_records
-from winnow.learn.connectors.fit import fit
 
 from tests.learn.resuming import check_resumes
 from tests.learn.tiny_video import tiny
 from tests.methods.directional import gap
+from winnow.learn.connectors.clips import Frozen
+from winnow.learn.connectors.compared import compared, test_records
+from winnow.learn.connectors.fit import fit
 from winnow.learn.connectors.selective_s4 import KEPT, Recipe
 from winnow.learn.longform.classifier import Selective
 from winnow.learn.longform.clips import CLASSES, clip_record, enrichment, found_in, scores

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 
 import winnow.contract as wn
+from winnow.parts.chunks import place_of
 from winnow.parts.learned import in_fp32, learned
 from winnow.parts.selective import Chooser
 
@@ -42,7 +43,7 @@ class SelectiveS4(wn.Method):
         return learned(self.slug, self.weights, info, make, part="choose")
 
     def score(self, view: wn.View) -> Float[torch.Tensor, "b n"]:
-        place = view.groups(view.layout.place[view.layout.content, 1:])
+        place = place_of(view)
         sound = view.tokens.to(torch.promote_types(view.tokens.dtype, torch.float32)).sum(-1).isfinite()
         tokens = view.tokens.masked_fill(~sound[..., None], 0)
         items = zip(tokens.split(1), place.split(1), sound.split(1), strict=True)

@@ -1,11 +1,13 @@
 """The tokens of a video in chunks of a few frames, for parts that read one chunk at a time."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from winnow.core.layout import Layout
 from winnow.core.select import count_broken
 from winnow.core.view import View
 from winnow.parts.frames import frame_slots
@@ -48,8 +50,18 @@ def chunks_of(view: View, every: int, owner: str) -> Chunks:
     at = slot.argsort(1)[:, starts + inside.minimum(size - 1)]
     sound = view.tokens.to(torch.promote_types(view.tokens.dtype, torch.float32)).sum(-1).isfinite()
     count_broken(~sound, view)
-    place = view.groups(view.layout.place[view.layout.content, 1:])
+    place = place_of(view)
     place = torch.cat([(slot // own % every)[..., None], place[..., 1:]], -1)
     lane = torch.arange(view.b, device=device)[:, None, None]
     tokens = view.tokens.masked_fill(~sound[..., None], 0)[lane, at]
     return Chunks(tokens, place[lane, at], (inside < size) & sound[lane, at], at, sizes, own)
+
+
+def place_of(view: View) -> Int[Tensor, "b n 3"]:
+    """Frame, row and column of each token of a view."""
+    return _places(view.layout, view.ids.device)[view.ids]
+
+
+@lru_cache(maxsize=128)
+def _places(layout: Layout, device: torch.device) -> Int[Tensor, "v 3"]:
+    return torch.from_numpy(layout.place[layout.content, 1:]).to(device)

@@ -12,12 +12,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
-from winnow.learn.connectors.clips import GRID, rows_of
-from winnow.learn.connectors.output import Output
 
 from winnow.core.view import View
 from winnow.learn.captioning import captions
 from winnow.learn.connectors import recipe
+from winnow.learn.connectors.clips import GRID, rows_of
+from winnow.learn.connectors.output import Output
 from winnow.learn.fitting import Phase, Record
 from winnow.methods.langdc import LangDC
 from winnow.parts.captioner import START, STOP, Captioner, Said

@@ -12,11 +12,11 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from winnow.learn.connectors.output import Output
 
 from winnow.bench.grounding import overlap
 from winnow.core.view import View
 from winnow.learn.connectors import recipe
+from winnow.learn.connectors.output import Output
 from winnow.learn.fitting import Phase, Record
 from winnow.learn.grounding.tasks import (
     BOXES,

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from winnow.learn.connectors.output import Output
 
 from winnow.core.view import View
 from winnow.learn.connectors import recipe
+from winnow.learn.connectors.output import Output
 from winnow.learn.fitting import Phase, Record
 from winnow.learn.longform.classifier import Selective
 from winnow.learn.longform.clips import CELLS, CLASSES, SECONDS, clip_record, enrichment, found_in, places, scores
@@ -35,8 +35,8 @@ class Recipe(recipe.Recipe):
     slug = "selective-s4"
     settings: ClassVar = {"keep": 18}
     sizes: ClassVar = {"width": 48, "states": 8}
-    clips, steps, batch, rate = 640, 500, 16, 3e-3
-    contrasts = 60  # steps of the first phase
+    clips, steps, batch, rate = 448, 900, 16, 3e-3
+    contrasts = 100  # steps of the first phase
 
     def make(self) -> nn.Module:
         return Selective(self.frozen.info.width, CLASSES, **self.sizes)
