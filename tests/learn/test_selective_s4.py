@@ -54,7 +54,7 @@ def kept_by():
     model, module = trained()
     clips = told()
     fresh = untrained(lambda: Selective(model.config.text_config.hidden_size, CLASSES, **Recipe.sizes))
-    noise = torch.rand(clips["shows"].shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(clips["names"].shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return {
             "chosen": scores(module.choose, clips),
@@ -70,10 +70,10 @@ WORSE = ("untrained", "random", "first")
 
 def _rich(name):
     """What is kept shows things at least twice as often as chance, and more often than what looks at nothing."""
-    ours = enrichment(kept_by()[name], told()["shows"], KEPT).numpy()
+    ours = enrichment(kept_by()[name], told()["names"], KEPT).numpy()
     assert ours.mean() > 2
     for other in WORSE:
-        assert gap(ours, enrichment(kept_by()[other], told()["shows"], KEPT).numpy()).low > 0, other
+        assert gap(ours, enrichment(kept_by()[other], told()["names"], KEPT).numpy()).low > 0, other
 
 
 @pytest.mark.system("selective-s4", "directional")

@@ -15,7 +15,7 @@ class Attention(nn.Module):
         self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
 
     def forward(
-        self, x: Float[Tensor, "b m d"], read: Float[Tensor, "b n d"], mask: Bool[Tensor, "*b m n"] | None = None
+        self, x: Float[Tensor, "b m d"], read: Float[Tensor, "b n d"], mask: Bool[Tensor, "*lanes m n"] | None = None
     ) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b h m n"]]:
         """What they become, and the attention of each head. Where a row may read nothing, it reads all alike."""
         q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -48,9 +48,9 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b m d"],
-        mask: Bool[Tensor, "*b m m"] | None = None,
+        mask: Bool[Tensor, "*own m m"] | None = None,
         context: Float[Tensor, "b n d"] | None = None,
-        context_mask: Bool[Tensor, "*b m n"] | None = None,
+        context_mask: Bool[Tensor, "*lanes m n"] | None = None,
     ) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b h m n"]]:
         """The rows, and the attention to the context; without one, to each other."""
         own = self.norm(x)

@@ -29,8 +29,8 @@ class Recipe(recipe.Recipe):
     slug = "langdc"
     settings: ClassVar = {"most": 12, "every": 2}
     sizes: ClassVar = {"words": 66, "width": 96, "depth": 3, "heads": 4}
-    clips, steps, batch, rate = 1200, 250, 12, 1e-3
-    described = 700  # steps of the first phase
+    clips, steps, batch, rate = 640, 200, 12, 1e-3
+    described = 600  # steps of the first phase
     given: Tensor | None = None  # the true words of the rows at hand
 
     def record(self, seen: Clip) -> Record:

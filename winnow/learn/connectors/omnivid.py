@@ -44,8 +44,8 @@ class Recipe(recipe.Recipe):
     slug = "omnivid"
     settings: ClassVar = {"queries": 4, "every": 2}
     sizes: ClassVar = {"width": 96, "queries": 8, "depth": 2, "fusion": 1, "heads": 4}
-    clips, steps, batch, rate = 720, 260, 12, 1e-3
-    named = 500  # steps of the first phase
+    clips, steps, batch, rate = 400, 220, 12, 1e-3
+    named = 800  # steps of the first phase
 
     def make(self) -> nn.Module:
         return nn.ModuleDict({"connect": super().make(), "generate": Writer(len(WORDS), self.sizes["width"])})

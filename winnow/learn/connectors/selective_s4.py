@@ -1,4 +1,4 @@
-"""Selective S4's chooser, learned in a classifier of long clips: which things come, and in which half.
+"""Selective S4's chooser, learned in a classifier of long clips: which things are seen, and in which half.
 
 Two phases: masked pieces of clips learn to tell their own clip from others (LSMCL); then classes, from as many tokens
 as a budget drawn for each batch keeps. The language model has no part in either; it is asked when all is measured.
@@ -19,7 +19,18 @@ from winnow.learn.connectors import recipe
 from winnow.learn.connectors.output import Output
 from winnow.learn.fitting import Phase, Record
 from winnow.learn.longform.classifier import Selective
-from winnow.learn.longform.clips import CELLS, CLASSES, SECONDS, clip_record, enrichment, found_in, places, scores
+from winnow.learn.longform.clips import (
+    CELLS,
+    CLASSES,
+    SECONDS,
+    classes_of,
+    clip_record,
+    enrichment,
+    found_in,
+    places,
+    scores,
+    spliced,
+)
 from winnow.learn.toy import stacked
 from winnow.parts.selective import cooled, picked
 from winnow.world.clips import Clip
@@ -35,7 +46,7 @@ class Recipe(recipe.Recipe):
     slug = "selective-s4"
     settings: ClassVar = {"keep": 18}
     sizes: ClassVar = {"width": 48, "states": 8}
-    clips, steps, batch, rate = 448, 900, 16, 3e-3
+    clips, steps, batch, rate = 448, 1000, 32, 3e-3
     contrasts = 100  # steps of the first phase
 
     def make(self) -> nn.Module:
@@ -58,8 +69,10 @@ class Recipe(recipe.Recipe):
         def classes(module: Any, batch: list[int]) -> Tensor:
             module.follow(MOMENTUM)
             heat = cooled(float(module.updates) / sum(steps))
-            said = chosen_by_chance(module, told["tokens"][batch].float(), generator_of(batch, len(records)), heat)
-            wanted, weight = told["classes"][batch], torch.tensor(3.0)
+            g = generator_of(batch, len(records))
+            own = spliced({name: x[batch] for name, x in told.items()}, g)
+            said = chosen_by_chance(module, own["tokens"].float(), g, heat)
+            wanted, weight = classes_of(own["names"]), torch.tensor(3.0)
             return binary_cross_entropy_with_logits(said, wanted, reduction="none", pos_weight=weight).sum(1).mean()
 
         return [
@@ -77,7 +90,7 @@ class Recipe(recipe.Recipe):
             "found_in_all": found_in(module, told, None),
             "found_in_chosen": found_in(module, told, score, KEPT),
             "found_in_random": found_in(module, told, noise, KEPT),
-            "enrichment": enrichment(score, told["shows"], KEPT),
+            "enrichment": enrichment(score, told["names"], KEPT),
         }
         return super().measure(module, records) | {name: float(x.mean()) for name, x in found.items()}
 
