@@ -35,7 +35,7 @@ SEED    := 1
 LEARNED := covipal diffrate dyvte explainability-compression frames toc3d
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean video test-studio venv-vllm test-vllm bench-stream
+.PHONY: connectors help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean video test-studio venv-vllm test-vllm bench-stream
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -162,6 +162,12 @@ reference: $(STAMP) ## Train the reference model, its twin without dropout and t
 learned: $(STAMP) ## Train the learned methods on the reference model
 	for slug in $(LEARNED); do $(BIN)/winnow train $$slug --resume --out $(RUNS)/$$slug || exit 1; \
 	  install -m 644 $(RUNS)/$$slug/$$slug.safetensors $(RUNS)/$$slug/$$slug.json $(SMALL)/learned; done
+
+connectors: $(STAMP) ## Train the learned connectors on the video reference model, and measure them
+	for slug in $$($(BIN)/python -c 'from winnow.learn.connectors import trainable; print(*trainable())'); do \
+	  $(BIN)/winnow train $$slug --resume --out $(RUNS)/$$slug || exit 1; \
+	  install -m 644 $(RUNS)/$$slug/$$slug.safetensors $(RUNS)/$$slug/$$slug.json $(VIDEO)/learned; done
+	$(BIN)/python -m winnow.learn.connectors.table
 
 card: measured ## Measure the shipped model, its twin and the tower control for the card
 	$(MEASURE) --model $(RUNS)/twin/model --store out/twin.sqlite

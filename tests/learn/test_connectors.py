@@ -11,7 +11,7 @@ from torch import nn
 
 import winnow
 from tests.learn.resuming import check_resumes
-from winnow.contract import Budget, Method, Point, QuestionTokens, Reduction, Step, register
+from winnow.contract import Budget, Emit, Method, Point, QuestionTokens, Reduction, Step, register
 from winnow.core import registry
 from winnow.core.errors import WinnowError
 from winnow.learn.connectors import clips, fit, recipe, table
@@ -45,16 +45,17 @@ class Pooling(Method):
 
 
 class Ragged(Pooling):
-    """Of a clip stay as many tokens as its question has words, and one; those that a learned map likes best."""
+    """Of a clip stay about as many tokens as its question has words: those that a learned map likes best, dimmed."""
 
     def steps(self, info):
         return (Step(Point("projected"), self._act, (self.question,)),)
 
     def _act(self, view, state):
         liking = (view.module(view[self.question].mean(1)).unflatten(-1, (6, -1))[:, :1] @ view.tokens.mT)[:, 0]
-        count = [1 + view[self.question].shape[1] + lane % 2 for lane in range(view.b)]
+        count = [view[self.question].shape[1] + 5 * more for more in (liking[:, 0] > 0).tolist()]
         best = liking.argsort(-1, descending=True).argsort(-1)
-        return Reduction.select(best < torch.tensor(count)[:, None], counts=count), state
+        kept = Reduction.select(best < torch.tensor(count)[:, None], counts=count)
+        return Emit(kept.apply(view.tokens * liking.sigmoid()[..., None]), kept), state
 
 
 class Recipe(recipe.Recipe):
@@ -118,17 +119,14 @@ def test_the_harness_reads_what_the_engine_reads(kind, folder, tmp_path):
     module = own.method.replace(weights=str(weights)).build(frozen.info)
     exact = [frozen.record(seen) for seen in clips.drawn(0, 2)]
     for record, seen in zip(exact, clips.drawn(0, 2), strict=True):
-        tower = frozen.model.get_video_features(
-            **{
-                name: x
-                for name, x in frozen.processor(seen.pixels, seen.questions[0].text).items()
-                if name in ("pixel_values_videos", "video_grid_thw")
-            }
-        )
+        given = frozen.processor(seen.pixels, seen.questions[0].text)
+        tower = frozen.model.get_video_features(given["pixel_values_videos"], given["video_grid_thw"])
         record["tokens"] = torch.cat(list(tower.pooler_output))  # not in half precision
     rows = rows_of(exact, own.asks)
     with torch.no_grad():
-        logits, packed = answering(frozen, rows, own.outputs(module, rows))
+        output = own.outputs(module, rows)
+        logits, packed = answering(frozen, rows, output)
+    assert (output.there is not None) == (kind is RecipeOfRagged)
     seeds = [FIRST] * len(questions_of(exact[0])) + [FIRST + 1] * len(questions_of(exact[1]))
     for b in range(0, len(rows), 3):
         asked = len(video.token_ids(rows[b].asked[0].text))

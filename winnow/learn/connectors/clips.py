@@ -21,11 +21,12 @@ from winnow.core.step import Step
 from winnow.core.view import View
 from winnow.engine.compress import compress
 from winnow.engine.question import QuestionReader, special_ids
+from winnow.engine.spans import question_span, template_suffix
 from winnow.learn import attention
 from winnow.learn.fitting import Record
 from winnow.learn.video import tower_tokens
 from winnow.reference import video
-from winnow.reference.video import EOS, MERGE, PATCH, START, TOKEN_ID, VIDEO, patches, token_ids
+from winnow.reference.video import ASSISTANT, END, EOS, MERGE, PATCH, START, TOKEN_ID, VIDEO, patches, token_ids
 from winnow.signals.question import Question, QuestionSignal
 from winnow.world.clips import FPS, Clip, ClipQuestion, clip
 
@@ -78,6 +79,7 @@ class Frozen:
         attention.use(self.model)  # in training faster than the fused kernel
         side = round(GRID[1] ** 0.5)
         self.layout = Layout.grid(side, side, GRID[0])
+        self.suffix = template_suffix(self.processor)
         self.reader = QuestionReader(special_ids(self.model.config), self.processor.tokenizer)
 
     @torch.no_grad()
@@ -109,9 +111,10 @@ class Frozen:
                 f"{signal} is not recorded of clips; a connector is shown the projected tokens and signals of the "
                 "question. Override `output` of its recipe."
             )
-        ids = token_ids(row.asked[0].text)
-        words = torch.tensor([ids[place] for place in self.reader.kept(ids, signal.words)])
-        value: Tensor = signal.read(Question(self.model.get_input_embeddings()(words), row.tokens))
+        behind = [TOKEN_ID[END], *token_ids(row.asked[0].text), TOKEN_ID[ASSISTANT]]
+        start, end = question_span(behind, 0, len(behind), self.suffix)
+        words = [behind[start + place] for place in self.reader.kept(behind[start:end], signal.words)]
+        value: Tensor = signal.read(Question(self.model.get_input_embeddings()(torch.tensor(words)), row.tokens))
         return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -40,6 +41,7 @@ class Recipe:
         steps, batch, rate: steps of training, clips of a step, and the highest rate.
         each: questions about a clip in a step, at most.
         asks: whether the method reads the question.
+        generator: of the random numbers of a step.
     """
 
     slug: ClassVar[str]
@@ -61,6 +63,7 @@ class Recipe:
         self.step = found[0]
         self.asks = any(signal.reads_question for signal in self.step.needs)
         self.records: Sequence[Record] = ()
+        self.generator = torch.Generator()
 
     def make(self) -> nn.Module:
         """The module of these sizes."""
@@ -80,6 +83,7 @@ class Recipe:
 
     def _loss(self, module: nn.Module, batch: list[int]) -> Tensor:
         own = [self.records[i] for i in batch]
+        self.generator.manual_seed(random.Random(repr(batch)).getrandbits(60))  # a run that goes on draws the same
         return self.answers(module, rows_of(own, self.asks, self.each, batch))
 
     def answers(self, module: nn.Module, rows: Sequence[Row]) -> Tensor:
