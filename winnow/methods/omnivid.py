@@ -4,9 +4,11 @@ Looks at: the projected tokens, and their frames, rows and columns. Cost: O(V ·
 each clip and a width of d = 96, then O((C · Q)² · d) for C clips.
 
 Each clip of a few frames is read by the same queries, layer by layer; a transformer over the queries of all clips
-follows ("late" fusion), and a matrix to the width of the language model. A query stands in the place of a token of its
+follows ("late" fusion), and a matrix to the width of the language model. What a query says is added to the mean of the
+tokens that it attends to. A query stands in the place of a token of its
 clip, at equal distances. A picture is one clip.
-Departs from the paper: the tower and the language model are frozen, so that times are written as text; the vocabulary
+Departs from the paper: the tower and the language model are frozen, so that times are written as text, and a query must
+give what the model can read from the first, hence the mean; the vocabulary
 of times and boxes is `winnow.parts.time_tokens`, and the connector learns it first, with a small encoder and decoder of
 its own (`winnow.learn.grounding`). The queries are of the one kind that reads content: those of sentences and boxes,
 and the joint form for tracking, are left out. A query sees those before it, so that the first ones alone are a set too.

@@ -8,7 +8,8 @@ the mean of all. The layer follows, with momentum, the first layer of a classifi
 tokens alone, and the net is trained in that classifier (`winnow.learn.longform`), with Gumbel noise.
 Departs from the paper: there the classifier is the whole model, and its blocks go on from the kept tokens; here they
 teach the choice, which is made for a language model. The classifier is a toy of two layers without pooling between
-them, the scan is S4D, and momentum grows to 0.95, because the training is short.
+them, whose classes are read off single tokens (paper: off their mean); the scan is S4D, and momentum grows to 0.95
+only, because the training is short.
 Departs from the released code: none is known.
 """
 

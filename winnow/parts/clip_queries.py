@@ -65,6 +65,7 @@ class ClipQueries(nn.Module):
         there: Bool[Tensor, "b c s"],
         counts: Sequence[int],
     ) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b c q s"]]:
-        """The same in the width of the tokens."""
+        """The same in the width of the tokens, on top of what each query attends to."""
         q, weights = self.read(clips, place, there, counts)
-        return self.leave(q), weights
+        seen = weights @ clips
+        return torch.cat([seen[:, c, :k] for c, k in enumerate(counts)], 1) + self.leave(q), weights

@@ -38,12 +38,13 @@ def read(x: Tensor, where: list[Spot], parts: list[range], queries: int) -> Tens
     enter, *rest = glorot([(W, d), *cross, *cross, *plain, (d, W), (MOST, W)])
     first, second, joint = rest[:8], rest[8:16], rest[16:21]
     leave, own = rest[21:]
-    found = []
+    found, seen = [], []
     for c, part in enumerate(parts):
         tokens = torch.stack([normed(x[i]) @ enter.T + waves(where[i], W) for i in part])
         q = own[: min(queries, len(part))]
         for matrices in (first, second):
-            q, _ = layer(q, matrices, HEADS, lambda i: list(range(i + 1)), tokens)
+            q, weights = layer(q, matrices, HEADS, lambda i: list(range(i + 1)), tokens)
+        seen.append(weights @ x[list(part)])
         found += [row + waves((c,), W) for row in q]
     q, _ = layer(torch.stack(found), joint, HEADS, lambda i: list(range(len(found))))
-    return normed(q) @ leave.T
+    return torch.cat(seen) + normed(q) @ leave.T

@@ -1,12 +1,14 @@
 """LangDC's captioner and its projector: first what chunks show in words, then answers from the states of these words.
 
 In the second phase the captioner is frozen and given the true words, as in the paper; answers are measured with the
-words that it says itself.
+words that it says itself. The projector is also drawn to the language model's own embedding of each word, as large as
+tokens of a clip are: so short a training would not find them through answers alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from winnow.core.view import View
-from winnow.learn.captioning import captions
+from winnow.learn.captioning import WORDS, captions
 from winnow.learn.connectors import recipe
 from winnow.learn.connectors.clips import GRID, rows_of
 from winnow.learn.connectors.output import Output
@@ -22,6 +24,7 @@ from winnow.learn.fitting import Phase, Record
 from winnow.methods.langdc import LangDC
 from winnow.parts.captioner import START, STOP, Captioner, Said
 from winnow.parts.chunks import Chunks, chunks_of
+from winnow.reference.video import TOKEN_ID
 from winnow.world.clips import Clip
 
 
@@ -29,7 +32,7 @@ class Recipe(recipe.Recipe):
     slug = "langdc"
     settings: ClassVar = {"most": 12, "every": 2}
     sizes: ClassVar = {"words": 66, "width": 96, "depth": 3, "heads": 4}
-    clips, steps, batch, rate = 640, 200, 12, 1e-3
+    clips, steps, batch, rate = 640, 200, 12, 3e-3
     described = 600  # steps of the first phase
     given: Tensor | None = None  # the true words of the rows at hand
 
@@ -44,7 +47,16 @@ class Recipe(recipe.Recipe):
         tokens, weights = soft_tokens(module, chunks, flat)
         counts = (flat != STOP).sum(1)
         each = (x.unflatten(0, (view.b, -1)) for x in (flat, counts, tokens, weights))
-        return Output.of(method.laid(view, chunks, [Said(*one) for one in zip(*each, strict=True)]), view)
+        found = Output.of(method.laid(view, chunks, [Said(*one) for one in zip(*each, strict=True)]), view)
+        return replace(found, losses={"words": self.named(tokens, flat, view.tokens)})
+
+    def named(self, tokens: Tensor, words: Tensor, seen: Tensor) -> Tensor:
+        """How far tokens are from the language model's embeddings of their words, in sizes of tokens of a clip."""
+        ids = torch.tensor([TOKEN_ID.get(word, 0) for word in WORDS])
+        size = seen.pow(2).mean().sqrt()
+        own = self.frozen.model.get_input_embeddings()(ids[words])
+        wanted = own / own.pow(2).mean(-1, keepdim=True).sqrt() * size
+        return ((tokens - wanted) / size).pow(2).mean(-1)[words != STOP].mean()
 
     def phases(self, records: Sequence[Record]) -> list[Phase]:
         (answers,) = super().phases(records)

@@ -46,7 +46,7 @@ class Recipe(recipe.Recipe):
     slug = "selective-s4"
     settings: ClassVar = {"keep": 18}
     sizes: ClassVar = {"width": 48, "states": 8}
-    clips, steps, batch, rate = 448, 1000, 32, 3e-3
+    clips, steps, batch, rate = 448, 700, 32, 3e-3
     contrasts = 100  # steps of the first phase
 
     def make(self) -> nn.Module:

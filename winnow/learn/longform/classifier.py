@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ class Layer(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Layers, their mean over tokens, and a linear head."""
+    """Layers, and a linear head on each token; a class is as likely as the token that shows it best (log-mean-exp)."""
 
     def __init__(self, width: int, depth: int, states: int, classes: int) -> None:
         super().__init__()
@@ -38,7 +40,7 @@ class Classifier(nn.Module):
     def forward(self, x: Float[Tensor, "b k c"]) -> Float[Tensor, "b y"]:
         for layer in self.layers:
             x = layer(x)
-        return self.head(self.norm(x).mean(1))
+        return self.head(self.norm(x)).logsumexp(1) - math.log(x.shape[1])
 
 
 class Selective(nn.Module):
