@@ -12,11 +12,10 @@ import torch
 
 from tests.learn.resuming import check_resumes
 from tests.learn.tiny_video import tiny
+from tests.learn.unseen_clips import beside_untrained, frozen
 from tests.methods.directional import gap
 from winnow.core.view import View
 from winnow.learn.captioning import WORDS, caption, captions
-from winnow.learn.connectors.clips import Frozen
-from winnow.learn.connectors.compared import compared, test_records
 from winnow.learn.connectors.fit import fit
 from winnow.learn.connectors.langdc import Recipe, caption_loss, soft_tokens
 from winnow.learn.video import tower_tokens
@@ -29,7 +28,6 @@ from winnow.world.clips import ClipSpec, clip, staged
 
 SMALL = 0.02
 CLIPS = 40
-EACH = 20  # questions of a type
 STILL = ClipSpec(still=1, visit=0, repeat=0, cross=0, hit=0, word=0, shapes=0, cuts=(1,), pan=0)
 
 
@@ -58,7 +56,7 @@ def test_what_it_is_taught_is_what_it_then_says():
     """Given words of its own, its states are those of saying them; the loss is that of each word and of the stop."""
     module = untrained(lambda: Captioner(16, 9, 24, 2, 4), 3)
     module.words.weight[STOP] += 0.4
-    view = View.of(torch.randn(2, 72, 16, generator=torch.Generator().manual_seed(0)), layout=Frozen().layout)
+    view = View.of(torch.randn(2, 72, 16, generator=torch.Generator().manual_seed(0)), layout=frozen().layout)
     chunks = chunks_of(view, 2, "langdc")
     said = module(*(x.flatten(0, 1) for x in chunks[:3]), 5)
     assert said.counts.unique().numel() > 1
@@ -78,8 +76,7 @@ def test_what_it_is_taught_is_what_it_then_says():
 
 @pytest.mark.system("langdc", "exact")
 def test_answers_teach_the_projector_alone():
-    frozen = Frozen()
-    recipe = Recipe(frozen)
+    recipe = Recipe(frozen())
     record = recipe.record(clip(3, types=("presence", "motion", "needle")))
     recipe.phases([record])
     module = untrained(recipe.make).train()
@@ -97,21 +94,21 @@ def test_a_run_is_its_seed_and_goes_on_where_it_stopped(tmp_path):
 
 @functools.cache
 def trained():
-    frozen = Frozen()
-    return frozen, learned("langdc", None, frozen.info, lambda **sizes: Captioner(frozen.info.width, **sizes)).eval()
+    width = frozen().info.width
+    return learned("langdc", None, frozen().info, lambda **sizes: Captioner(width, **sizes)).eval()
 
 
 def words_of(things):
     """`[clips]` words that are said of a chunk, in the mean, in clips with so many things that stand still."""
-    frozen, module = trained()
+    module = trained()
     found = []
     for seed in range(CLIPS):
         stage, _ = staged(seed, 16, 84, "test", replace(STILL, things=(max(1, things),) * 2))
         if not things:
             stage.story, stage.faces = replace(stage.story, tracks=()), []
         with torch.no_grad():
-            tokens = tower_tokens(frozen.model, patches(torch.from_numpy(stage.draw(range(16)))[None])[0])
-            chunks = chunks_of(View.of(tokens.flatten(0, 1)[None], layout=frozen.layout), 2, "langdc")
+            tokens = tower_tokens(frozen().model, patches(torch.from_numpy(stage.draw(range(16)))[None])[0])
+            chunks = chunks_of(View.of(tokens.flatten(0, 1)[None], layout=frozen().layout), 2, "langdc")
             found.append(module(*(x.flatten(0, 1) for x in chunks[:3]), 12).counts.double().mean().item())
     return torch.tensor(found).numpy()
 
@@ -138,8 +135,7 @@ def test_that_fails_for_descriptions_of_one_length():
 @pytest.mark.system("langdc", "directional")
 @pytest.mark.xdist_group("connectors")
 def test_trained_states_keep_more_answers_than_untrained_ones():
-    recipe = Recipe(trained()[0])
-    found = compared(recipe, test_records(recipe.frozen, EACH))
+    found = beside_untrained("langdc")
     assert found.over_untrained.low > 0
 
 

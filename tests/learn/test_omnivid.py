@@ -12,9 +12,8 @@ from torch import nn
 
 from tests.learn.resuming import check_resumes
 from tests.learn.tiny_video import tiny
+from tests.learn.unseen_clips import beside_untrained, frozen
 from tests.methods.directional import gap
-from winnow.learn.connectors.clips import Frozen
-from winnow.learn.connectors.compared import compared, test_records
 from winnow.learn.connectors.fit import fit
 from winnow.learn.connectors.omnivid import Recipe, score, written
 from winnow.learn.grounding.tasks import (
@@ -32,12 +31,10 @@ from winnow.learn.grounding.tasks import (
 )
 from winnow.learn.grounding.writer import Writer
 from winnow.parts.learned import SHIPPED_VIDEO, learned, untrained
-from winnow.reference import video
 from winnow.world.clips import staged
 
 SMALL = 0.025
 CLIPS = 60
-EACH = 20  # questions of a type
 
 
 @pytest.mark.system("omnivid", "exact")
@@ -103,14 +100,14 @@ def test_a_run_is_its_seed_and_goes_on_where_it_stopped(tmp_path):
 @functools.cache
 def answered():
     """What is written about clips that nobody was trained on, by the trained and the untrained connector."""
-    frozen = Frozen()
 
     def make(**sizes):
-        return nn.ModuleDict({"connect": Recipe(frozen).make()["connect"], "generate": Writer(len(WORDS), 96)})
+        return nn.ModuleDict({"connect": Recipe(frozen()).make()["connect"], "generate": Writer(len(WORDS), 96)})
 
-    modules = {"trained": learned("omnivid", None, frozen.info, make), "untrained": untrained(make)}
-    model, _ = video.load()
-    records = [{f"long.{name}": x for name, x in clip_record(model, seed, "test").items()} for seed in range(CLIPS)]
+    modules = {"trained": learned("omnivid", None, frozen().info, make), "untrained": untrained(make)}
+    records = [
+        {f"long.{name}": x for name, x in clip_record(frozen().model, seed, "test").items()} for seed in range(CLIPS)
+    ]
     return {
         (name, queries): {kind: np.array(x) for kind, x in written(module.eval(), records, queries).items()}
         for name, module in modules.items()
@@ -128,8 +125,7 @@ def test_it_learns_to_write_names_moments_and_boxes(kind):
 @pytest.mark.system("omnivid", "directional")
 @pytest.mark.xdist_group("connectors")
 def test_trained_queries_keep_more_answers_than_untrained_ones():
-    recipe = Recipe(Frozen())
-    found = compared(recipe, test_records(recipe.frozen, EACH))
+    found = beside_untrained("omnivid")
     assert found.tokens == 16
     assert found.over_untrained.low > 0
 

@@ -33,6 +33,7 @@ NO_CODE = {
 KEEP_POSITIONS = {
     *("dart", "diffrate", "dyvte", "evs", "fastv", "fastvid", "fitprune", "pixelprune", "tome", "v2drop", "vflowopt"),
     "centerclip",  # no language model stands behind it
+    "qtsplus",
     "vtw",
 }
 BUILT_IN = {slug for slug, entry in built_in().items() if not entry.of_cache}

@@ -48,6 +48,7 @@ class LangDC(wn.Method):
     weights: str | None = None
 
     identity = None
+    pairwise = True  # a picture is read as one chunk
     across_frames = True
 
     def build(self, info: wn.ModelInfo):

@@ -15,14 +15,16 @@ item; the code pads with a token that others then attend to. In training its gat
 was asked for (see `winnow.parts.counted_gate`).
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import winnow.contract as wn
+from winnow.parts.finite import finite
 from winnow.parts.frames import frame_of
 from winnow.parts.learned import in_fp32, learned
 from winnow.parts.query_aware import Tokenizer
@@ -72,18 +74,13 @@ class QTSplus(wn.Method):
 
     def act(self, view: wn.View) -> wn.Reduction | wn.Emit:
         """What is kept, re-encoded or as it is."""
-        x, there = self.finite(view)
+        x, there = finite(view.tokens)
         r = self.scores(view, x, there)
         counts = self.counts(view, r)
         order = wn.ranked(wn.comparable(r.masked_fill(~there, torch.nan), view))
         kept = [order[lane, :n].sort().values for lane, n in enumerate(counts)]
         chosen = wn.Reduction.select(pad_sequence(kept, batch_first=True), view.n, counts=counts)
         return wn.Emit(self.encoded(view, x, kept), provenance=chosen) if self.reencode else chosen
-
-    def finite(self, view: wn.View) -> tuple[Float[Tensor, "b n d"], Bool[Tensor, "b n"]]:
-        """The tokens, zeros for those that are broken, and which are not."""
-        there = view.tokens.sum(-1, dtype=torch.promote_types(view.tokens.dtype, torch.float32)).isfinite()
-        return view.tokens.masked_fill(~there[..., None], 0), there
 
     def scores(self, view: wn.View, x: Float[Tensor, "b n d"], there: Bool[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         """How much the question attends to each token, at most; item by item, so that a batch is its items."""
@@ -102,9 +99,7 @@ class QTSplus(wn.Method):
             return (self.keep.of(view),) * view.b
         return tuple((self.shares(view, r) * view.n).ceil().clamp(1, min(self.cap, view.n)).long().tolist())
 
-    def encoded(
-        self, view: wn.View, x: Float[Tensor, "b n d"], kept: list[Int[Tensor, " m"]]
-    ) -> Float[Tensor, "b m d"]:
+    def encoded(self, view: wn.View, x: Float[Tensor, "b n d"], kept: Sequence[Tensor]) -> Float[Tensor, "b m d"]:
         """What is kept of each item after it has attended to one another, padded with zeros."""
         frame, made = frame_of(view), []
         for lane, index in enumerate(kept):

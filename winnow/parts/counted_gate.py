@@ -65,23 +65,20 @@ def gate(
     *,
     compat: bool = False,
 ) -> Float[Tensor, "b n"]:
-    """1 for tokens that are kept, 0 for the others, with the gradient of a relaxed draw at temperature τ.
+    """1 for tokens that are kept, 0 for the others, with the gradient of the probability to be kept.
 
     Args:
         r: scores.
         count: how many are kept in expectation; from 0 to n.
         noise: logistic, the difference of two Gumbel draws.
-        compat: the logits of the released code, r − t: they keep with probability σ(r − t), whatever τ is.
+        compat: as the released code: logits r − t, which keep with probability σ(r − t) whatever τ is, and the gradient
+            of a draw that is relaxed at temperature τ.
     """
     n = r.shape[1]
     t = threshold(r, count.clamp(1e-3, n - 1e-3), tau)
     logits = (r - t[:, None]) / (1 if compat else tau)
-    if compat:
-        soft, drawn = ((logits + noise) / tau).sigmoid(), logits + noise > 0
-    else:
-        soft, drawn = logits.sigmoid(), logits + noise > 0
-    full = (count >= n)[:, None]
-    hard = (drawn | full).to(r.dtype)
+    soft = ((logits + noise) / tau if compat else logits).sigmoid()
+    hard = ((logits + noise > 0) | (count >= n)[:, None]).to(r.dtype)
     return soft + (hard - soft).detach()
 
 
