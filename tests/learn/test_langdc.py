@@ -17,7 +17,7 @@ from tests.methods.directional import gap
 from winnow.core.view import View
 from winnow.learn.captioning import WORDS, caption, captions
 from winnow.learn.connectors.fit import fit
-from winnow.learn.connectors.langdc import Recipe, caption_loss, soft_tokens
+from winnow.learn.connectors.langdc import Recipe, behind, caption_loss
 from winnow.learn.video import tower_tokens
 from winnow.methods.langdc import WORDS as COUNT
 from winnow.parts.captioner import START, STOP, Captioner
@@ -58,14 +58,15 @@ def test_what_it_is_taught_is_what_it_then_says():
     module.words.weight[STOP] += 0.4
     view = View.of(torch.randn(2, 72, 16, generator=torch.Generator().manual_seed(0)), layout=frozen().layout)
     chunks = chunks_of(view, 2, "langdc")
-    said = module(*(x.flatten(0, 1) for x in chunks[:3]), 5)
+    said = module(*behind(chunks), 5)
     assert said.counts.unique().numel() > 1
-    tokens, weights = soft_tokens(module, chunks, said.words)
-    torch.testing.assert_close(tokens, said.tokens)
+    start = torch.full_like(said.words[:, :1], START)
+    soft, weights = module.told(*behind(chunks), torch.cat([start, said.words], 1))
+    torch.testing.assert_close(soft + weights @ chunks.tokens.flatten(0, 1), said.tokens)
     torch.testing.assert_close(weights, said.weights)
     total, count = 0.0, 0
     for c, words in enumerate(said.words.tolist()):
-        one = [x.flatten(0, 1)[c : c + 1] for x in chunks[:3]]
+        one = [x[c : c + 1] for x in behind(chunks)]
         script = [w for w in words if w != STOP]
         for n, wanted in enumerate([*script, STOP]):
             states, _ = module.states(*one, torch.tensor([[START, *script[:n]]]))
@@ -109,7 +110,7 @@ def words_of(things):
         with torch.no_grad():
             tokens = tower_tokens(frozen().model, patches(torch.from_numpy(stage.draw(range(16)))[None])[0])
             chunks = chunks_of(View.of(tokens.flatten(0, 1)[None], layout=frozen().layout), 2, "langdc")
-            found.append(module(*(x.flatten(0, 1) for x in chunks[:3]), 12).counts.double().mean().item())
+            found.append(module(*behind(chunks), 12).counts.double().mean().item())
     return torch.tensor(found).numpy()
 
 

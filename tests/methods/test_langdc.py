@@ -104,7 +104,7 @@ def test_beside_what_is_said_stands_the_mean_of_each_frame():
 
 @pytest.mark.system("langdc", "exact")
 @torch.no_grad()
-def test_a_token_is_the_projected_state_of_its_word_or_the_word_alone():
+def test_a_token_is_the_projected_state_of_its_word_on_what_it_was_chosen_by_or_the_word_alone():
     scripts = [2, 3, 4], [5]
     for states in ("contextual", "word"):
         module = telling(*scripts)
@@ -115,9 +115,11 @@ def test_a_token_is_the_projected_state_of_its_word_or_the_word_alone():
         for c, script in enumerate(scripts):
             part, there = view.tokens[:, 18 * c : 18 * c + 18], torch.ones(1, 18, dtype=torch.bool)
             for n in range(1, len(script) + 1):  # what stands behind a word changes nothing
-                state, _ = module.states(part, place, there, torch.tensor([[START, *script[:n]]]))
-                own = state[0, -1] if states == "contextual" else module.words.weight[script[n - 1]]
-                want.append(module.soft(own))
+                state, weights = module.states(part, place, there, torch.tensor([[START, *script[:n]]]))
+                if states == "contextual":  # on top of what was attended to when the word was chosen
+                    want.append(module.soft(state[0, -1]) + weights[0, -2] @ part[0])
+                else:
+                    want.append(module.soft(module.words.weight[script[n - 1]]))
         torch.testing.assert_close(emit.tokens[0], torch.stack(want))
 
 

@@ -7,8 +7,9 @@ A chunk of a few frames is described until the model stops: rich chunks get many
 the words, projected, stand for the chunk, beside one mean of each frame that keeps raw cues. How many tokens that are
 is known when the video has been seen. They stand in order of time, at the places of tokens of their chunk.
 Departs from the paper: one frozen tower, whose tokens the small model reads unpooled; descriptions are lists of things
-with colours and directions, up to 12 words (paper: sentences of up to 256); the language model is frozen. A word's
-state is the one at the word itself. A picture is one chunk.
+with colours and directions, up to 12 words (paper: sentences of up to 256); the language model is frozen, so that a
+state is added to the mean of the tokens that its word was chosen by, which the model can read. A word's state is the
+one at the word itself. A picture is one chunk.
 Departs from the released code: `states=word` takes the embeddings of the words, as the code does; by default states are
 those of the last layer, as the paper says. All chunks of a video are described together (code: batches of one).
 """
@@ -62,7 +63,7 @@ class LangDC(wn.Method):
 
     def emit(self, view: wn.View, state: wn.State) -> tuple[wn.Emit, wn.State]:
         chunks = chunks_of(view, self.every, self.slug)
-        each = zip(*chunks[:3], strict=True)  # type: ignore[arg-type]
+        each = zip(chunks.tokens, chunks.place, chunks.there, strict=True)
         layer = -1 if self.states == "contextual" else 0
         said = [in_fp32(view.module, *one, self.most, layer) for one in each]
         return self.laid(view, chunks, said), state
@@ -71,7 +72,7 @@ class LangDC(wn.Method):
         """What is said of each item, in the order of the places that it takes."""
         counts = torch.stack([one.counts for one in said]).tolist()  # the one host read: it depends on the video
         items = [self._item(view, chunks, lane, said[lane], counts[lane]) for lane in range(view.b)]
-        tokens, matrix, place = (pad_sequence(own, batch_first=True) for own in zip(*items, strict=True))
+        tokens, matrix, place = (pad_sequence([*own], batch_first=True) for own in zip(*items, strict=True))
         sizes = tuple(len(own) for _, _, own in items)
         came = wn.Reduction.mix(matrix, representative=place)
         came = came if len(set(sizes)) == 1 else replace(came, counts=sizes)

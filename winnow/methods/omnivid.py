@@ -57,7 +57,7 @@ class OmniVid(wn.Method):
 
     def emit(self, view: wn.View, state: wn.State) -> tuple[wn.Emit, wn.State]:
         chunks = chunks_of(view, self.every, self.slug)
-        each = zip(*(x.split(1) for x in chunks[:3]), strict=True)  # type: ignore[union-attr]
+        each = zip(*(x.split(1) for x in (chunks.tokens, chunks.place, chunks.there)), strict=True)
         made = [in_fp32(view.module, *one, self.counts(chunks)) for one in each]
         tokens, weights = (torch.cat(parts) for parts in zip(*made, strict=True))
         return self.laid(view, chunks, tokens, weights), state

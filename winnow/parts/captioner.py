@@ -19,7 +19,7 @@ class Said(NamedTuple):
         words: `[b, n]`; STOP behind the end.
         counts: `[b]` words of each, the stop not among them.
         tokens: `[b, n, D]` what stands for the words.
-        weights: `[b, n, s]` what each word attends to of its chunk, in the last layer.
+        weights: `[b, n, s]` what was attended to of the chunk when the word was chosen, in the last layer.
     """
 
     words: Int[Tensor, "b n"]
@@ -99,8 +99,18 @@ class Captioner(nn.Module):
                 best = new.argmax(-1).masked_fill(ended, STOP)
             ended = ended | (best == STOP)
             words = torch.cat([words, best[:, None]], 1)
-        states, weights = self.states(chunks, place, there, words)
-        states, said = states[:, 1:], words[:, 1:]
-        if layer == 0:
-            states = self.words(said)
-        return Said(said, (said != STOP).sum(1), self.soft(states), weights[:, 1:])
+        soft, weights = self.told(chunks, place, there, words)
+        tokens = self.soft(self.words(words[:, 1:])) if layer == 0 else soft + weights @ chunks
+        return Said(words[:, 1:], (words[:, 1:] != STOP).sum(1), tokens, weights)
+
+    def told(
+        self,
+        chunks: Float[Tensor, "b s d"],
+        place: Int[Tensor, "b s 3"],
+        there: Bool[Tensor, "b s"],
+        words: Int[Tensor, "b n"],
+    ) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b m s"]]:
+        """The projected states of words behind a start, with gradients for the projector alone, and their weights."""
+        with torch.no_grad():
+            states, weights = self.states(chunks, place, there, words)
+        return self.soft(states[:, 1:]), weights[:, :-1]

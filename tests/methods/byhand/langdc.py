@@ -41,7 +41,7 @@ def by_hand(
 
 
 def described(x: Tensor, where: list[Spot], most: int) -> Tensor:
-    """The projected states of the words that are said of a chunk."""
+    """The projected states of the words that are said of a chunk, on what each was chosen by."""
     d = x.shape[1]
     shapes = layer_shapes(W)
     down, enter, *rest = glorot([(d, 2 * W), (W, d), *shapes * DEPTH, (2 * W, W), (WORDS, W)])
@@ -49,17 +49,20 @@ def described(x: Tensor, where: list[Spot], most: int) -> Tensor:
     layers = [rest[5 * k : 5 * k + 5] for k in range(DEPTH)]
     seen = torch.stack([normed(row) @ enter.T + waves(spot, W) for row, spot in zip(x, where, strict=True)])
 
-    def states(words: list[int]) -> Tensor:
+    def states(words: list[int]) -> tuple[Tensor, Tensor]:
         rows = torch.cat([seen, torch.stack([table[w] + waves((i,), W) for i, w in enumerate(words)])])
+        weights = x.new_zeros(0)
         for matrices in layers:
-            rows, _ = layer(rows, matrices, HEADS, lambda i: list(range(max(i + 1, len(seen)))))
-        return normed(rows[len(seen) :])
+            rows, weights = layer(rows, matrices, HEADS, lambda i: list(range(max(i + 1, len(seen)))))
+        share = weights[len(seen) :, : len(seen)]
+        return normed(rows[len(seen) :]), share / share.sum(1, keepdim=True)
 
     words = [START]
     while len(words) <= most:
-        logits = (table @ states(words)[-1]).tolist()
+        logits = (table @ states(words)[0][-1]).tolist()
         best = max((w for w in range(WORDS) if w != START), key=lambda w: logits[w])
         if best == STOP:
             break
         words.append(best)
-    return gelu(states(words)[1:] @ up.T) @ down.T
+    own, share = states(words)
+    return gelu(own[1:] @ up.T) @ down.T + share[:-1] @ x

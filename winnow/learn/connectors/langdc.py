@@ -44,11 +44,12 @@ class Recipe(recipe.Recipe):
         if self.given is None:
             return super().output(module, view)
         flat = self.given.flatten(0, 1)
-        tokens, weights = soft_tokens(module, chunks, flat)
+        own = chunks.tokens.flatten(0, 1)
+        soft, weights = module.told(*behind(chunks), pad(flat, (1, 0), value=START))
         counts = (flat != STOP).sum(1)
-        each = (x.unflatten(0, (view.b, -1)) for x in (flat, counts, tokens, weights))
+        each = (x.unflatten(0, (view.b, -1)) for x in (flat, counts, soft + weights @ own, weights))
         found = Output.of(method.laid(view, chunks, [Said(*one) for one in zip(*each, strict=True)]), view)
-        return replace(found, losses={"words": self.named(tokens, flat, view.tokens)})
+        return replace(found, losses={"words": self.named(soft, flat, view.tokens)})
 
     def named(self, tokens: Tensor, words: Tensor, seen: Tensor) -> Tensor:
         """How far tokens are from the language model's embeddings of their words, in sizes of tokens of a clip."""
@@ -88,24 +89,21 @@ class Recipe(recipe.Recipe):
     def measure(self, module: Any, records: Sequence[Record]) -> dict[str, float]:
         """Beside the accuracy of answers, how many descriptions are right word for word."""
         chunks, true = self.spoken(records)
-        said = module(*(x.flatten(0, 1) for x in chunks[:3]), self.settings["most"])
+        said = module(*behind(chunks), self.settings["most"])
         right = (said.words == true).all(1).double().mean()
         words = said.counts.double().mean()
         return super().measure(module, records) | {"described": float(right), "words": float(words)}
 
 
-def soft_tokens(module: Captioner, chunks: Chunks, words: Tensor) -> tuple[Tensor, Tensor]:
-    """What stands for given words, with gradients for the projector alone, and their attention to their chunk."""
-    with torch.no_grad():
-        given = torch.cat([torch.full_like(words[:, :1], START), words], 1)
-        states, weights = module.states(*(x.flatten(0, 1) for x in chunks[:3]), given)
-    return module.soft(states[:, 1:]), weights[:, 1:]
+def behind(chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunks of all clips as one batch: tokens, places, and which there are."""
+    return chunks.tokens.flatten(0, 1), chunks.place.flatten(0, 1), chunks.there.flatten(0, 1)
 
 
 def caption_loss(module: Captioner, chunks: Chunks, words: Tensor) -> Tensor:
     """Cross-entropy of words and of the first stop behind them."""
     given = pad(words, (1, 0), value=START)
-    states, _ = module.states(*(x.flatten(0, 1) for x in chunks[:3]), given)
+    states, _ = module.states(*behind(chunks), given)
     wanted = pad(words, (0, 1), value=STOP)
     ended = (wanted == STOP).cumsum(1) > 1
     return cross_entropy(module.logits(states).flatten(0, 1), wanted.masked_fill(ended, -100).flatten())

@@ -35,7 +35,9 @@ from winnow.learn.grounding.tasks import (
 from winnow.learn.grounding.writer import Writer
 from winnow.methods.omnivid import OmniVid
 from winnow.parts.chunks import chunks_of
-from winnow.world.clips import Clip
+from winnow.parts.transformer import Attention
+from winnow.reference.video import TOKEN_ID
+from winnow.world.clips import CLIP_GLYPHS, CLIP_SHAPES, Clip
 
 FEWER = (1, 2, 4, 8)  # queries of a clip that it is trained and measured with
 
@@ -45,10 +47,32 @@ class Recipe(recipe.Recipe):
     settings: ClassVar = {"queries": 4, "every": 2}
     sizes: ClassVar = {"width": 96, "queries": 8, "depth": 2, "fusion": 1, "heads": 4}
     clips, steps, batch, rate = 400, 200, 12, 3e-3
-    named = 400  # steps of the first phase
+    named = 700  # steps of the first phase
 
     def make(self) -> nn.Module:
         return nn.ModuleDict({"connect": super().make(), "generate": Writer(len(WORDS), self.sizes["width"])})
+
+    @torch.no_grad()
+    def start(self, module: nn.Module) -> None:
+        """What is alike is attended to and carried on as it is; names are words as the language model embeds them.
+
+        So short a training would not find this from random matrices.
+        """
+        parts: Any = module
+        for own in module.modules():
+            if isinstance(own, Attention):
+                same = torch.eye(own.q.in_features)
+                own.q.weight.copy_(same)
+                own.kv.weight.copy_(torch.cat([same, same]))
+                own.out.weight.copy_(same / 2)
+        parts["connect"].leave.weight.zero_()
+        table = self.frozen.model.get_input_embeddings().weight
+        width = self.sizes["width"]
+        parts["connect"].enter.weight.copy_(torch.linalg.svd(table, full_matrices=False).Vh[:width])
+        words = parts["generate"].words.weight
+        for name in (*CLIP_GLYPHS, *CLIP_SHAPES):
+            own = parts["connect"].enter.weight @ table[TOKEN_ID[name]]
+            words[WORD_ID[name]] = own / own.norm() * words[0].norm()
 
     def record(self, seen: Clip) -> Record:
         return super().record(seen) | {f"long.{k}": x for k, x in clip_record(self.frozen.model, seen.seed).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -84,8 +85,8 @@ class Selective(nn.Module):
     def follow(self, momentum: float) -> None:
         """The guide and the slow projector come nearer to what they follow; at first at once."""
         m = min(momentum, float(self.updates / (self.updates + 10)))
-        own: tuple[tuple[nn.Module, nn.Module], ...] = (
-            (self.choose.guide, self.classify.layers[0].mixer),  # type: ignore[arg-type]
+        own: tuple[tuple[Any, Any], ...] = (
+            (self.choose.guide, self.classify.layers[0].mixer),
             (self.classify.project_slow, self.classify.project),
         )
         for slow, fast in own:
