@@ -32,6 +32,7 @@ NOT_THE_LOWEST = {
     "hiprune": "neighbours of the representative, the token below it among them, come before the third token",
     "ts-llava": "it looks at no token, and takes them at equal distances",
     "holov": "shares the budget over strips of the picture",
+    "selective-s4": "its scan hears where equal tokens stand",
     "vispruner": "equal tokens are duplicates, of which those at even places of its list go",
 }
 

@@ -21,13 +21,16 @@ SHIPPED_TEXT = _REFERENCE / "recall" / "learned"
 SHIPPED_VIDEO = _REFERENCE / "video" / "learned"
 
 
-def learned(slug: str, weights: str | None, info: ModelInfo, make: Callable[..., nn.Module]) -> nn.Module:
+def learned(
+    slug: str, weights: str | None, info: ModelInfo, make: Callable[..., nn.Module], part: str | None = None
+) -> nn.Module:
     """A method's module with its trained weights.
 
     Args:
         weights: a file in safetensors that `winnow train` wrote, with its JSON beside it; `"untrained"` for random
             weights; None for those that winnow ships for one of its reference models (on plain tensors, random ones).
         make: builds the module from the sizes that the JSON names, which have defaults.
+        part: the name of the module in what was trained, where that is more.
 
     Raises:
         WinnowError: there are none, or they were trained for another model.
@@ -46,7 +49,9 @@ def learned(slug: str, weights: str | None, info: ModelInfo, make: Callable[...,
     try:
         with torch.random.fork_rng(devices=[]):
             module = make(**facts["sizes"])
-        module.load_state_dict({name: x.float() for name, x in load_file(path).items()})
+        start = "" if part is None else f"{part}."
+        given = {name: x.float() for name, x in load_file(path).items() if name.startswith(start)}
+        module.load_state_dict({name.removeprefix(start): x for name, x in given.items()})
         return module
     except (OSError, SafetensorError, RuntimeError, TypeError) as error:
         reason = str(error).split("\n")[0]
@@ -83,10 +88,10 @@ def untrained(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     return module
 
 
-def in_fp32(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """A module's output, computed at least in fp32 whatever the dtype of its weights."""
+def in_fp32(module: nn.Module, *inputs: Any) -> Any:
+    """A module's output, computed at least in fp32 whatever the dtype of its weights. Floats are converted."""
     own = dict(module.named_parameters())
     narrow = {name: x.float() for name, x in own.items() if x.dtype in (torch.bfloat16, torch.float16)}
     dtype = torch.float32 if narrow else next(iter(own.values())).dtype
-    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    inputs = tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
     return functional_call(module, narrow, inputs) if narrow else module(*inputs)
