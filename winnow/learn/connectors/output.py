@@ -68,7 +68,8 @@ def joined(parts: Sequence[tuple[Sequence[int], Output]]) -> Output:
     """
     longest = max(output.at.shape[1] for _, output in parts)
     rows = [number for own, _ in parts for number in own]
-    tokens, at, there, memory = [], [], [], []
+    tokens, at, there = [], [], []
+    memory: list[RowMemory] = []
     losses: dict[str, Tensor] = {}
     for own, output in parts:
         short = longest - output.at.shape[1]
