@@ -115,10 +115,9 @@ def answered():
 
 
 @pytest.mark.xdist_group("connectors")
-@pytest.mark.parametrize("kind", ["moment", "box"])
-def test_its_writer_learns_the_form_of_moments_and_boxes(kind):
-    """No more than the form: what it says of them is hardly better than always the same."""
-    assert gap(answered()["trained"][kind], answered()["untrained"][kind]).low > 0
+def test_its_writer_learns_the_form_of_moments():
+    """Hardly more than the form: see docs/learned-video.md."""
+    assert gap(answered()["trained"]["moment"], answered()["untrained"]["moment"]).low > 0
 
 
 @pytest.mark.system("omnivid", "directional")

@@ -68,7 +68,8 @@ class Recipe(recipe.Recipe):
         parts["connect"].leave.weight.zero_()
         table = self.frozen.model.get_input_embeddings().weight
         width = self.sizes["width"]
-        parts["connect"].enter.weight.copy_(torch.linalg.svd(table, full_matrices=False).Vh[:width])
+        most = torch.linalg.svd(table, full_matrices=False).Vh[:width]
+        parts["connect"].enter.weight.zero_()[: len(most)] = most
         words = parts["generate"].words.weight
         for name in (*CLIP_GLYPHS, *CLIP_SHAPES):
             own = parts["connect"].enter.weight @ table[TOKEN_ID[name]]
