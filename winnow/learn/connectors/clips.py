@@ -145,6 +145,13 @@ def asked_of(question: ClipQuestion) -> Asked:
     return Asked(question.type, question.text, question.answer, seconds)
 
 
+def evidence_of(rows: Sequence[Row]) -> Float[Tensor, "b t"]:
+    """Shares of the seconds in which the evidence of each row's question lies; of all, where there is none."""
+    seconds = [row.asked[0].seconds or range(GRID[0]) for row in rows]
+    shown = torch.stack([torch.zeros(GRID[0]).index_fill(0, torch.tensor([*own]), 1) for own in seconds])
+    return shown / shown.sum(1, keepdim=True)
+
+
 def questions_of(record: Record) -> list[Asked]:
     return [Asked(*one) for one in json.loads(record["asked"].numpy().tobytes())]
 
