@@ -20,6 +20,7 @@ from winnow.core.errors import WinnowError
 
 KEY = "WINNOW_API_KEY"
 CONTEXT = 4096  # of models that do not say how long their prompts may be
+DECODING = 20.0  # seconds that a video may take, while other requests are not read
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -68,6 +69,7 @@ def serve(
         typer.Option(min=1, help="Tokens of messages and answer, before compression.", show_default="the model's"),
     ] = None,
     max_pictures: Annotated[int, typer.Option(min=1, max=64, help="Of a request.")] = 8,
+    frames: Annotated[int, typer.Option(min=1, max=64, help="Of a video, evenly.")] = 8,
     max_body: Annotated[int, typer.Option(min=1, max=1024, help="MiB of a request.")] = 32,
     batch: Annotated[int, typer.Option(min=1, max=256, help="Requests that are decoded together.")] = 8,
     queue: Annotated[int, typer.Option(min=1, max=10_000, help="Requests that wait beside them.")] = 64,
@@ -103,6 +105,7 @@ def serve(
     from winnow.serve.server import serve as answer
     from winnow.serve.settings import MIB, Settings
     from winnow.serve.start import context_of, make_service
+    from winnow.video import VideoLimits
 
     quiet()
     plan, methods = plans([method or DEFAULT], keep, positions)[0], _allowed(allow)
@@ -115,6 +118,7 @@ def serve(
         hosts=answered_hosts(host, allow_host), methods=methods, least=bounds[0], most=bounds[1],
         context=max_context or context_of(loaded) or CONTEXT,
         max_tokens=max_tokens, temperature=temperature, pictures=max_pictures, body=max_body * MIB,
+        frames=frames, video=VideoLimits(max_bytes=max_body * MIB, max_frames=frames, timeout=DECODING),
         buffered=max(8, max_body) * 8 * MIB, batch=batch, waiting=queue, seconds=time_limit, grace=grace,
     )  # fmt: skip
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="winnow: %(message)s")

@@ -143,19 +143,29 @@ def open_base64(text: object, *, limits: Limits = _DEFAULT) -> Image.Image:
     Anything that a JSON request may hold can be handed in: what is not such a text is refused. The MIME type of a URL
     is not believed: the content decides.
     """
+    return open_image(base64_bytes(text, limits.max_base64), limits=limits)
+
+
+def base64_bytes(text: object, longest: int, kind: str = "image") -> bytes:
+    """The bytes of what `open_base64` takes, whatever they hold.
+
+    Args:
+        longest: characters of the text.
+        kind: image or video, for what is said of a wrong URL.
+    """
     if not isinstance(text, str):
         raise MediaError(f"got {type(text).__name__}: give base64 as text", "bad_type")
-    if len(text) > limits.max_base64:
-        raise MediaError(f"got {len(text)} characters; at most {limits.max_base64} are allowed", "too_large")
+    if len(text) > longest:
+        raise MediaError(f"got {len(text)} characters; at most {longest} are allowed", "too_large")
     payload = text
     if text[:5].lower() == "data:":
         head, _, payload = text.partition(",")
         if not head.lower().endswith(";base64"):
-            raise MediaError("the data: URL must read data:image/…;base64,…", "bad_base64")
+            raise MediaError(f"the data: URL must read data:{kind}/…;base64,…", "bad_base64")
     if len(payload) % 4 or not re.fullmatch(r"[A-Za-z0-9+/]*={0,2}", payload):  # b64decode is laxer, by Python version
         malformed = "not valid base64: use A–Z a–z 0–9 + / with = padding, and no line breaks or blanks"
         raise MediaError(malformed, "bad_base64")
-    return open_image(base64.b64decode(payload), limits=limits)
+    return base64.b64decode(payload)
 
 
 def fingerprint(image: Image.Image) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import winnow
-from serve.process import MOTORCYCLE, Answer, Server, drawn, running
+from serve.process import MOTORCYCLE, ROOT, Answer, Server, drawn, running
 from winnow.models.inputs import model_inputs
 
 PLAN = "hiprune:keep=64"
@@ -19,6 +20,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "/serve/" in item.nodeid:
             item.add_marker(pytest.mark.xdist_group("serve"))
+
+
+@pytest.fixture(scope="module")
+def tests_importable() -> Iterator[None]:
+    """`python -m serve.slow` finds the module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")])))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -26,14 +26,6 @@ ASKED = {"messages": [user(MOTORCYCLE, drawn(54).image)]}
 
 
 @pytest.fixture(scope="module")
-def tests_importable() -> Iterator[None]:
-    """`python -m serve.slow` finds the module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")])))
-        yield
-
-
-@pytest.fixture(scope="module")
 def slow(tests_importable: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("slow")
     with running(folder, "--method", "hiprune:keep=64", "--batch", "2", "--queue", "2", **SLOW) as server:

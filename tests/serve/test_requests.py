@@ -139,7 +139,7 @@ def test_W3_two_lengths_that_differ(server: Server) -> None:
 PARTS = [
     {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
     {"type": "file", "file": {"filename": "x"}},
-    {"type": "video_url", "video_url": {"url": "data:,"}},
+    {"type": "video_url", "video_url": {"url": "data:,"}, "fps": 2},
     {"type": "text"},
     {"type": "text", "text": 5},
     {"type": "text", "text": "a", "winnow": 1},

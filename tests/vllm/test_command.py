@@ -133,6 +133,7 @@ REFUSED = [
     (["--device-map", "auto"], "--tensor-parallel-size"),
     (["--quantization", "4bit"], "vLLM's own --quantization"),
     (["--time-limit", "9"], "--time-limit is not for"),
+    (["--frames", "9"], "it reads pictures alone"),
     (["--method", "nonsense"], "Unknown method"),
     (["--allow", "nonsense"], "Unknown method"),
     (["--max-keep", "0"], "keeps nothing"),

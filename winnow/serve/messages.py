@@ -1,4 +1,4 @@
-"""The messages of a chat request: roles, texts, and pictures as data: URLs. Nothing is fetched."""
+"""The messages of a chat request: roles, texts, and pictures or a video as data: URLs. Nothing is fetched."""
 
 from __future__ import annotations
 
@@ -9,12 +9,27 @@ from typing import Any
 
 from PIL import Image
 
-from winnow.media import MediaError, open_base64
+from winnow.core.errors import UnsupportedError
+from winnow.media import MediaError, base64_bytes, open_base64
 from winnow.serve.errors import INVALID, ApiError, invalid
 from winnow.serve.settings import Settings
+from winnow.video import Sampling, Video, open_video
 
 ROLES = ("system", "developer", "user", "assistant")
 DETAILS = ("auto", "low", "high")
+NOUNS = {"image": "picture", "video": "video"}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture or a video as its data: URL, still in base64.
+
+    Attributes:
+        modality: image or video.
+    """
+
+    modality: str
+    url: str
 
 
 @dataclass(frozen=True)
@@ -22,39 +37,42 @@ class Turn:
     """One message.
 
     Attributes:
-        parts: in order, texts and pictures; a picture is its data: URL, still in base64, in a one-tuple.
+        parts: in order, texts and what is shown.
     """
 
     role: str
-    parts: tuple[str | tuple[str], ...]
+    parts: tuple[str | Shown, ...]
 
     @property
     def texts(self) -> Iterator[str]:
         return (part for part in self.parts if isinstance(part, str))
 
     @property
-    def urls(self) -> Iterator[str]:
-        return (part[0] for part in self.parts if not isinstance(part, str))
+    def shown(self) -> Iterator[Shown]:
+        return (part for part in self.parts if isinstance(part, Shown))
 
 
 def read_turns(messages: list[Any], settings: Settings) -> list[Turn]:
-    """The messages, with their pictures still in base64.
+    """The messages, with what they show still in base64.
 
     Raises:
-        ApiError: a message is not of a kind that is known, or there are too many pictures or characters.
+        ApiError: a message is not of a kind that is known, or there are too many pictures, videos or characters.
     """
     turns = [_turn(message, f"messages[{i}]") for i, message in enumerate(messages)]
     if turns[-1].role != "user":
         raise invalid("The last message must be the user's.", f"messages[{len(turns) - 1}].role")
-    if not any(part if isinstance(part, tuple) else part.strip() for part in turns[-1].parts):
+    if not any(isinstance(part, Shown) or part.strip() for part in turns[-1].parts):
         raise invalid("The last message holds neither text nor a picture.", f"messages[{len(turns) - 1}].content")
     characters = sum(len(text) for turn in turns for text in turn.texts)
     if characters > settings.text:
         text = f"The messages hold {characters} characters of text; at most {settings.text} are allowed."
         raise invalid(text, "messages", "request_too_large", 413)
-    count = sum(1 for turn in turns for _ in turn.urls)
-    if count > settings.pictures:
-        text = f"The messages hold {count} pictures; at most {settings.pictures} are allowed."
+    shown = [own.modality for turn in turns for own in turn.shown]
+    if "video" in shown and len(shown) > 1:
+        text = f"The messages hold a video and {len(shown) - 1} more; one video, or pictures, can be asked about."
+        raise invalid(text, "messages", "too_many_videos")
+    if len(shown) > settings.pictures:
+        text = f"The messages hold {len(shown)} pictures; at most {settings.pictures} are allowed."
         raise invalid(text, "messages", "too_many_images")
     return turns
 
@@ -74,22 +92,23 @@ def _turn(message: Any, at: str) -> Turn:
     return Turn(role, tuple(_part(part, role, f"{at}.content[{i}]") for i, part in enumerate(content)))
 
 
-def _part(part: Any, role: str, at: str) -> str | tuple[str]:
+def _part(part: Any, role: str, at: str) -> str | Shown:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and set(part) == {"type", "text"}:
         return _text(part["text"], f"{at}.text")
-    if kind != "image_url" or set(part) != {"type", "image_url"}:
+    modality = kind.removesuffix("_url") if isinstance(kind, str) else ""
+    if modality not in NOUNS or set(part) != {"type", kind}:
         wanted = '{"type": "text", "text": …} or {"type": "image_url", "image_url": {"url": "data:…"}}'
         raise invalid(f"{at} must be {wanted}.", at, "invalid_value")
     if role != "user":
-        raise invalid(f"{at}: only messages of the user hold pictures.", at, "invalid_value")
-    image = part["image_url"]
-    if not isinstance(image, dict) or "url" not in image or not set(image) <= {"url", "detail"}:
-        raise invalid(f'{at}.image_url must be {{"url": "data:…"}}.', f"{at}.image_url", "invalid_value")
-    if image.get("detail", "auto") not in DETAILS:
-        allowed = ", ".join(DETAILS)
-        raise invalid(f"{at}.image_url.detail must be one of {allowed}.", f"{at}.image_url.detail", "invalid_value")
-    return (_data_url(image["url"], f"{at}.image_url.url"),)
+        raise invalid(f"{at}: only messages of the user hold {NOUNS[modality]}s.", at, "invalid_value")
+    given, at = part[kind], f"{at}.{kind}"
+    known = {"url", "detail"} if modality == "image" else {"url"}
+    if not isinstance(given, dict) or "url" not in given or not set(given) <= known:
+        raise invalid(f'{at} must be {{"url": "data:…"}}.', at, "invalid_value")
+    if given.get("detail", "auto") not in DETAILS:
+        raise invalid(f"{at}.detail must be one of {', '.join(DETAILS)}.", f"{at}.detail", "invalid_value")
+    return Shown(modality, _data_url(given["url"], f"{at}.url", modality))
 
 
 def _text(text: Any, at: str) -> str:
@@ -100,24 +119,44 @@ def _text(text: Any, at: str) -> str:
     return text
 
 
-def _data_url(url: Any, at: str) -> str:
+def _data_url(url: Any, at: str, modality: str) -> str:
+    code = f"invalid_{modality}_url"
     if not isinstance(url, str):
-        raise invalid(f"{at} must be a text.", at, "invalid_image_url")
+        raise invalid(f"{at} must be a text.", at, code)
     if url[:5].lower() != "data:":
-        text = f"{at} must be a data: URL that holds the picture in base64; this server fetches and opens nothing."
-        raise invalid(text, at, "invalid_image_url")
+        what = NOUNS[modality]
+        text = f"{at} must be a data: URL that holds the {what} in base64; this server fetches and opens nothing."
+        raise invalid(text, at, code)
     return url
 
 
-def open_pictures(turns: list[Turn], settings: Settings) -> list[Image.Image]:
-    """The pictures of a conversation, decoded, in order.
+def open_shown(turns: list[Turn], settings: Settings) -> list[Image.Image] | list[Video]:
+    """What a conversation shows, decoded: its pictures in order, or its one video.
 
     Raises:
-        ApiError: one cannot be taken; `code` is that of winnow's `MediaError`.
+        ApiError: something cannot be taken; `code` is that of winnow's `MediaError`.
     """
+    shown = [own for turn in turns for own in turn.shown]
+    if shown and shown[0].modality == "video":
+        return [_video(shown[0].url, settings)]
+    return _pictures([own.url for own in shown], settings)
+
+
+def _video(url: str, settings: Settings) -> Video:
+    try:
+        data = base64_bytes(url, settings.body, "video")
+        return open_video(data, sampling=Sampling.count(settings.frames), limits=settings.video)
+    except MediaError as error:
+        refused = _refused(f"video: {error}", error.code, error.status)
+    except UnsupportedError:  # says what the operator has to install
+        refused = _refused("video: this server cannot decode videos", "unsupported_value", 400)
+    raise refused
+
+
+def _pictures(urls: list[str], settings: Settings) -> list[Image.Image]:
     found: list[Image.Image] = []
     pixels = 0
-    for url in (url for turn in turns for url in turn.urls):
+    for url in urls:
         try:
             found.append(open_base64(url, limits=settings.picture))
         except MediaError as error:

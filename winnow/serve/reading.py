@@ -9,7 +9,7 @@ import torch
 from winnow.serve.body import parse_json
 from winnow.serve.errors import ApiError, invalid
 from winnow.serve.job import Job
-from winnow.serve.messages import open_pictures, read_turns
+from winnow.serve.messages import open_shown, read_turns
 from winnow.serve.plans import check_budgets, requested_plan
 from winnow.serve.prompting import Prompter
 from winnow.serve.schema import ChatRequest, chat_request, room
@@ -20,11 +20,12 @@ class Reader:
     """Reads requests for one model.
 
     Args:
-        tokens: the ids of placeholders of pictures.
+        tokens: the ids of placeholders of pictures and videos.
+        videos: whether the model takes them.
     """
 
-    def __init__(self, settings: Settings, prompter: Prompter, tokens: frozenset[int]) -> None:
-        self.settings, self.prompter = settings, prompter
+    def __init__(self, settings: Settings, prompter: Prompter, tokens: frozenset[int], videos: bool = False) -> None:
+        self.settings, self.prompter, self.videos = settings, prompter, videos
         self.tokens = torch.tensor(sorted(tokens))
 
     def read(self, body: bytearray, tell: Any, number: str) -> tuple[ChatRequest, Job]:
@@ -37,17 +38,19 @@ class Reader:
         request = chat_request(parse_json(body, settings.values), settings)
         plan = None if request.plan is None else requested_plan(request.plan, settings)
         turns = read_turns(request.messages, settings)
-        request.messages.clear()  # pictures in base64 live on in the turns alone
-        pictures = open_pictures(turns, settings)
-        inputs = self.prompter.inputs(turns, pictures)
-        sizes = self._sizes(inputs["input_ids"], len(pictures))
+        request.messages.clear()  # what is in base64 lives on in the turns alone
+        if not self.videos and any(own.modality == "video" for turn in turns for own in turn.shown):
+            raise invalid("The model of this server takes no videos.", "messages", "unsupported_value")
+        shown = open_shown(turns, settings)
+        inputs = self.prompter.inputs(turns, shown)
+        sizes = self._sizes(inputs["input_ids"], len(shown))
         if plan is not None:
             check_budgets(plan, sizes, settings)
         length = room(request, inputs["input_ids"].shape[1], settings.context)
         return request, Job(inputs, sizes, plan, request.within(length), tell, number)
 
     def _sizes(self, ids: torch.Tensor, pictures: int) -> tuple[int, ...]:
-        """Placeholders of each picture; where a processor writes marks between them, an equal share."""
+        """Placeholders of each picture, or of the video; where a processor writes marks between, an equal share."""
         held = torch.isin(ids[0], self.tokens)
         if not pictures:
             if bool(held.any()):

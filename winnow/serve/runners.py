@@ -19,6 +19,7 @@ from winnow.engine.prepared import Prepared, bucketed, joined
 from winnow.engine.twin import twin
 from winnow.models.inputs import moved
 from winnow.serve.job import Job, Started
+from winnow.serve.messages import NOUNS
 
 PLANS = 16  # that are kept ready
 
@@ -116,8 +117,8 @@ def started(ready: Ready, ledger: Ledger) -> Started:
 
 
 def placeholder_tokens(model: Any, family: Any) -> frozenset[int]:
-    """The ids that stand for pictures in a prompt."""
-    found = (getattr(model.config, name, None) for _, modality, name in family.encoders if modality == "image")
+    """The ids that stand for pictures and videos in a prompt."""
+    found = (getattr(model.config, name, None) for _, modality, name in family.encoders if modality in NOUNS)
     return frozenset(token for token in found if isinstance(token, int))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from winnow.core.budget import Budget
 from winnow.core.errors import WinnowError
 from winnow.media import Limits
+from winnow.video import VideoLimits
 
 MIB = 2**20
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -33,6 +34,8 @@ class Settings:
         text: characters of all texts of a request.
         pictures: of a request.
         picture: limits of each picture.
+        frames: that are taken of a video, evenly.
+        video: limits of a video.
         body_seconds, header_seconds: until a body, and a request's head, must have come.
         seconds: from the first byte of a request to the last of its answer.
         grace: seconds that running requests have after SIGTERM.
@@ -56,6 +59,8 @@ class Settings:
     text: int = 200_000
     pictures: int = 8
     picture: Limits = field(default_factory=lambda: Limits(max_total_pixels=64_000_000))
+    frames: int = 8
+    video: VideoLimits = field(default_factory=lambda: VideoLimits(max_bytes=32 * MIB, max_frames=64, timeout=20.0))
     body_seconds: float = 30.0
     header_seconds: float = 10.0
     seconds: float = 600.0

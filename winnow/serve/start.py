@@ -41,7 +41,8 @@ def make_service(model: Any, processor: Any, plan: Plan, settings: Settings) -> 
     metrics = Metrics(lambda: engine.counts)
     engine.on_batch = metrics.rows.observe
     _try(model, processor, runners)
-    return Service(settings, Reader(settings, Prompter(processor), tokens), engine, metrics)
+    videos = "video" in {own for _, own, _ in family.encoders} and getattr(processor, "video_processor", None)
+    return Service(settings, Reader(settings, Prompter(processor), tokens, bool(videos)), engine, metrics)
 
 
 def context_of(model: Any) -> int | None:

@@ -25,6 +25,7 @@ RENAMED: dict[str, Callable[[Any], tuple[str, ...]]] = {
 MISSING = {
     "allow_host": "it answers any Host header; put a reverse proxy before it",
     "max_body": "bound the bodies in a reverse proxy before it",
+    "frames": "with winnow it reads pictures alone",
     "queue": "it queues what comes; bound the requests in a reverse proxy before it",
     "time_limit": "bound the time in a reverse proxy before it",
     "device": "its build decides it, and CUDA_VISIBLE_DEVICES chooses GPUs",
