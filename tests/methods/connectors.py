@@ -32,9 +32,7 @@ def of_method(slug: str, **settings: Any) -> Compared:
     Args:
         settings: others than those for which its weights are.
     """
-    kind: Any = recipe_of(slug)
-    own = type("Recipe", (kind,), {"settings": {**kind.settings, **settings}})
-    return compared(own(frozen()), _records())
+    return compared(recipe_of(slug).at(**settings)(frozen()), _records())
 
 
 @functools.cache

@@ -30,6 +30,7 @@ LAYER = 0  # of the language model, which the module begins as
 class Recipe(recipe.Recipe):
     slug = "qtsplus"
     steps, rate = 400, 5e-4
+    also = ({"keep": 9},)
 
     def start(self, module: Any) -> None:
         layer: Any = self.frozen.model.model.language_model.layers[LAYER]
