@@ -185,3 +185,26 @@ def test_trained_it_answers_more_about_clips_than_untrained():
     found = connectors.of_method("videostreaming")
     assert found.tokens == 16
     assert found.over_untrained.low > 0
+
+
+def recall(**settings):
+    """The share of the seconds of the evidence that are among the four that are chosen."""
+    method = VideoStreaming(clip=1, chosen=4, **settings)
+    frozen, shares = connectors.frozen(), []
+    rows, (step,) = connectors.rows(), method.bind(frozen.info)[1]
+    for numbers, view in frozen.views(rows, step, method.build(frozen.info).eval()):
+        chosen = method.recall(view).provenance.representatives // 9
+        for number, own in zip(numbers, chosen.tolist(), strict=True):
+            evidence = {*rows[number].asked[0].seconds}
+            if 0 < len(evidence) <= 4:
+                shares.append(len(evidence & {*own}) / len(evidence))
+    assert len(shares) > 40
+    return sum(shares) / len(shares)
+
+
+@pytest.mark.system("videostreaming", "directional")
+@pytest.mark.xdist_group("clips")
+def test_trained_the_clips_of_the_evidence_are_chosen():
+    """Half of the clips are, so that a blind choice has half of the evidence."""
+    assert recall() > 0.8
+    assert recall(weights="untrained") < 0.7
