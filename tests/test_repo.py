@@ -27,7 +27,7 @@ RANKS = [
     {"contract", "reference", "video"},
     {"methods", "models", "cache"},
     {"engine"},
-    {"bench", "testing"},
+    {"bench", "testing", "watch"},
     {"tuning"},
     {"learn"},  # the card of a model shows what the bench measured
     {"serve"},

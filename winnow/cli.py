@@ -123,9 +123,10 @@ def run(
 
     from winnow import cli_run
     from winnow.bench.clock import busy
-    from winnow.cli_clips import BUNDLED, load_for
+    from winnow.cli_clips import load_for
     from winnow.engine.compress import DEFAULT
     from winnow.models.load import quiet
+    from winnow.watch.clip_inputs import BUNDLED
 
     quiet()
     wanted = cli_run.plans(method or [DEFAULT], keep, positions)
@@ -305,8 +306,8 @@ def world_clip(
     split: Annotated[str, typer.Option(help="train or test.")] = "test",
 ) -> None:
     """Write a drawn clip as a short video, and say what can be asked about it."""
+    from winnow.watch.clip_files import save_clip
     from winnow.world.clips import clip
-    from winnow.world.clips.export import save_clip
 
     drawn = clip(seed, length, split=split)
     film.parent.mkdir(parents=True, exist_ok=True)

@@ -10,16 +10,12 @@ from winnow.models import load as checkpoints
 from winnow.models.inputs import model_inputs
 from winnow.overlay import Box
 from winnow.reference import video as reference
-from winnow.reference.clip_inputs import clip_inputs
 from winnow.reference.video import ClipProcessor
-from winnow.reference.vocabulary import split_words
 from winnow.video import Video
+from winnow.watch.clip_files import NAME, named_clip
+from winnow.watch.clip_inputs import BUNDLED, CHECKPOINT, clip_inputs
 from winnow.world.clips import FPS, Clip, Sight, stretches
-from winnow.world.clips.export import NAME, named_clip
 
-CHECKPOINT = "Qwen/Qwen2.5-VL-3B-Instruct"  # what a video that the bundled model does not know is for
-BUNDLED = "bundled video reference model"
-EXAMPLE = "is there a frog?"
 FOREIGN = (
     "the bundled video reference model knows only winnow's own drawn clips, and its answer to a video means nothing; "
     f"use a real checkpoint: --model {CHECKPOINT}"
@@ -66,16 +62,6 @@ class Known:
                     (scale * box.x0, scale * box.y0, scale * box.x1, scale * box.y1)
                 )
         return found
-
-
-def check_words(question: str) -> None:
-    """Refuse a question that the bundled model cannot read."""
-    unknown = [word for word in split_words(question) if not reference.knows(word)]
-    if unknown:
-        raise WinnowError(
-            f"the {BUNDLED} does not know the words {', '.join(unknown)}: ask as winnow's clips do ({EXAMPLE!r}), or "
-            f"use a real checkpoint: --model {CHECKPOINT}."
-        )
 
 
 def is_clip(name: str) -> bool:

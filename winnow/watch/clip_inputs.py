@@ -12,11 +12,26 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from winnow.reference.video import BEFORE, FRAMES_OF_PATCH, TOKEN_ID, VIDEO, ClipProcessor, places
+from winnow.core.errors import WinnowError
+from winnow.reference.video import BEFORE, FRAMES_OF_PATCH, TOKEN_ID, VIDEO, ClipProcessor, knows, places
+from winnow.reference.vocabulary import split_words
 from winnow.video import Video
 
 SIDE = 84  # pixels of the frames that it was trained on
+CHECKPOINT = "Qwen/Qwen2.5-VL-3B-Instruct"  # what a video that the bundled model does not know is for
+BUNDLED = "bundled video reference model"
+EXAMPLE = "is there a frog?"
 _ANY = "is"  # a question, where only what stands before it is wanted
+
+
+def check_words(question: str) -> None:
+    """Refuse a question that the bundled model cannot read."""
+    unknown = [word for word in split_words(question) if not knows(word)]
+    if unknown:
+        raise WinnowError(
+            f"the {BUNDLED} does not know the words {', '.join(unknown)}: ask as winnow's clips do ({EXAMPLE!r}), or "
+            f"use a real checkpoint: --model {CHECKPOINT}."
+        )
 
 
 def fitted(frames: Sequence[np.ndarray] | UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "u s s 3"]:
