@@ -23,10 +23,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OM
 # Rooms, lowest first. A module imports from its own room and from lower ones.
 RANKS = [
     {"core", "children", "media_headers", "_version", "__version__"},
-    {"media", "overlay", "parts", "signals", "systems", "model_classes"},
-    {"contract", "video"},
-    {"world"},
-    {"reference"},
+    {"media", "overlay", "parts", "signals", "systems", "model_classes", "world"},
+    {"contract", "reference", "video"},
     {"methods", "models", "cache"},
     {"engine"},
     {"bench", "testing", "watch"},

@@ -131,9 +131,10 @@ def run(
     """Answer a question about a picture or a video, with and without compression, and say what each answer cost."""
     from winnow import cli_run
     from winnow.bench.clock import busy
-    from winnow.cli_clips import BUNDLED, load_for
+    from winnow.cli_clips import load_for
     from winnow.engine.compress import DEFAULT
     from winnow.models.load import quiet
+    from winnow.watch.clip_inputs import BUNDLED
 
     quiet()
     wanted = cli_run.plans(method or [DEFAULT], keep, positions)

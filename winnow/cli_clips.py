@@ -11,11 +11,11 @@ from winnow.models import load as checkpoints
 from winnow.models.inputs import model_inputs
 from winnow.overlay import Box
 from winnow.reference import video as reference
-from winnow.reference.clip_inputs import BUNDLED, CHECKPOINT, clip_inputs
 from winnow.reference.video import ClipProcessor
 from winnow.video import Video
+from winnow.watch.clip_files import NAME, named_clip
+from winnow.watch.clip_inputs import BUNDLED, CHECKPOINT, clip_inputs
 from winnow.world.clips import FPS, Clip, Sight, stretches
-from winnow.world.clips.export import NAME, named_clip
 
 FOREIGN = (
     "the bundled video reference model knows only winnow's own drawn clips, and its answer to a video means nothing; "

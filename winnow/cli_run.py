@@ -21,13 +21,13 @@ from winnow.core.registry import method_class
 from winnow.engine.compress import compress
 from winnow.media import MediaError, open_image
 from winnow.overlay import Box, covered, overlay, panel_size, shown_box
-from winnow.reference.clip_inputs import check_words
 from winnow.reference.doubts import doubts
 from winnow.video import Sampling, Video, container_of, open_video
 from winnow.video.overlay import MOVING, contact_sheet, film, save_film
+from winnow.watch.clip_files import clip_in
+from winnow.watch.clip_inputs import check_words
 from winnow.world import Scene, scene
 from winnow.world.clips import FPS, Clip
-from winnow.world.clips.export import clip_in
 from winnow.world.export import scene_in
 
 LONGEST = {".png": 2**31 - 1, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # pixels of a side

@@ -11,8 +11,7 @@ import typer
 from winnow.cli_options import Device, DeviceMap, Dtype, Json, Model, Positions, Quantization, Revision, Trust
 from winnow.cli_streams import print_json, warn
 from winnow.core.errors import WinnowError
-
-PLAN = "stc:keep=50% + snapkv:keep=1024"
+from winnow.watch import PLAN
 
 
 def register(app: typer.Typer) -> None:
@@ -53,9 +52,10 @@ def stream(
 ) -> None:
     """Read a video frame by frame within a bounded cache, and answer questions while it runs."""
     from winnow import __version__
-    from winnow.cli_clips import BUNDLED, FOREIGN, load_for
+    from winnow.cli_clips import FOREIGN, load_for
     from winnow.core.plan import Plan
     from winnow.models.load import quiet
+    from winnow.watch.clip_inputs import BUNDLED
     from winnow.watch.questions import Question
     from winnow.watch.source import opened
 
@@ -110,7 +110,7 @@ def _watched(
     """
     import contextlib
 
-    from winnow.cli_show import console
+    from winnow.cli_show import console, number
     from winnow.watch.loop import Watching
     from winnow.watch.questions import Typed
     from winnow.watch.record import Record
@@ -126,7 +126,7 @@ def _watched(
     with contextlib.closing(viewer.session):
         for question in asked:
             viewer.check(question.text)
-        screen = Screen(shown, f"{source.name}   {plan}", record, typed)
+        screen = Screen(shown, f"{source.name}   {plan}", record, typed, number)
         watching = Watching(source, viewer, asked, record, screen, most=most, realtime=realtime)
         try:
             with typed or contextlib.nullcontext(), screen():

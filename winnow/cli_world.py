@@ -60,8 +60,8 @@ def clip(
     split: Annotated[str, typer.Option(help="train or test.")] = "test",
 ) -> None:
     """Write a drawn clip as a short video, and say what can be asked about it."""
+    from winnow.watch.clip_files import save_clip
     from winnow.world.clips import clip as draw
-    from winnow.world.clips.export import save_clip
 
     drawn = draw(seed, length, split=split)
     film.parent.mkdir(parents=True, exist_ok=True)

@@ -16,10 +16,10 @@ from winnow import cli_stream
 from winnow.cli import app
 from winnow.reference import video
 from winnow.reference.build import make_model, make_processor
-from winnow.reference.clip_inputs import ClipStream
 from winnow.reference.presets import preset
+from winnow.watch.clip_files import clip_in, save_clip
+from winnow.watch.clip_inputs import ClipStream
 from winnow.world.clips import clip
-from winnow.world.clips.export import clip_in, save_clip
 
 NAME = "clip:11"
 FULL = ("--method", "full", "--unbounded")

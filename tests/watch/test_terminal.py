@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from winnow.watch.clip_files import save_clip
 from winnow.watch.questions import Question, Typed
 from winnow.world.clips import clip
-from winnow.world.clips.export import save_clip
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENVIRONMENT = {

@@ -6,10 +6,10 @@ from typing import Any
 from winnow.cache.groups import Group
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.reduction import Reduction
-from winnow.core.step import Attend
+from winnow.core.step import Attend, Parted
 
-Rows = list[tuple[Group, Reduction | None]]
-"""For each group of samples, the map of the slots that are read; None: all of them are."""
+Rows = list[tuple[Group, Reduction | Parted | None]]
+"""For each group of samples, the map of the slots that are read, or the parts of a prefill; None: all are read."""
 
 
 @dataclass(frozen=True, eq=False)

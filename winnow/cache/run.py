@@ -14,13 +14,14 @@ from winnow.cache.groups import Group, groups_of, of_group, parts_of, slots_of
 from winnow.cache.joining import Part, joined
 from winnow.cache.masks import real_of
 from winnow.cache.memory import Memory
+from winnow.cache.parted import Portion, check_parted, portions_of
 from winnow.cache.queries import Asked
 from winnow.cache.ragged import Ragged
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.kv import Codec, KVStep, KVView, Moment
 from winnow.core.packing import Packing
 from winnow.core.reduction import Reduction
-from winnow.core.step import Action, Attend, Follow, KVReduce, Observe, Repose
+from winnow.core.step import Action, Attend, Follow, KVReduce, Observe, Parted, Repose
 
 Answers = list[tuple[Group, KVView, Action]]
 
@@ -63,11 +64,15 @@ class Runner:
         for number, step in self.steps:
             if "before" not in step.when:
                 continue
-            for group, _, action in self._answers(number, step, "before", asked):
-                if not isinstance(action, Attend | Observe):
+            for group, view, action in self._answers(number, step, "before", asked):
+                if not isinstance(action, Attend | Parted | Observe):
                     raise WinnowError(
-                        f"{self._slug(number)}: before a layer attends, a step returns Attend or Observe."
+                        f"{self._slug(number)}: before a layer attends, a step returns Attend, Parted or Observe."
                     )
+                if isinstance(action, Parted):
+                    check_parted(action, view, self._slug(number))
+                    found.append((group, action))
+                    continue
                 found.append((group, action.rows if isinstance(action, Attend) else None))
         return found if any(rows is not None for _, rows in found) else []
 
@@ -77,29 +82,37 @@ class Runner:
         return [] if few is None else few.of_layer(self.layer)
 
     def sparse(self, rows: Rows, plain: Any, asked: Asked, rest: Any) -> Any:
-        """Attention among some rows alone; queries of the others get zeros, and go on with what they are."""
+        """Attention among some rows alone, or in parts; queries of others get zeros, and go on with what they are."""
         args, kwargs = rest
         kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}  # those of all rows
-        module, query, mask = asked.module, asked.query, asked.mask
-        keys, values = self.layer.store.read()
-        start = keys.shape[2] - query.shape[2]
-        columns = torch.arange(keys.shape[2], device=keys.device)
-        out = None
+        query, out = asked.query, None
+        pair = self.layer.store.read()
+        columns = torch.arange(pair[0].shape[2], device=pair[0].device)
         for group, chosen in rows:
             for lane, row in enumerate(group.rows):
-                own = columns if group.index is None else group.index[lane].to(keys.device)
-                # A layer on another device may have chosen.
-                own = own if chosen is None else own[chosen.lane(lane).index.to(keys.device)]  # type: ignore[union-attr]
-                new = own[own >= start] - start
-                q, k, v = query[row : row + 1, :, new], keys[row : row + 1, :, own], values[row : row + 1, :, own]
-                part_mask = None  # of two axes, it tells of padding alone, and none is left
-                if mask is not None and mask.ndim == 4:
-                    part_mask = mask[row if mask.shape[0] > 1 else 0][None, :, new][..., own]
-                part = plain(module, q, k, v, part_mask, *args, **kwargs)[0]
-                if out is None:
-                    out = part.new_zeros(query.shape[0], query.shape[2], *part.shape[2:])
-                out[row, new] = part[0]
+                own = columns if group.index is None else group.index[lane].to(columns.device)
+                if isinstance(chosen, Parted):
+                    lots = portions_of(chosen, group, lane, own, pair, asked)
+                else:
+                    lots = iter((self._portion(chosen, lane, row, own, pair, asked),))
+                for new, keys, values, mask in lots:
+                    part = plain(asked.module, query[row : row + 1, :, new], keys, values, mask, *args, **kwargs)[0]
+                    if out is None:
+                        out = part.new_zeros(query.shape[0], query.shape[2], *part.shape[2:])
+                    out[row, new] = part[0]
         return out, None
+
+    @staticmethod
+    def _portion(chosen: Any, lane: int, row: int, own: Tensor, pair: tuple[Tensor, Tensor], asked: Asked) -> Portion:
+        """Some rows of a sample, which attend to one another."""
+        # A layer on another device may have chosen.
+        own = own if chosen is None else own[chosen.lane(lane).index.to(own.device)]
+        start = pair[0].shape[2] - asked.query.shape[2]
+        new, mask = own[own >= start] - start, asked.mask
+        part_mask = None  # of two axes, it tells of padding alone, and none is left
+        if mask is not None and mask.ndim == 4:
+            part_mask = mask[row if mask.shape[0] > 1 else 0][None, :, new][..., own]
+        return new, pair[0][row : row + 1, :, own], pair[1][row : row + 1, :, own], part_mask
 
     def run(self, moment: Moment, asked: Asked) -> None:
         """Run the steps of this moment, in the order of the plan."""

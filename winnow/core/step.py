@@ -99,6 +99,24 @@ class KVReduce(Action):
 
 
 @dataclass(frozen=True)
+class Parted(Action):
+    """Before a layer attends in a prefill: its rows attend in parts, each part to some slots alone.
+
+    Of the slots of its part, a row reads those that it would read without parts. Each row is in one part, or among the
+    last rows, which read what is left of the cache in the place of the slots before them.
+
+    Args:
+        parts: of each sample, rows and the slots that they read, `[r]` and `[s]`; both are slots of the view.
+        left: what is left of keys and values; the last outputs are the last rows themselves.
+        last: of each sample, how many rows read that.
+    """
+
+    parts: tuple[tuple[tuple[Tensor, Tensor], ...], ...]
+    left: KVReduce | None = None
+    last: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Follow(Action):
     """Of what was read in this forward, the caches of these layers keep the tokens that this layer has read."""
 

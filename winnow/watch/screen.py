@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from winnow.core.shown import number
 from winnow.watch.questions import Typed
 from winnow.watch.record import Answer, Record
 
@@ -26,10 +25,18 @@ class Screen:
         console: None: nowhere.
         title: the line above all.
         typed: shown below as it is typed; None where nobody can type.
+        number: writes a number with its unit.
     """
 
-    def __init__(self, console: Console | None, title: str, record: Record, typed: Typed | None) -> None:
-        self.console, self.title, self.record, self.typed = console, title, record, typed
+    def __init__(
+        self,
+        console: Console | None,
+        title: str,
+        record: Record,
+        typed: Typed | None,
+        number: Callable[[float | None, str], str],
+    ) -> None:
+        self.console, self.title, self.record, self.typed, self.number = console, title, record, typed, number
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -67,7 +74,7 @@ class Screen:
         record, newest = self.record, self.record.reads[-1]
         self._say(
             f"{record.frames} frames, {record.last[1]:.1f} s; {record.kept} of {record.given} tokens entered; at the "
-            f"end a head held {newest.held:.0f} slots, the cache {number(newest.kv_bytes, 'B')}; "
+            f"end a head held {newest.held:.0f} slots, the cache {self.number(newest.kv_bytes, 'B')}; "
             f"{record.ms / record.frames:.1f} ms a frame"
         )
 
@@ -82,7 +89,7 @@ class Screen:
         for read in tuple(self.record.reads):
             table.add_row(
                 str(read.frame), f"{read.time:.2f}", str(read.given), str(read.kept), f"{read.held:.0f}",
-                number(read.kv_bytes, "B"), f"{read.ms:.1f}",
+                self.number(read.kv_bytes, "B"), f"{read.ms:.1f}",
             )  # fmt: skip
         if self.typed is None:
             return table

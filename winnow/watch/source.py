@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from winnow.video import Frame, Reading, Sampling, VideoLimits, read_video
+from winnow.watch.clip_files import NAME, clip_in, named_clip
 from winnow.world.clips import FPS, Clip
-from winnow.world.clips.export import NAME, clip_in, named_clip
 
 LIMITS = VideoLimits(max_bytes=64 * 2**30)  # a recording is long, and one frame of it is held at a time
 

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 from winnow.core.plan import Plan
 from winnow.engine.stream import Session, stream
 from winnow.models.inputs import check_question
-from winnow.reference.clip_inputs import ClipStream, check_words
 from winnow.reference.video import ClipProcessor
 from winnow.video import Frame
+from winnow.watch.clip_inputs import ClipStream, check_words
 
 
 class Viewer(Protocol):

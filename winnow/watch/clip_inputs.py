@@ -21,6 +21,9 @@ CHECKPOINT = "Qwen/Qwen2.5-VL-3B-Instruct"  # what a video that the bundled mode
 BUNDLED = "bundled video reference model"
 EXAMPLE = "is there a frog?"
 SIDE = 84  # pixels of the frames that it was trained on
+CHECKPOINT = "Qwen/Qwen2.5-VL-3B-Instruct"  # what a video that the bundled model does not know is for
+BUNDLED = "bundled video reference model"
+EXAMPLE = "is there a frog?"
 _ANY = "is"  # a question, where only what stands before it is wanted
 
 
