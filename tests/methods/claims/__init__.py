@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from tests.methods.directional import Sample
 from winnow.core.registry import built_in
 
-from . import blind, clips, crops, encoder, language, learned, question, sounds, tower, windows
+from . import blind, clips, connectors, crops, encoder, language, learned, question, sounds, tower, windows
 from .finding import Finding
 from .twinned import TWINNED, twinned
 
@@ -19,7 +19,7 @@ __all__ = ["CLAIMS", "TWINNED", "Claims", "Finding", "blind", "twinned"]
 
 Claims = Callable[[Sample, Sample], Iterator[Finding]]  # the sample, and the same with halves exchanged
 
-GROUPS = (encoder, tower, question, crops, language, learned, clips, sounds, windows)
+GROUPS = (encoder, tower, question, crops, language, learned, clips, connectors, sounds, windows)
 CLAIMS: dict[str, Claims] = {
     slug: claims for group in GROUPS for slug, claims in group.CLAIMS.items() if slug in built_in()
 }
