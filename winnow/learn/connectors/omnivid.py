@@ -66,7 +66,7 @@ class Recipe(recipe.Recipe):
                 own.kv.weight.copy_(torch.cat([same, same]))
                 own.out.weight.copy_(same / 2)
         parts["connect"].leave.weight.zero_()
-        table = self.frozen.model.get_input_embeddings().weight
+        table: Any = self.frozen.model.get_input_embeddings().weight
         width = self.sizes["width"]
         most = torch.linalg.svd(table, full_matrices=False).Vh[:width]
         parts["connect"].enter.weight.zero_()[: len(most)] = most
