@@ -88,7 +88,7 @@ demo-video: $(STAMP) ## A drawn clip as a film, with and without compression, an
 	$(BIN)/winnow world clip out/clip.mp4 --seed 7
 	$(RUN) out/clip.mp4 "when does the diamond enter?" $(FILMED) --overlay out/video.png
 	$(RUN) out/clip.mp4 "when does the diamond enter?" --method vidcom2:keep=18 --overlay out/video.mp4
-	$(BIN)/winnow stream out/clip.mp4 --ask "5:is there a diamond?" --ask "when does the diamond enter?" --ask "is there a circle?"
+	$(BIN)/winnow stream out/clip.mp4 --ask "6.5:is there a diamond?" --ask "when does the diamond enter?" --ask "is there a circle?"
 	$(BIN)/winnow bench --clips 16 --method $(VIDEOS) --keep 25% --questions 140 --store out/video.sqlite --processes 2 --threads 1
 
 test: $(STAMP) ## The fast suite (no network, no GPU), and its report for the system table
