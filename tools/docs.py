@@ -105,7 +105,7 @@ def settings(cls: type[Method]) -> str:
 def released(cls: type[Method]) -> str:
     """The settings of the authors' code, as a plan."""
     if cls.released is None:
-        return "no code of its authors is known"
+        return "none: no settings repeat code of its authors"
     plan = f"{cls.slug}:released"
     return f"`{plan}`, which is `{Plan.of(plan)}`"
 

@@ -57,7 +57,7 @@ def mistake(error: Exception) -> str | None:
 
 
 def _of_torch(error: Exception) -> bool:
-    from winnow.bench.sweep import out_of_memory
+    from winnow.core.memory import out_of_memory
 
     return out_of_memory(error)
 

@@ -52,6 +52,7 @@ class BVLLM(wn.Method):
         threshold: likeness of two rows, from 0 to 1, above which they are one; at 1 none are.
         chains: of duplicates: they join the first of them, or are lost.
         order: of the frames.
+        question: what the question is read from.
         weights: a file that `winnow train b-vllm` wrote, or `untrained`; default: those for the video model.
     """
 

@@ -39,6 +39,7 @@ class VideoStreaming(wn.Method):
         per_frame: memory tokens for each frame of a clip.
         chosen: clips whose memory the language model is given; of fewer, all.
         last: whether the last clip, whose memory has seen the whole video, is always one of them.
+        question: what the question is read from.
         weights: a file that `winnow train videostreaming` wrote, or `untrained`; default: those for the video model.
     """
 
