@@ -14,12 +14,12 @@ from tests.learn.resuming import check_resumes
 from winnow.contract import Budget, Emit, Method, Point, QuestionTokens, Reduction, Step, register
 from winnow.core import registry
 from winnow.core.errors import WinnowError
-from winnow.learn.connectors import clips, fit, recipe, table
+from winnow.learn.connectors import clips, fit, recipe, table, trainable
 from winnow.learn.connectors.clips import FIRST, GRID, LEARNED, Frozen, Row, questions_of, rows_of
 from winnow.learn.connectors.compared import Compared, compared, fewer_frames, seconds_of
 from winnow.learn.connectors.output import Output
 from winnow.learn.connectors.recipe import answering, right_of
-from winnow.parts.learned import learned, untrained
+from winnow.parts.learned import SHIPPED_VIDEO, learned, untrained
 from winnow.reference import video
 from winnow.world.clips import clip
 
@@ -251,3 +251,43 @@ def test_the_table_keeps_the_rows_of_others():
 
 def test_a_clip_has_seconds_of_nine_tokens():
     assert GRID == (8, 9)
+
+
+@pytest.mark.parametrize("slug", trainable())
+def test_a_step_of_each_recipe_trains_its_module(slug, frozen, records):
+    """Gradients reach all that is learned, and a step that is taken again is the same."""
+    own = fit_recipe_of(slug)(frozen)
+    losses = []
+    for _ in range(2):
+        module = untrained(own.make)
+        if start := getattr(own, "start", None):
+            start(module)
+        (phase,) = own.phases(records)
+        loss = phase.loss(module.train(), [0, 1])
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == losses[1]
+    reached = {name for name, x in module.named_parameters() if x.grad is not None and x.grad.abs().max() > 0}
+    left = {name for name, x in module.named_parameters()} - reached
+    assert not left - behind_gates(module), left
+
+
+def behind_gates(module: nn.Module) -> set[str]:
+    """What nothing reaches yet: it stands behind a gate, or in front of a matrix, that starts at zero."""
+    zero = {name for name, x in module.named_parameters() if not x.any()}
+    rooms = {name.rpartition(".")[0] for name in zero if name.endswith("gate")}
+    rooms |= {name.rpartition(".")[0].rpartition(".")[0] for name in zero if name.endswith("down.weight")}
+    return {name for name, _ in module.named_parameters() if name.startswith(tuple(f"{room}." for room in rooms))}
+
+
+@pytest.mark.parametrize("slug", trainable())
+def test_shipped_weights_are_for_the_shipped_model(slug):
+    path = SHIPPED_VIDEO / f"{slug}.safetensors"
+    facts = json.loads(path.with_suffix(".json").read_text())
+    model, processor = video.load()
+    with winnow.compress(model, slug, processor=processor) as handle:
+        assert facts["model"] == handle.info.fingerprint()
+    assert facts["command"] == f"winnow train {slug}"
+    assert facts["settings"] == fit_recipe_of(slug).settings
+    assert facts["measured"]["trained"]["accuracy"] > facts["measured"]["untrained"]["accuracy"]
+    assert path.stat().st_size <= 1.5e6

@@ -1,4 +1,4 @@
-"""Trained connectors on the video reference model: clips that nobody has seen, and answers, made once for all tests."""
+"""Shipped connectors on the video reference model: clips that nobody has seen, drawn once for all tests."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from winnow.learn.clip_evaluate import layout_of
 from winnow.learn.connectors.clips import Frozen, Row, rows_of
 from winnow.learn.connectors.compared import Compared, compared, test_records
 from winnow.learn.connectors.fit import recipe_of
-from winnow.world.clips import Clip, clip
+from winnow.world.clips import clip, stretches
 
-PER_TYPE = 12
+PER_TYPE = 24
+FIRST = 1 << 21  # seeds of other clips than those of the tables
+POINTED = ("color", "cause", "when", "needle")  # their evidence is a few tokens
 
 
 @functools.cache
@@ -23,32 +26,29 @@ def frozen() -> Frozen:
 
 
 @functools.cache
-def records() -> list[dict[str, torch.Tensor]]:
+def of_method(slug: str, **settings: Any) -> Compared:
+    """A connector with its shipped weights, beside its untrained self and whole seconds of as many tokens.
+
+    Args:
+        settings: others than those for which its weights are.
+    """
+    return compared(recipe_of(slug).at(**settings)(frozen()), _records())
+
+
+@functools.cache
+def _records() -> list[dict[str, torch.Tensor]]:
     return test_records(frozen(), PER_TYPE)
 
 
 @functools.cache
-def of_method(slug: str) -> Compared:
-    """A shipped connector beside its untrained self and beside as many tokens of whole seconds."""
-    return compared(recipe_of(slug)(frozen()), records())
-
-
-def rows(asks: bool = True) -> list[Row]:
-    return rows_of(records(), asks)
-
-
-def with_evidence(kinds: tuple[str, ...], count: int) -> list[tuple[Clip, Any, np.ndarray]]:
-    """Clips of the split `test`, a question about each, and which of its tokens the answer depends on."""
-    from winnow.learn.clip_evaluate import layout_of
-    from winnow.world.clips import stretches
-
-    found: list[tuple[Clip, Any, np.ndarray]] = []
-    number = 1 << 21
-    while len(found) < count:
-        seen = clip(number, split="test", types=kinds)
-        number += 1
+def with_evidence(count: int = 40) -> list[tuple[Row, np.ndarray]]:
+    """Clips with a question about each, and which of the tokens its answer depends on."""
+    found: list[tuple[Row, np.ndarray]] = []
+    for number in range(FIRST, FIRST + 20 * count):
+        seen = clip(number, split="test", types=POINTED)
         for question in seen.questions[:1]:
             mask = layout_of(seen).covering(stretches(question.evidence, seen.side, seen.frames))
-            if question.evidence:
-                found.append((seen, question, mask))
-    return found
+            found += [(row, mask) for row in rows_of([frozen().record(seen, [question])], asks=True)]
+        if len(found) == count:
+            return found
+    raise AssertionError(f"{len(found)} clips have a question with evidence")

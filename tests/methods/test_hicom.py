@@ -14,6 +14,7 @@ from winnow.parts.learned import untrained
 from winnow.parts.sinusoid import sinusoid_naive
 from winnow.testing import Picture
 
+from . import connectors
 from .stubs import tokens
 
 WIDTH = 32
@@ -263,3 +264,9 @@ def test_wrong_settings_are_refused():
     for settings in ({"frames": 0}, {"side": 0}, {"queries": -1}, {"scale": -1.0}, {"guide": "fine"}):
         with pytest.raises(WinnowError, match="allowed"):
             HICom(**settings)
+
+
+@pytest.mark.system("hicom", "directional")
+@pytest.mark.xdist_group("connectors")
+def test_trained_it_answers_more_than_untrained():
+    assert connectors.of_method("hicom").over_untrained.low > 0

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import gelu
 
 from winnow.contract import Emit, Layout, ModelInfo, QuestionTokens, Reduction, View, WinnowError
 from winnow.core.step import State
+from winnow.learn.connectors.clips import Row
+from winnow.learn.connectors.qtsplus import Recipe
 from winnow.methods.qtsplus import QTSplus
+from winnow.parts.finite import finite
 from winnow.parts.learned import untrained
 from winnow.parts.query_aware import Tokenizer
 
+from . import connectors
+from .directional import gap
 from .stubs import STUBS, ids, tokens
 
 INFO = ModelInfo(width=32, heads=4)
@@ -208,3 +214,36 @@ def test_wrong_settings_are_refused():
     for settings in ({"least": 0.6}, {"least": -1}, {"most": 2}, {"cap": 0}):
         with pytest.raises(WinnowError, match=r"allowed|least"):
             QTSplus(**settings)
+
+
+@pytest.mark.system("qtsplus", "directional")
+@pytest.mark.xdist_group("connectors")
+def test_trained_it_answers_more_than_untrained_and_than_as_many_tokens_of_whole_seconds():
+    found = connectors.of_method("qtsplus", keep=9)
+    assert found.tokens == found.frame_tokens == 9
+    assert found.over_untrained.low > 0
+    assert found.over_frames.low > 0
+
+
+def found_of_evidence(rows) -> np.ndarray:
+    """The share of each row's evidence among the tenth of the tokens that scores most."""
+    own = Recipe(connectors.frozen())
+    made = own.method.replace(weights=None).build(connectors.frozen().info)
+    shares = []
+    for row, (_, mask) in zip(rows, connectors.with_evidence(), strict=True):
+        ((_, view),) = connectors.frozen().views([row], own.step, made)
+        r = own.method.scores(view, *finite(view.tokens))[0]
+        shares.append(mask[r.topk(7).indices.numpy()].sum() / min(7, mask.sum()))
+    return np.array(shares)
+
+
+@pytest.mark.system("qtsplus", "directional")
+@pytest.mark.xdist_group("connectors")
+def test_its_scores_find_what_the_question_is_about_and_not_what_another_is_about():
+    rows = [row for row, _ in connectors.with_evidence()]
+    others = [Row(row.tokens, other.asked) for row, other in zip(rows, rows[1:] + rows[:1], strict=True)]
+    assert gap(found_of_evidence(rows), found_of_evidence(others)).low > 0
+    for stub in STUBS:
+        kept = [ids(stub(View.of(row.tokens[None]), 7)) for row in rows]
+        blind = [m[own].sum() / min(7, m.sum()) for own, (_, m) in zip(kept, connectors.with_evidence(), strict=True)]
+        assert gap(found_of_evidence(rows), np.array(blind)).low > 0

@@ -26,11 +26,12 @@ class Compared:
     """Which of the same questions are answered right.
 
     Attributes:
+        name: of the method, as a plan.
         tokens: of a clip, in the mean, behind the connector.
         frame_tokens: of the whole seconds, evenly spaced, that hold at least as many.
     """
 
-    slug: str
+    name: str
     tokens: float
     frame_tokens: int
     trained: Sequence[bool]
@@ -68,7 +69,7 @@ def compared(recipe: Recipe, records: Sequence[Record], weights: str | None = No
     trained, tokens = right(recipe.method.replace(weights=weights).build(frozen.info))
     plain, frames = whole(frozen, records), fewer_frames(frozen, records, seconds := seconds_of(tokens))
     fresh, _ = right(untrained(recipe.make, seed))
-    return Compared(recipe.slug, tokens, seconds * GRID[1], trained, fresh, frames, plain)
+    return Compared(recipe.name or recipe.slug, tokens, seconds * GRID[1], trained, fresh, frames, plain)
 
 
 def seconds_of(tokens: float) -> int:

@@ -1,7 +1,10 @@
 """QTSplus: what scores, what counts and what re-encodes, on the answers through a gate that draws what is kept.
 
-The authors price a share of tokens; so does this. The scores, the norms and the attention of blocks begin as those of
-layers of the frozen language model, which already looks for what is alike.
+Departs from the authors' training: they price the share that is kept. Tokens that were not drawn have no gradient, and
+here that alone draws the share down: at a tenth of their prices it falls to the least that is allowed within 400 steps.
+So what costs is the distance of the mean share from a target, and questions and clips differ about it. The scores, the
+norms and the attention of blocks begin as those of a layer of the frozen language model, which already looks for what
+is alike; what follows attention begins at nothing.
 """
 
 from __future__ import annotations
@@ -19,14 +22,15 @@ from winnow.parts.counted_gate import gate, standard
 from winnow.parts.finite import finite
 
 TAU = 0.5  # of the gate, on standardised scores
-PRICES = {"squared": 0.1, "linear": 0.17, "smooth": 0.05}  # of the authors' script
+TARGET = 0.25  # the mean share of tokens that are kept
+PRICE, SMOOTH = 10.0, 0.05  # of the squared distance from it, and of that of shares from their mean
 LAYER = 0  # of the language model, which the module begins as
 
 
 class Recipe(recipe.Recipe):
     slug = "qtsplus"
     steps, rate = 400, 5e-4
-    prices = PRICES
+    also = ({"keep": 9},)
 
     def start(self, module: Any) -> None:
         layer: Any = self.frozen.model.model.language_model.layers[LAYER]
@@ -47,18 +51,14 @@ class Recipe(recipe.Recipe):
         kept = [chosen(lane, own) for lane, own in zip(drawn, r, strict=True)]
         tokens = method.encoded(view, x * drawn[..., None], kept)
         rows = [torch.ones_like(own, dtype=torch.bool) for own in kept]
-        price = self.priced(share)
-        return Output(tokens, pad_sequence(kept, batch_first=True), pad_sequence(rows, batch_first=True), price)
+        at, real = (pad_sequence(own, batch_first=True) for own in (kept, rows))
+        return Output(tokens, at, real, priced(share))
 
-    def priced(self, share: Tensor) -> dict[str, Tensor]:
-        """Of shares, as shares of the most that can be kept; they are smooth about the mean of the step."""
-        spent = share / self.method.most
-        parts = {
-            "squared": spent.square().mean(),
-            "linear": spent.mean(),
-            "smooth": (share - share.mean().detach()).square().mean(),
-        }
-        return {name: self.prices[name] * part for name, part in parts.items()}
+
+def priced(share: Tensor) -> dict[str, Tensor]:
+    """What the shares of a step cost."""
+    mean = share.mean()
+    return {"target": PRICE * (mean - TARGET) ** 2, "smooth": SMOOTH * (share - mean.detach()).square().mean()}
 
 
 def chosen(drawn: Tensor, r: Tensor) -> Tensor:

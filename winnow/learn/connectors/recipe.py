@@ -40,6 +40,8 @@ class Recipe:
         clips: how many are recorded; the last eighth of them is measured.
         steps, batch, rate: steps of training, clips of a step, and the highest rate.
         each: questions about a clip in a step, at most.
+        also: other settings at which the same weights are measured.
+        name: the method with settings that are not those of its training; empty where there are none.
         asks: whether the method reads the question.
         generator: of the random numbers of a step.
     """
@@ -52,6 +54,8 @@ class Recipe:
     batch: ClassVar[int] = 12
     rate: ClassVar[float] = 1e-3
     each: ClassVar[int] = 3
+    also: ClassVar[tuple[dict[str, Any], ...]] = ()
+    name: ClassVar[str] = ""
 
     def __init__(self, frozen: Frozen, scale: float = 1.0) -> None:
         self.frozen, self.scale = frozen, scale
@@ -64,6 +68,13 @@ class Recipe:
         self.asks = any(signal.reads_question for signal in self.step.needs)
         self.records: Sequence[Record] = ()
         self.generator = torch.Generator()
+
+    @classmethod
+    def at(cls, **settings: Any) -> type[Recipe]:
+        """The same recipe with other settings of the method."""
+        said = ",".join(f"{key}={value}" for key, value in settings.items())
+        name = f"{cls.slug}:{said}" if said else ""
+        return type("Recipe", (cls,), {"settings": {**cls.settings, **settings}, "name": name})
 
     def make(self) -> nn.Module:
         """The module of these sizes."""

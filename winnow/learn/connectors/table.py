@@ -16,6 +16,7 @@ from winnow.learn.connectors import trainable
 from winnow.learn.connectors.clips import Frozen
 from winnow.learn.connectors.compared import Compared, compared, test_records
 from winnow.learn.connectors.fit import recipe_of
+from winnow.learn.connectors.recipe import Recipe
 from winnow.learn.markdown import table
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "learned-video.md"
@@ -40,7 +41,7 @@ def cells(found: Compared) -> list[str]:
         return f"{rate(sum(marks), len(marks)).value:.3f}"
 
     return [
-        f"`{found.slug}`",
+        f"`{found.name}`",
         f"{found.tokens:.1f}".removesuffix(".0"),
         share(found.trained),
         share(found.untrained),
@@ -62,6 +63,12 @@ def written(page: str, rows: Sequence[Sequence[str]]) -> str:
     return TABLE.sub(lambda _: table(COLUMNS, [own[slug] for slug in sorted(own)]) + "\n", page)
 
 
+def variants(slug: str) -> list[type[Recipe]]:
+    """The recipe, and with it the same weights at other settings."""
+    kind = recipe_of(slug)
+    return [kind, *(kind.at(**settings) for settings in kind.also)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("slugs", nargs="*", help="default: all that are trained", metavar="SLUG")
@@ -69,7 +76,8 @@ def main() -> None:
     given = parser.parse_args()
     frozen = Frozen()
     records = test_records(frozen, given.per_type)
-    rows = [cells(compared(recipe_of(slug)(frozen), records)) for slug in given.slugs or trainable()]
+    recipes = [own(frozen) for slug in given.slugs or trainable() for own in variants(slug)]
+    rows = [cells(compared(own, records)) for own in recipes]
     PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
 
 
