@@ -12,6 +12,8 @@ from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
 from winnow.core.step import Emit
 from winnow.core.view import View
+from winnow.learn.connectors import compared
+from winnow.learn.connectors.clips import rows_of
 from winnow.methods.videostreaming import VideoStreaming
 from winnow.parts.frame_parts import share_of_parts
 from winnow.parts.learned import untrained
@@ -191,7 +193,8 @@ def recall(**settings):
     """The share of the seconds of the evidence that are among the four that are chosen."""
     method = VideoStreaming(clip=1, chosen=4, **settings)
     frozen, shares = connectors.frozen(), []
-    rows, (step,) = connectors.rows(), method.bind(frozen.info)[1]
+    rows = rows_of(compared.test_records(frozen, 12), asks=True)
+    (step,) = method.bind(frozen.info)[1]
     for numbers, view in frozen.views(rows, step, method.build(frozen.info).eval()):
         chosen = method.recall(view).provenance.representatives // 9
         for number, own in zip(numbers, chosen.tolist(), strict=True):
