@@ -7,10 +7,9 @@ A Q-Former over the means of frames and the question gives rows; the softmax of 
 shares of the frames. Rows whose shares are alike (cosine, scaled to 0 … 1, above `threshold`) are one, their mean. A
 second Q-Former reads each mixture of frames by a few queries, and ToMe merges what they find until all frames together
 have at most `cap` tokens. They stand in the order of the frames that weigh most, from the first places of these.
-Departs from the paper: the model stays frozen, and the Q-Formers are small ones that read the language model's own
-embeddings of the question and tokens behind the projector, to which the sines of row and column are added. The mean of
-a frame is its [CLS]. In training the seconds of the evidence teach the shares; noise is in training alone. There are
-no more rows than frames, and no more tokens than places.
+Departs from the paper: the model stays frozen; small Q-Formers read its own embeddings of the question, and projected
+tokens with the sines of row and column. The mean of a frame is its [CLS]. In training the seconds of the evidence teach
+the shares; noise is in training alone. There are no more rows than frames, and no more tokens than places.
 Departs from the released code: a duplicate of a duplicate joins the first of them; in the code it is lost
 (`chains=lose`). Rows stay in the order of time; in the code in that of the queries (`order=queries`). Its positions are
 contiguous (`positions=compact`), and it draws noise when it answers, which is never done here.
