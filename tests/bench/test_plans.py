@@ -78,7 +78,7 @@ def left_after(method: Method, content: int) -> int:
     return left
 
 
-# All tokens of a sample leave at once, or none; what the picture repeats leaves; what a video repeats leaves; and learned
+# All tokens of a sample leave at once, or none; what a picture or a video repeats leaves; and learned
 # connectors give as many tokens as their own settings say.
 WITHOUT_BUDGET = {
     *("dyvte", "pixelprune", "vtw", "dycoke", "prunevid", "visual-context-window-extension"),
