@@ -234,7 +234,7 @@ def test_circles_of_each_kind_are_found(tmp_path, a, b):
 # Strings outside `methods/` and `models/` that name one of them, and why they may. Docstrings and comments may anyway.
 MAY_NAME = {
     "winnow/engine/compress.py": "the default method, the one constant",
-    "winnow/cli_stream.py": "the default plan of a stream, the one constant",
+    "winnow/watch/__init__.py": "the default plan of a stream, the one constant",
     "winnow/core/plan.py": "an example of a plan, in messages",
     "winnow/reference/doubts.py": "an example of a Hub id, in a warning",
     "winnow/learn/generation/deep_forcing.py": "the toy that writes frames is what one method is tried on",

@@ -29,6 +29,7 @@ from winnow.bench.schema import Answer  # noqa: E402
 from winnow.bench.store import Store  # noqa: E402
 from winnow.core.plan import Plan  # noqa: E402
 from winnow.core.registry import method_class, token_methods  # noqa: E402
+from winnow.learn.connectors import trainable  # noqa: E402
 from winnow.learn.markdown import table  # noqa: E402
 from winnow.models.load import quiet  # noqa: E402
 from winnow.reference import video  # noqa: E402
@@ -57,10 +58,14 @@ LEVEL_NAMES = ("perception", "event", "relation")
 
 
 def across_frames() -> tuple[str, ...]:
-    """The slugs of the methods of videos, in order: those whose class says that they look across frames."""
+    """The slugs of the methods of videos, in order: those whose class says that they look across frames.
+
+    Learned connectors have a page of their own, docs/learned-video.md.
+    """
     found = []
     for entry in token_methods():
-        if entry.module.startswith("winnow.methods.") and method_class(entry.slug).across_frames:
+        own = entry.module.startswith("winnow.methods.") and entry.slug not in trainable()
+        if own and method_class(entry.slug).across_frames:
             found.append(entry.slug)
     return tuple(found)
 

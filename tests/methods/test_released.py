@@ -28,7 +28,7 @@ LLAVA = ModelInfo("LLaVA", depth=32, vision_depth=24, feature_layer=-2)
 NO_CODE = {
     *("a-tome", "audio-pool", "audio-segments", "kffocus", "speechprune", "visual-context-window-extension"),
     *("covipal", "efficientvla", "explainability-compression", "fopru", "todre", "token-correlation-compression"),
-    *("crosslmm", "token-transforming", "videostreaming"),
+    *("crosslmm", "langdc", "omnivid", "selective-s4", "token-transforming", "videostreaming"),
 }
 KEEP_POSITIONS = {
     *("dart", "diffrate", "dyvte", "evs", "fastv", "fastvid", "fitprune", "pixelprune", "tome", "v2drop", "vflowopt"),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,13 @@ def started(*options: str) -> subprocess.Popen[str]:
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", *options], env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        [sys.executable, "-P", "-m", *options],
+        env=environment,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests may ignore it
     )
 
 
