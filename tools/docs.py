@@ -40,6 +40,7 @@ PAGES = ROOT / "docs" / "methods"
 MEASURED = ROOT / "docs" / "measured.json"
 PICTURES = ROOT / "docs" / "images" / "methods"
 README = ROOT / "README.md"
+ON_PICTURES = ROOT / "docs" / "pictures.md"
 TABLE = re.compile("(?<=<!-- measured:begin -->\n).*?(?=<!-- measured:end -->)", re.DOTALL)
 SHOWN = "32"  # the budget of the table in the README: an eighth of the reference model's tokens
 MARK = "<!-- Written by tools/docs.py from the registry; do not edit. -->\n"
@@ -217,6 +218,47 @@ def readme(measured: dict[str, Any]) -> str:
     return TABLE.sub(lambda _: "\n".join([*lines, ""]), text)
 
 
+def on_pictures(measured: dict[str, Any]) -> str:
+    """Every measured row, by budget and then by name, and which methods lie plainly below evenly spaced tokens."""
+    rows = measured.get("rows", [])
+    budgets = sorted({row["budget"] for row in rows if row["budget"]}, key=lambda budget: -int(budget))
+    parts = [
+        f"{MARK}\n# Methods on pictures",
+        "Every method of pictures on the bundled reference model, at four budgets of its 256 tokens. Methods that cut "
+        "inside the language model must be compared by *tokens per layer*, not by their setting; those made for videos "
+        "see a clip of one frame. Intervals are in brackets; that of *retained* is paired with the full model. What "
+        "papers claim of each method, and whether it holds here, is in "
+        "[the findings](findings.md), with the methods that lie below choices that look at nothing.",
+        about(measured) if rows else "Nothing has been measured yet.",
+    ]
+    free = [row for row in rows if not row["budget"]]
+    if free:
+        parts += ["## Without a budget", measured_table(free)]
+    for budget in budgets:
+        own = [row for row in rows if row["budget"] == budget]
+        parts += [f"## {budget} tokens", measured_table(own)]
+        below = plainly_below(own)
+        if below:
+            parts.append(f"Below evenly spaced tokens, at no fewer tokens per layer, their intervals apart: {below}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def plainly_below(rows: list[dict[str, Any]], blind: str = "uniform-M") -> str:
+    """The methods that read at least as much as a blind choice and answer less."""
+    (uniform,) = [row for row in rows if row["label"] == blind] or [None]
+    if uniform is None:
+        return ""
+    names = [
+        f"`{row['label']}`"
+        for row in rows
+        if row["accuracy"] is not None
+        and row["accuracy_high"] < uniform["accuracy_low"]
+        and row["layer_tokens"] >= uniform["layer_tokens"] - 1
+        and row["label"] not in ("random-M", "downsample-M")
+    ]
+    return ", ".join(names)
+
+
 def index(found: list[Entry], known: dict[str, System]) -> str:
     """The list of methods, and which have run on which builds."""
     builds = sorted({build for entry in found if entry.slug in known for build in known[entry.slug].builds})
@@ -247,7 +289,12 @@ def outputs() -> dict[Path, str]:
     known = {system.slug: system for system in systems()}
     measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
     pages = {PAGES / f"{entry.slug}.md": page(entry, known.get(entry.slug), measured) for entry in found}
-    return {README: readme(measured), PAGES / "index.md": index(found, known), **pages}
+    return {
+        README: readme(measured),
+        ON_PICTURES: on_pictures(measured),
+        PAGES / "index.md": index(found, known),
+        **pages,
+    }
 
 
 def write() -> int:
