@@ -245,7 +245,7 @@ def on_pictures(measured: dict[str, Any]) -> str:
 
 def plainly_below(rows: list[dict[str, Any]], blind: str = "uniform-M") -> str:
     """The methods that read at least as much as a blind choice and answer less."""
-    (uniform,) = [row for row in rows if row["label"] == blind] or [None]
+    uniform = next((row for row in rows if row["label"] == blind), None)
     if uniform is None:
         return ""
     names = [
