@@ -38,6 +38,7 @@ def elsewhere(docs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """The tool with its outputs in a folder of the test."""
     monkeypatch.setattr(docs, "ROOT", tmp_path)
     monkeypatch.setattr(docs, "PAGES", tmp_path / "methods")
+    monkeypatch.setattr(docs, "ON_PICTURES", tmp_path / "pictures.md")
     monkeypatch.setattr(docs, "MEASURED", tmp_path / "measured.json")
     monkeypatch.setattr(docs, "PICTURES", tmp_path / "images" / "methods")
     readme = tmp_path / "README.md"

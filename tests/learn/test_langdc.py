@@ -9,10 +9,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from methods.connectors import frozen, of_method
 
 from tests.learn.resuming import check_resumes
 from tests.learn.tiny_video import tiny
-from tests.learn.unseen_clips import beside_untrained, frozen
 from tests.methods.directional import gap
 from winnow.core.view import View
 from winnow.learn.captioning import WORDS, caption, captions
@@ -136,7 +136,7 @@ def test_that_fails_for_descriptions_of_one_length():
 @pytest.mark.system("langdc", "directional")
 @pytest.mark.xdist_group("connectors")
 def test_trained_states_keep_more_answers_than_untrained_ones():
-    found = beside_untrained("langdc")
+    found = of_method("langdc")
     assert found.over_untrained.low > 0
 
 

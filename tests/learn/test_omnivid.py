@@ -8,11 +8,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from methods.connectors import frozen, of_method
 from torch import nn
 
 from tests.learn.resuming import check_resumes
 from tests.learn.tiny_video import tiny
-from tests.learn.unseen_clips import beside_untrained, frozen
 from tests.methods.directional import gap
 from winnow.learn.connectors.fit import fit
 from winnow.learn.connectors.omnivid import Recipe, score, written
@@ -123,7 +123,7 @@ def test_its_writer_learns_the_form_of_moments():
 @pytest.mark.system("omnivid", "directional")
 @pytest.mark.xdist_group("connectors")
 def test_trained_queries_keep_more_answers_than_untrained_ones():
-    found = beside_untrained("omnivid")
+    found = of_method("omnivid")
     assert found.tokens == 16
     assert found.over_untrained.low > 0
 

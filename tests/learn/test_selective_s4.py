@@ -7,10 +7,10 @@ import json
 
 import pytest
 import torch
+from methods.connectors import frozen, of_method
 
 from tests.learn.resuming import check_resumes
 from tests.learn.tiny_video import tiny
-from tests.learn.unseen_clips import beside_untrained, frozen
 from tests.methods.directional import gap
 from winnow.learn.connectors.fit import fit
 from winnow.learn.connectors.selective_s4 import KEPT, Recipe
@@ -98,7 +98,7 @@ def test_its_classifier_finds_more_in_chosen_tokens_than_in_random_ones():
 @pytest.mark.system("selective-s4", "directional")
 @pytest.mark.xdist_group("connectors")
 def test_trained_scans_keep_more_answers_than_untrained_ones():
-    found = beside_untrained("selective-s4")
+    found = of_method("selective-s4")
     assert found.tokens == 18
     assert found.over_untrained.low > 0
 

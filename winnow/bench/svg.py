@@ -9,6 +9,8 @@ from xml.etree import ElementTree
 
 from winnow.bench.charts import LIGHT, Curve, Figure, drawing
 
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # nor links to what describes such words
+
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 INK = {color: f"var(--{ink})" for ink, color in LIGHT.items()}
 
@@ -23,7 +25,7 @@ def svg(figure: Figure, prefix: str, title: str = "", curves: Sequence[Curve] = 
     """
     buffer = io.StringIO()
     with drawing():
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(buffer, format="svg", metadata=NO_METADATA)
     ElementTree.register_namespace("", SVG[1:-1])
     ElementTree.register_namespace("xlink", XLINK[1:-1])
     root = ElementTree.fromstring(buffer.getvalue())  # noqa: S314 - matplotlib has written it just now

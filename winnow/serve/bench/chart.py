@@ -9,6 +9,7 @@ from typing import Any
 
 from winnow.bench.charts import LIGHT, Curve, Figure, drawing, number
 from winnow.bench.intervals import Interval
+from winnow.bench.svg import NO_METADATA
 from winnow.core.errors import WinnowError
 from winnow.serve.bench.figures import Row
 
@@ -28,7 +29,7 @@ def write_chart(rows: Sequence[Row], path: Path) -> None:
     drawn = chart(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with drawing():
-        drawn.savefig(path, facecolor=LIGHT["paper"], metadata={"Date": None} if path.suffix == ".svg" else None)
+        drawn.savefig(path, facecolor=LIGHT["paper"], metadata=NO_METADATA if path.suffix == ".svg" else None)
 
 
 def chart(rows: Sequence[Row]) -> Figure:
