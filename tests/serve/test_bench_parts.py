@@ -247,23 +247,30 @@ def test_plans_run_next_to_each_other_and_are_asked_the_same(tmp_path: Path) -> 
 
 
 def test_so_many_clients_ask_at_once(tmp_path: Path) -> None:
-    inside, most, lock = 0, [0], threading.Lock()
+    """Requests are held back until all clients have asked, and counted out before the answer that
+    lets a client ask again: neither count depends on how fast the machine is."""
+    inside, lock = 0, threading.Lock()
+    most, expected, all_inside = 0, 0, threading.Event()
 
     def say(handler: Handler, _: Any) -> None:
-        nonlocal inside
+        nonlocal inside, most
         with lock:
             inside += 1
-            most[0] = max(most[0], inside)
-        answer(handler, first=0.05)
+            most = max(most, inside)
+            if inside == expected:
+                all_inside.set()
+        assert all_inside.wait(60), f"{inside} of {expected} clients ask at once"
         with lock:
             inside -= 1
+        answer(handler)
 
     with fake(say) as url:
         run = load_of(url, [], rounds=1)
         for clients in (1, 3):
-            most[0] = 0
+            most, expected = 0, clients
+            all_inside.clear()
             run._group(0, clients)
-            assert most[0] == clients
+            assert all_inside.is_set() and most == clients
 
 
 def test_a_plan_that_reads_as_much_is_told(tmp_path: Path) -> None:
