@@ -74,7 +74,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--only", nargs="+", help="plans; by default one of each kind of storage")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import winnow
 from tests import kvhand
+from winnow.cache import varlen
 from winnow.cache.groups import Group
 from winnow.cache.memory import Memory
 from winnow.cache.ragged import Ragged
@@ -112,6 +113,59 @@ def test_ragged_heads_in_one_call_give_what_each_gives_alone(q: int) -> None:
     torch.testing.assert_close(store._attend_padded(query, None, 0.3), store.attend(query, None, 0.3))
     logits = query[0, 3, -1] @ lanes[1][0].T * 0.3 + lanes[1][3]
     torch.testing.assert_close(store.attend(query, None, 0.3)[0, -1, 3], logits.softmax(-1) @ lanes[1][1])
+
+
+def _documented(query: Tensor, keys: Tensor, values: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *,
+                scale: float, enable_gqa: bool, seqused_k: Tensor) -> Tensor:  # fmt: skip
+    """`torch.nn.attention.varlen.varlen_attn` as its documentation says, for one query to a sequence."""
+    assert {x.dtype for x in (cu_q, cu_k, seqused_k)} == {torch.int32}
+    assert (max_q, max_k, keys.shape[1], enable_gqa) == (1, int(seqused_k.max()), 1, True)
+    assert cu_k[-1] <= keys.shape[0]
+    out = []
+    for i, (start, used) in enumerate(zip(cu_k[:-1].tolist(), seqused_k.tolist(), strict=True)):
+        assert start + used <= int(cu_k[i + 1])
+        asked = query[int(cu_q[i]) : int(cu_q[i + 1])]
+        own = slice(start, start + used)
+        out.append((asked @ keys[own, 0].T * scale).softmax(-1) @ values[own, 0])
+    return torch.cat(out)
+
+
+def test_ragged_heads_in_the_kernel_of_a_gpu_give_what_each_gives_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is given to the kernel, before and after tokens were added and lanes were laid out anew; its room is never
+    read. The kernel itself runs on GPUs alone: a stand-in does here what its documentation says."""
+    monkeypatch.setattr("winnow.cache.varlen.kernel", lambda: _documented)
+    generator = torch.Generator().manual_seed(0)
+    lanes = [
+        (*(torch.randn(n, 8, generator=generator) for _ in range(2)), torch.arange(n, dtype=torch.int32), torch.rand(n))
+        for n in (9, 4, 5, 12)
+    ]
+    store, query = Ragged.of(lanes, 2, False), torch.randn(2, 4, 1, 8, generator=generator)
+    room = torch.ones(store.flat_keys.shape[0], dtype=torch.bool)
+    for start, n in zip(store._starts, store.lengths, strict=True):
+        room[start : start + n] = False
+    store.flat_keys[room] = store.flat_values[room] = torch.nan
+    for turn in range(20):  # more than there is room for
+        torch.testing.assert_close(store._attend_varlen(query, 0.3), store.attend(query, None, 0.3))
+        store.append(*torch.randn(2, 2, 2, 1, 8, generator=generator), seen=12 + turn)
+    assert store.lengths == [29, 24, 25, 32]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_kernel_of_a_gpu_is_taken_and_is_as_right_as_padding(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lanes = [
+        (*(torch.randn(n, 64, generator=generator).to("cuda", dtype) for _ in range(2)),
+         torch.arange(n, dtype=torch.int32).cuda(), torch.zeros(n).cuda())
+        for n in (900, 40, 513, 1200)
+    ]  # fmt: skip
+    store = Ragged.of(lanes, 2, False)
+    query = torch.randn(2, 4, 1, 64, generator=generator).to("cuda", dtype)
+    if varlen.kernel() is None:
+        pytest.skip("this torch has no kernel that passes over room: it came with 2.12")
+    assert varlen.able(query, store.flat_values)
+    padded = store._attend_padded(query, None, 0.125)
+    torch.testing.assert_close(store.attend(query, None, 0.125), padded, rtol=2e-2, atol=2e-3)
 
 
 def test_merged_slots_are_summed_in_fp32() -> None:

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from winnow.cache import varlen
+
 _ROOM = 16
 
 
@@ -40,6 +42,7 @@ class Ragged:
         self.lengths, self._rooms, self.bias, self.slots = list(lengths), list(rooms), bias, slots
         self._starts = list(accumulate(rooms, initial=0))[:-1]
         self._ends = torch.tensor([s + n for s, n in zip(self._starts, self.lengths, strict=True)], device=keys.device)
+        self._bounds: Tensor | None = None  # as the kernel of a GPU reads them
 
     @staticmethod
     def of(lanes: list[tuple[Tensor, ...]], heads: int, with_bias: bool) -> "Ragged":
@@ -122,10 +125,12 @@ class Ragged:
         self.flat_keys, self.flat_values, self._ends = (
             change(x) for x in (self.flat_keys, self.flat_values, self._ends)
         )
-        self.slots, self.bias = (None if x is None else change(x) for x in (self.slots, self.bias))
+        rest = (self.slots, self.bias, self._bounds)
+        self.slots, self.bias, self._bounds = (None if x is None else change(x) for x in rest)
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (x for x in (self.flat_keys, self.flat_values, self.slots, self.bias, self._ends) if x is not None)
+        held = (self.flat_keys, self.flat_values, self.slots, self.bias, self._ends, self._bounds)
+        yield from (x for x in held if x is not None)
 
     def attend(self, query: Float[Tensor, "b h q d"], latest: Tensor | None, scaling: float) -> Tensor:
         """Attention outputs `[B, q, H, e]`: every lane by itself, over exactly the slots that it holds.
@@ -136,6 +141,8 @@ class Ragged:
         b, h, q, d = query.shape
         group = h // self.heads
         if query.is_cuda:
+            if q == 1 and self.bias is None and varlen.able(query, self.flat_values):
+                return self._attend_varlen(query, scaling)
             return self._attend_padded(query, latest, scaling)
         out = []
         asked = query.reshape(b * self.heads, group * q, d) * scaling
@@ -173,8 +180,16 @@ class Ragged:
             added.unflatten(0, lanes),
         )
 
+    def _attend_varlen(self, query: Tensor, scaling: float) -> Tensor:
+        """One call for all lanes, without padding."""
+        if self._bounds is None:
+            bounds = list(accumulate(self._rooms, initial=0))
+            self._bounds = torch.tensor(bounds, dtype=torch.int32, device=query.device)
+        lengths = (self._ends - self._bounds[:-1]).int()
+        return varlen.attend(query, self.flat_keys, self.flat_values, self._bounds, lengths, self.length, scaling)
+
     def _attend_padded(self, query: Tensor, latest: Tensor | None, scaling: float) -> Tensor:
-        """One call for all lanes: on a GPU the calls cost more than the padding, which lives only for this call."""
+        """One call for all lanes, padded: on a GPU many calls cost more than padding that lives for one."""
         keys, values, added = self.padded()
         group, q = query.shape[1] // self.heads, query.shape[2]
         mask = added.repeat_interleave(group, 1)[:, :, None].expand(-1, -1, q, -1)
