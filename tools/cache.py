@@ -1,6 +1,6 @@
 """Measure what the methods of the KV cache keep of long contexts, and write the page of it.
 
-    python tools/cache.py [--processes 2] [--questions 32] [--anew]   docs/cache.md
+    python tools/cache.py [--processes 2] [--questions 32] [--albums 24] [--anew]   docs/cache.md
 
 Every method at every budget, on the reference text model and on the reference picture model. What was measured by the
 same code is kept in `out/cache-table.jsonl`: a run that was stopped goes on where it was, and `--anew` forgets it.
@@ -30,6 +30,7 @@ from cache_page import BYTES, FITTED, LENGTH, TEXTS, Cell, Row, abilities, able,
 
 import winnow  # noqa: E402
 from winnow import reference  # noqa: E402
+from winnow.bench.encodings import Encodings  # noqa: E402
 from winnow.bench.recall import FULL, measure  # noqa: E402
 from winnow.bench.recall_pictures import Task, measure_pictures  # noqa: E402
 from winnow.core.errors import WinnowError  # noqa: E402
@@ -43,7 +44,6 @@ TARGET = ROOT / "docs" / "cache.md"
 STORE = ROOT / "out" / "cache-table.jsonl"
 FIRST = 1000  # the first text: those before were looked at while the model was trained
 BUDGETS = ("50%", "25%", "12.5%", "5%")
-FEWER = ("25%", "5%")  # those of pictures, which take longer
 MEASURED = ("bench", "cache", "core", "engine", "methods", "models", "parts", "reference", "signals", "world")
 
 Found = dict[str, Any]
@@ -52,6 +52,12 @@ Found = dict[str, Any]
 @functools.cache
 def text_model() -> Any:
     return text.load()[0]
+
+
+@functools.cache
+def encodings() -> Encodings:
+    """Of the albums, by this process: the methods of the cache differ behind the tower alone."""
+    return Encodings()
 
 
 @functools.cache
@@ -90,8 +96,9 @@ def _answered(slug: str, plan: str, cell: Cell, questions: int) -> Found:
         model, processor = picture_model()
         fitted, task = _fitted(slug, model, plan), cast(Task, cell.task)
         asked = measure_pictures(
-            model, processor, fitted, task, questions, cell.pictures, cell.aware, blind=cell.blind, seed=FIRST
-        )
+            model, processor, fitted, task, questions, cell.pictures, cell.aware, blind=cell.blind, seed=FIRST,
+            kept=encodings(),
+        )  # fmt: skip
         return {"right": [answer.right for answer in asked]}
     model = text_model()
     plan = _fitted(slug, model, plan)
@@ -157,15 +164,15 @@ def measured(processes: int, jobs: dict[str, tuple[Any, ...]]) -> dict[str, Foun
     return found
 
 
-def rows(asked: argparse.Namespace, lines: list[tuple[str, str, str]], cells: Sequence[Cell]) -> list[Row]:
+def rows(processes: int, questions: int, lines: list[tuple[str, str, str]], cells: Sequence[Cell]) -> list[Row]:
     """Rows of the page: these plans in these cells."""
     version = code()
     jobs = {
-        (line[:2], cell): (f"{version} {line[2]} | {cell.head} | {asked.questions}", (*line, cell, asked.questions))
+        (line[:2], cell): (f"{version} {line[2]} | {cell.head} | {questions}", (*line, cell, questions))
         for line in lines
         for cell in cells
     }
-    found = measured(asked.processes, dict(jobs.values()))
+    found = measured(processes, dict(jobs.values()))
     return [Row(*line[:2], {cell: found[jobs[line[:2], cell][0]] for cell in cells}) for line in lines]
 
 
@@ -173,17 +180,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--questions", type=int, default=32)
+    parser.add_argument("--albums", type=int, default=24, help="in each cell of several pictures, which take longer")
     parser.add_argument("--anew", action="store_true", help="forget what was measured before")
     asked = parser.parse_args()
     if asked.anew:
         STORE.unlink(missing_ok=True)
     start = time.perf_counter()
     every = plans()
-    texts = rows(asked, every, (*TEXTS, BYTES))
-    (full,) = rows(asked, every[:1], abilities())
-    fewer = [line for line in every if line[1] in ("", *FEWER)]
-    pictures = rows(asked, fewer, able(full))
-    TARGET.write_text(page(texts, pictures, full, asked.questions), encoding="utf-8")
+    texts = rows(asked.processes, asked.questions, every, (*TEXTS, BYTES))
+    (full,) = rows(asked.processes, asked.questions, every[:1], abilities())
+    pictures = rows(asked.processes, asked.albums, every, able(full))
+    TARGET.write_text(page(texts, pictures, full, asked.questions, asked.albums), encoding="utf-8")
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes")
     return 0
 

@@ -130,12 +130,14 @@ def refused(rows: Sequence[Row]) -> str:
     return "\nNot measured:\n\n" + "".join(sorted(said)) if said else ""
 
 
-def page(texts: Sequence[Row], pictures: Sequence[Row], ability_of: Row, questions: int) -> str:
+def page(texts: Sequence[Row], pictures: Sequence[Row], ability_of: Row, questions: int, albums: int) -> str:
     """The page.
 
     Args:
         texts, pictures: rows of both tables, the full cache first.
         ability_of: what the full cache answers about albums.
+        questions: in each cell of the first two tables.
+        albums: in each cell of the last one.
     """
     heads = ("method", "budget", *(cell.head for cell in TEXTS), "bytes")
     body = f"{HEAD}\n{questions} texts in each cell.\n\n{table(heads, lines(texts, TEXTS, texts[0]))}\n"
@@ -146,7 +148,7 @@ def page(texts: Sequence[Row], pictures: Sequence[Row], ability_of: Row, questio
         body += f"\n{NOT_ABLE.format(tasks=' and '.join(f'*{task}*' for task in left_out))}\n"
     if compared:
         heads = ("method", "budget", *(cell.head for cell in compared))
-        body += f"\n{COMPARED}\n{table(heads, lines(pictures, compared, pictures[0]))}\n"
+        body += f"\n{COMPARED.format(albums=albums)}\n{table(heads, lines(pictures, compared, pictures[0]))}\n"
     return body + refused([*texts, *pictures])
 
 
@@ -183,4 +185,4 @@ This model was trained on one picture in a prompt. What it can do with more, up 
 NOT_ABLE = """Methods are compared with the most pictures at which the full cache beats the question alone (paired 95 %
 interval) and is right in half of all cases, both ways of asking. There is no such number above one for {tasks}: the
 bundled model cannot do it, and nothing is said there of methods."""
-COMPARED = "Methods on what the model can do:\n"
+COMPARED = "Methods on what the model can do, {albums} albums in each cell:\n"

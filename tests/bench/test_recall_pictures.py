@@ -9,6 +9,7 @@ import torch
 
 import winnow
 from winnow import reference
+from winnow.bench.encodings import Encodings
 from winnow.bench.recall_pictures import conversation, measure_pictures
 from winnow.core.errors import WinnowError
 from winnow.world.albums import album
@@ -84,3 +85,18 @@ def test_what_cannot_be_measured_is_refused(loaded: Any) -> None:
     other.chat_template = "{{ messages[0]['role'] }}"
     with pytest.raises(WinnowError, match="does not write a conversation"):
         measure_pictures(model, other, None, "turns", 1)
+
+
+@pytest.mark.parametrize("task", ["turns", "frames"])
+def test_pictures_that_were_encoded_before_give_the_same_answers(loaded: Any, task: Any) -> None:
+    model, processor = loaded
+    plans = ("full", "snapkv:keep=40,window=8", "adakv:base=snapkv,keep=40")
+    alone = [measure_pictures(model, processor, plan, task, 2, 2) for plan in plans]
+    kept, encoded = Encodings(), list[int]()
+    hook = model.base_model.vision_tower.register_forward_hook(lambda *_: encoded.append(1))
+    assert [measure_pictures(model, processor, plan, task, 2, 2, kept=kept) for plan in plans] == alone
+    once = len(encoded)
+    for plan in plans:
+        measure_pictures(model, processor, plan, task, 2, 2, True, kept=kept)
+    hook.remove()
+    assert len(encoded) == once == (8 if task == "turns" else 4)  # by the plain model, and once for all plans

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from winnow.bench.encodings import Encodings
 from winnow.bench.meters import judge
 from winnow.bench.recall import under
 from winnow.core.errors import WinnowError
@@ -60,6 +61,7 @@ def measure_pictures(
     split: str = "test",
     seed: int = 0,
     max_new_tokens: int = NEW_TOKENS,
+    kept: Encodings | None = None,
 ) -> list[PictureAnswer]:
     """Ask about `n` albums under a plan, decoding greedily.
 
@@ -68,6 +70,7 @@ def measure_pictures(
         aware: the question stands in front of the pictures of each turn as well.
         blind: the question alone, without pictures.
         seed: of the first album.
+        kept: what pictures of this model were encoded to; the same for every plan that leaves the tower alone.
 
     Raises:
         WinnowError: the chat template takes no conversation, or there is nothing to measure.
@@ -77,11 +80,12 @@ def measure_pictures(
     if n < 1:
         raise WinnowError(f"n={n}; measure on at least 1 album")
     found = []
-    with under(model, plan):
+    with under(model, plan) as handle:
         for number in range(seed, seed + n):
             drawn = album(number, pictures, split)
             pieces = conversation(processor, drawn, task, aware)
-            said = _answered(model, processor, pieces[-1:] if blind else pieces, max_new_tokens)
+            reads = model if kept is None else kept.reader(model, handle)
+            said = _answered(model, processor, reads, pieces[-1:] if blind else pieces, max_new_tokens)
             found.append(PictureAnswer(number, drawn.place, said, drawn.question.answer))
     return found
 
@@ -121,11 +125,11 @@ def _in_front(text: str, question: str, mark: str) -> str:
 
 
 @torch.no_grad()
-def _answered(model: Any, processor: Any, pieces: Sequence[Piece], count: int) -> str:
+def _answered(model: Any, processor: Any, reads: Any, pieces: Sequence[Piece], count: int) -> str:
     cache = None
     for number, (text, images) in enumerate(pieces):
         inputs = _inputs(model, processor, text, images, first=not number)
-        out = model(**inputs, past_key_values=cache, use_cache=True)
+        out = reads(**inputs, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
     ends, said = _ends(model), []
     for _ in range(count):

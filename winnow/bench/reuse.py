@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,6 +53,13 @@ def listening(handle: Handle, plans: list[Plan]) -> Plan:
     return Plan((Listen(tuple(sorted(signals, key=repr))),))
 
 
+@torch.no_grad()
+def encode(call: Callable[..., Any], inputs: dict[str, Tensor]) -> Any:
+    """What an encoder's method (`get_image_features`, say) gives for the inputs of a forward."""
+    names = [n for n in inspect.signature(call).parameters if n in inputs]
+    return call(**{n: inputs[n] for n in names}, return_dict=True)
+
+
 class Encoded:
     """The encoder outputs of one batch.
 
@@ -72,9 +80,8 @@ class Encoded:
         for name, modality, _ in self.bound.family.encoders:
             if modality == self.modality:
                 call = getattr(base, name)
-        names = [n for n in inspect.signature(call).parameters if n in self.inputs]
-        with torch.no_grad(), self.handle.using(plan):
-            return call(**{n: self.inputs[n] for n in names}, return_dict=True)
+        with self.handle.using(plan):
+            return encode(call, self.inputs)
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
