@@ -5,6 +5,7 @@ pooled, has as many cells as a picture has tokens.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -37,6 +38,9 @@ CANNOT = {
     "idefics": "its pictures are read through cross-attention, and are not in the language model's sequence",
     "diffusion_gemma": "it writes a canvas by diffusion with a second decoder, and its generate is not token by token",
 }
+
+# Classes whose encoder may give all pictures of a sample as one element (transformers 5.24 does): rows of each picture.
+ROWS: dict[str, Callable[[Any], int]] = {"idefics2": lambda config: config.perceiver_config.resampler_n_latents}
 
 
 class Generic(Family):
@@ -86,6 +90,11 @@ class Generic(Family):
         found = getattr(output, "pooler_output", None)
         found = getattr(output, "last_hidden_state", None) if found is None else found
         return found[None] if isinstance(found, Tensor) and found.ndim == 2 else found
+
+    def lengths(self, model: Any, encoding: Encoding, pooled: Sequence[Tensor]) -> tuple[int, ...]:
+        found = super().lengths(model, encoding, pooled)
+        known = ROWS.get(model.config.model_type)
+        return (known(model.config),) * (sum(found) // known(model.config)) if known else found
 
     def layouts(self, model: Any, encoding: Encoding) -> tuple[Layout, ...]:
         side = patches_per_side(model)
