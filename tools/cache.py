@@ -1,6 +1,6 @@
 """Measure what the methods of the KV cache keep of long contexts, and write the page of it.
 
-    python tools/cache.py [--processes 2] [--questions 32] [--albums 24] [--anew]   docs/cache.md
+    python tools/cache.py [--processes 2] [--questions 32] [--albums 20] [--anew]   docs/cache.md
 
 Every method at every budget, on the reference text model and on the reference picture model. What was measured by the
 same code is kept in `out/cache-table.jsonl`: a run that was stopped goes on where it was, and `--anew` forgets it.
@@ -180,7 +180,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--questions", type=int, default=32)
-    parser.add_argument("--albums", type=int, default=24, help="in each cell of several pictures, which take longer")
+    parser.add_argument("--albums", type=int, default=20, help="in each cell of several pictures, which take longer")
     parser.add_argument("--anew", action="store_true", help="forget what was measured before")
     asked = parser.parse_args()
     if asked.anew:
