@@ -177,7 +177,8 @@ On the reference model for pictures (`winnow/reference/small`): an *album* of pi
 that one of them alone can answer (nothing in the question says which). *Turns*: each picture comes in a turn of its
 own, and the cache is cut behind each. *Frames*: all pictures stand in one prompt, as the frames of a video do. Here the
 question always comes in a turn of its own, so that every word is said from what was left; where it is *known*, it also
-stands in front of the pictures of each turn, and so is read before their cache is cut.
+stands in front of the pictures of each turn, and so is read before their cache is cut. `kvpress` cuts the first turn
+alone, as the library whose scorers it takes does, and so is no match for the others in *turns*.
 `winnow.bench.recall_pictures.measure_pictures` asks the same of any model whose chat template takes a conversation.
 
 This model was trained on one picture in a prompt. What it can do with more, up to {COUNTS[-1]}:
