@@ -19,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from groups import compares
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import winnow
 from winnow.bench.clock import clocked
 from winnow.bench.intervals import median
-from winnow.bench.prefills import attached, compares, machine
+from winnow.bench.prefills import attached, machine
 from winnow.contract import Method
 from winnow.core.registry import method_class, picture_methods
 

@@ -29,13 +29,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from groups import compares
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import winnow
 from winnow.bench.clock import clocked
 from winnow.bench.intervals import efficiency, median
-from winnow.bench.prefills import attached, compares, machine
+from winnow.bench.prefills import attached, machine
 from winnow.contract import Method
 from winnow.core.ledger import Ledger
 from winnow.core.registry import Entry, method_class, picture_methods

@@ -8,9 +8,8 @@ import zoo
 from probes import forward
 
 import winnow
-from winnow.bench.prefills import attached, compares
+from winnow.bench.prefills import attached
 from winnow.core.errors import WinnowError
-from winnow.core.registry import method_class
 
 BUILD = "llava_clip"
 
@@ -43,8 +42,3 @@ def test_what_another_plan_has_encoded_is_refused():
         with pytest.raises(WinnowError, match="was not encoded under"), attached(model, "fastervlm:keep=5", encoded):
             pass
         assert not winnow.engine.engine.is_compressed(model)
-
-
-def test_methods_that_compare_tokens_are_told_from_those_that_score_them():
-    assert all(compares(method_class(slug)) for slug in ("divprune", "fastvid", "cdpruner"))
-    assert not any(compares(method_class(slug)) for slug in ("evs", "vidcom2", "fastervlm"))

@@ -1,4 +1,4 @@
-"""What the benchmarks of prefills share: a plan over pictures that are encoded already, and which methods do what."""
+"""What the benchmarks of prefills share: a plan over pictures that are encoded already, and the head of a table."""
 
 from __future__ import annotations
 
@@ -16,14 +16,6 @@ from winnow.core.plan import Plan
 from winnow.engine.compress import compress
 from winnow.engine.encoding import record_of
 from winnow.engine.handle import Handle
-
-# They compare tokens with one another, beside those that declare a table of pairs.
-COMPARE = ("aim", "cdpruner", "covipal", "recoverable-compression", "todre", "visiondrop", "vscan")
-
-
-def compares(kind: type[Method]) -> bool:
-    """Whether a method compares the tokens of an item with one another, and does not only score each of them."""
-    return kind.pairwise or kind.slug in COMPARE
 
 
 @contextmanager
