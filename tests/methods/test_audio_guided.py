@@ -9,7 +9,9 @@ from typing import ClassVar
 import pytest
 import torch
 import zoo
+from builds.grids import AUDIO, AUDIO_END, AUDIO_START, END, START, VIDEO
 from builds.qwen_omni import HEARS
+from builds.qwen_omni import SOUND as SOUND_OF_BUILDS
 from cases import same
 from families import by_hand
 from masked import Cut
@@ -257,6 +259,34 @@ def test_each_video_has_its_own_sound():
     rows = model.get_video_features(part["pixel_values_videos"], part["video_grid_thw"]).pooler_output
     for item, received, x in zip(items, sounds, rows, strict=True):
         assert item.kept.tolist() == chosen(x.detach(), 2, received, 10, SETTINGS["window"], SETTINGS["top"])
+
+
+@pytest.mark.parametrize("build", HEARS)
+def test_a_sound_that_stands_between_the_frames_is_that_of_the_video(build):
+    """As processors write it with `use_audio_in_video`: what is heard in two seconds stands behind what is seen."""
+    model, part = made(build), HEARS[build].sample("3 U 2 V 6")
+    frame, sound = [VIDEO] * 12, [AUDIO] * (SOUND_OF_BUILDS // 4)
+    ids = torch.tensor([[11, 12, START, AUDIO_START, *frame, *sound, *frame, AUDIO_END, END, 21, 22]])
+    part |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    part |= {"video_second_per_grid": torch.tensor([4.0]), "use_audio_in_video": True}
+    with winnow.compress(model, AudioGuided(**SETTINGS)) as handle:
+        output, ledger = generate(model, part), handle.last
+    at, received = (ids[0] == VIDEO).nonzero()[:, 0], received_by(model, part)
+
+    def choose(rows, left):
+        return [at[chosen(rows[at], 2, received, 10, SETTINGS["window"], SETTINGS["top"])]]
+
+    said = new_tokens(output, part)[0, :-1].tolist()
+    want = by_hand(model, part, [at], said, Cut(0, choose))
+    apart = (step_logits(output)[0] - want.logits).abs().max() / want.logits.abs().max()
+    assert float(apart) <= TOLERANCE
+    (kept,) = [at[item.kept].tolist() for item in ledger.items if item.modality == "video"]
+    assert kept == want.kept[0].tolist()
+
+
+def test_inputs_with_a_sound_are_not_prepared():
+    with pytest.raises(UnsupportedError, match="hold audio"):
+        winnow.prepare(made("qwen2_5_omni_full"), HEARS["qwen2_5_omni_full"].sample("3 U 2 V 6"), "audio-guided")
 
 
 def test_a_model_without_ears_is_refused():
