@@ -42,7 +42,7 @@ SEED    := 1
 LEARNED := covipal diffrate dyvte explainability-compression frames toc3d
 
 .DEFAULT_GOAL := help
-.PHONY: connectors help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean video test-studio venv-vllm test-vllm bench-stream bench-serve demo-video clips-table
+.PHONY: connectors help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean video test-studio venv-vllm test-vllm bench-stream bench-video bench-serve demo-video clips-table
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -129,6 +129,9 @@ bench-cache: $(STAMP) ## Decoding from compressed caches against the plain one, 
 
 bench-stream: $(STAMP) ## A stream of 10,000 frames: memory of the process, times, and how soon questions are answered
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stream.py
+
+bench-video: $(STAMP) ## Prefill of a video of 24,576 tokens under methods of videos (8 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/video.py
 
 bench-serve: $(STAMP) ## Load on winnow serve, with and without compression, for docs/serving.md (8 minutes)
 	$(BIN)/winnow bench-serve --plan full --plan hiprune:keep=64 --plan hiprune:keep=32 --rounds 30 --minutes 7 \

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +31,8 @@ from transformers import (
 
 import winnow
 from winnow.bench.clock import clocked
-from winnow.bench.intervals import median
+from winnow.bench.intervals import efficiency, median
+from winnow.bench.prefills import attached, machine
 
 IMAGE, TEXT, LAYERS, WIDTH, KEEP, GATE = 500, 32, 16, 384, 64, 0.97
 PLANS = (f"hiprune:keep={KEEP}", f"divprune:keep={KEEP}")
@@ -131,16 +131,13 @@ def measure(subject: Subject, plan: str, rounds: int) -> dict[str, Any]:
     plain = model.base_model.get_image_features(**subject.pixels)
     natives = {n: subject.native(plain, n) for n in (subject.content, KEEP)}
     times: dict[Any, list[float]] = {"method": [], **{n: [] for n in natives}}
-    handle = winnow.compress(model, plan)
-    encoded = model.base_model.get_image_features(**subject.pixels)
+    with winnow.compress(model, plan):
+        encoded = model.base_model.get_image_features(**subject.pixels)
     own = {"input_ids": ids(subject.content), "mm_encoder_outputs": {"image": encoded}, **subject.whole}
-    handle.detach()
     for turn in range(rounds + 3):
-        handle = winnow.compress(model, plan)
-        encoded.winnow.plan = handle._engine.default  # the same plan, attached anew
-        _, spent = clocked(lambda: model(**own, use_cache=True, logits_to_keep=1), model.device)
-        read = handle.last.layer_tokens
-        handle.detach()
+        with attached(model, plan, encoded) as handle:
+            _, spent = clocked(lambda: model(**own, use_cache=True, logits_to_keep=1), model.device)
+            read = handle.last.layer_tokens
         found = {
             n: clocked(lambda given=given: model(**given, use_cache=True, logits_to_keep=1), model.device)[1]
             for n, given in natives.items()
@@ -153,8 +150,8 @@ def measure(subject: Subject, plan: str, rounds: int) -> dict[str, Any]:
         raise SystemExit(f"{plan} read {read}, expected {KEEP + TEXT} tokens in every layer")
     method, full, ideal = (np.array(times[name]) for name in ("method", subject.content, KEEP))
     values = {"full_ms": full, "method_ms": method, "native_ms": ideal, "speedup": full / method}
-    values["efficiency"] = (full - method) / (full - ideal)
-    return {name: (m.value, m.low, m.high) for name, m in ((name, median(v)) for name, v in values.items())}
+    found = {name: median(x) for name, x in values.items()} | {"efficiency": efficiency(full, method, ideal)}
+    return {name: (m.value, m.low, m.high) for name, m in found.items()}
 
 
 def main() -> None:
@@ -165,7 +162,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, 1 thread")
+    print(machine())
     print(f"{options.rounds} interleaved rounds; milliseconds; intervals are 95 %")
     print(f"{'class':10s} {'plan':18s} {'full':>7s} {'method':>7s} {'native':>7s} {'speed-up':>8s}  efficiency")
     results, passed = [], True

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,12 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
+from groups import compares
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import winnow
 from winnow.bench.clock import clocked
 from winnow.bench.intervals import median
+from winnow.bench.prefills import attached, machine
 from winnow.contract import Method
 from winnow.core.registry import method_class, picture_methods
 
@@ -40,8 +41,6 @@ GATES = {
     "pairs": {"efficiency": 0.95, "selection": 0.04},
     "decoder": {"over_ideal": 1.03},
 }
-# They compare tokens with one another, beside those that build a table of pairs.
-PAIRS = ("aim", "cdpruner", "covipal", "recoverable-compression", "todre", "visiondrop", "vscan")
 SETTINGS = {"fastv": {"layer": 2, "keep": "25%"}}  # of decoder methods, whose own settings are timed otherwise
 
 
@@ -77,7 +76,7 @@ def cases(model: LlavaForConditionalGeneration, pixels: torch.Tensor, only: str)
         except winnow.WinnowError as error:
             print(f"{entry.slug:28s} not timed: {str(error)[:100]}")
             continue
-        group = "decoder" if not before else "pairs" if entry.slug in PAIRS or kind.pairwise else "score"
+        group = "decoder" if not before else "pairs" if compares(kind) else "score"
         yield Case(f"{entry.slug}" + ("" if inside else f":keep={KEEP}"), method, group, read)
 
 
@@ -110,12 +109,10 @@ def native(model: LlavaForConditionalGeneration, features: torch.Tensor, tokens:
     """A prefill of the untouched model with `tokens` visual embeddings."""
     ids = prompt(tokens)
     rows = [features[:tokens].clone()]
-    pooled = transformers.modeling_outputs.BaseModelOutputWithPooling
+    pooled = BaseModelOutputWithPooling(pooler_output=rows)
 
     def run() -> object:
-        return model(
-            input_ids=ids, mm_encoder_outputs={"image": pooled(pooler_output=rows)}, use_cache=True, logits_to_keep=1
-        )
+        return model(input_ids=ids, mm_encoder_outputs={"image": pooled}, use_cache=True, logits_to_keep=1)
 
     return run
 
@@ -132,19 +129,16 @@ def measure(model: LlavaForConditionalGeneration, case: Case, pixels: torch.Tens
     features = model.model.get_image_features(pixels).pooler_output[0]
     natives = {n: native(model, features, n) for n in sorted({CONTENT, *case.layer_tokens})}
     times: dict[str, list[float]] = {"method": [], **{str(n): [] for n in natives}}
-    handle = winnow.compress(model, case.method)
-    encoded = model.model.get_image_features(pixels)
-    handle.detach()
+    with winnow.compress(model, case.method):
+        encoded = model.model.get_image_features(pixels)
 
     def method() -> object:
         return model(input_ids=ids, mm_encoder_outputs={"image": encoded}, use_cache=True, logits_to_keep=1)
 
     for turn in range(rounds + 3):
-        handle = winnow.compress(model, case.method)
-        encoded.winnow.plan = handle._engine.default  # the same plan, attached anew
-        _, spent = clocked(method, model.device)
-        read = handle.last.layer_tokens
-        handle.detach()
+        with attached(model, case.method, encoded) as handle:
+            _, spent = clocked(method, model.device)
+            read = handle.last.layer_tokens
         found = {n: clocked(run, model.device)[1] for n, run in natives.items()}
         if turn >= 3:  # warm-up
             times["method"].append(spent)
@@ -196,7 +190,7 @@ def main() -> None:
     model = build(options.layers)
     pixels = torch.randn(1, 3, SIDE * 14, SIDE * 14)
     results = []
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, 1 thread")
+    print(machine())
     print(f"{options.rounds} interleaved rounds; milliseconds; intervals are 95 %")
     heads = f"{'full':>7s} {'method':>7s} {'ideal':>7s} {'speed-up':>8s}  {'efficiency':24s}{'over ideal':22s}selection"
     print(f"{'plan':28s} {heads}")

@@ -60,11 +60,11 @@ LEVEL_NAMES = ("perception", "event", "relation")
 def across_frames() -> tuple[str, ...]:
     """The slugs of the methods of videos, in order: those whose class says that they look across frames.
 
-    Learned connectors have a page of their own, docs/learned-video.md.
+    Learned connectors have a page of their own, docs/learned-video.md, and the clips have no sound.
     """
     found = []
     for entry in token_methods():
-        own = entry.module.startswith("winnow.methods.") and entry.slug not in trainable()
+        own = entry.module.startswith("winnow.methods.") and entry.slug not in trainable() and not entry.of_sounds
         if own and method_class(entry.slug).across_frames:
             found.append(entry.slug)
     return tuple(found)

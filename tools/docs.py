@@ -48,6 +48,7 @@ FACTS = ("Looks at", "Cost", "Departs from the paper", "Departs from the release
 EXAMPLE = ModelInfo(
     model="LLaVA-1.5-7B", family="llava", depth=32, width=4096, vision_depth=24, feature_layer=-2, vision_width=1024,
     points=("blocks", "blocks.mlp", "features", "projected", "layers", "kv"),
+    sound_depth=32,  # it hears nothing; a page says of a method that does where it acts
 )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ from winnow.signals.language import (
 from winnow.signals.layers import KeyNorm, LayerChange, LayerStates, PageRank, RowStates, TokenTransition
 from winnow.signals.peaks import TextPeak
 from winnow.signals.question import Question, QuestionCosine, QuestionSignal, QuestionTokens
+from winnow.signals.sound import SoundAttention
 from winnow.signals.vision import HiddenStates, Pixels, TowerAttention, VisionAttention, VisionKeys, VisionSignal
 from winnow.signals.words import TextAttention, TextKeyNorm, TextRaters, WordAttention
 
@@ -116,6 +117,7 @@ __all__ = [
     "Share",
     "Signal",
     "Site",
+    "SoundAttention",
     "State",
     "Step",
     "Stretch",

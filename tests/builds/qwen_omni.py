@@ -45,13 +45,18 @@ IDS = {"audio_start_token_id": AUDIO_START, "user_token_id": MARK, "vision_start
 
 
 def _qwen2_5_omni(text: dict[str, Any]) -> nn.Module:
-    settings = {"use_sliding_window": True, "sliding_window": WINDOW, "rope_parameters": MROPE} | text
+    settings = {"use_sliding_window": True, "sliding_window": WINDOW} | text
     settings.setdefault("max_window_layers", settings["num_hidden_layers"] // 2)
-    width = settings["hidden_size"]
+    return _thinker(settings, 20)
+
+
+def _thinker(settings: dict[str, Any], stretch: int) -> nn.Module:
+    """Of settings of its language model, and the frames to which the encoder of sounds attends at once."""
+    settings, width = {"rope_parameters": MROPE} | settings, settings["hidden_size"]
     config = Qwen2_5OmniThinkerConfig(
         text_config=settings,
         vision_config=tower(depth=4, out_hidden_size=width, window_size=4 * PATCH, fullatt_block_indexes=[1, 3]),
-        audio_config=EAR | {"n_window": 20, "output_dim": width},
+        audio_config=EAR | {"n_window": stretch, "output_dim": width},
         image_token_index=IMAGE,
         video_token_index=VIDEO,
         audio_token_index=AUDIO,
@@ -110,3 +115,16 @@ BUILDS = (
         joined=by_name,
     ),
 )
+
+# Classes that show the sound beside a video: the one above, and the same with full attention and short stretches.
+HEARS = {
+    "qwen2_5_omni_thinker": BUILDS[0],
+    "qwen2_5_omni_full": Build(
+        "qwen2_5_omni_full",
+        "qwen2_5_omni_thinker",
+        lambda settings: _thinker(settings, 7),
+        _items(SOUND // 4),
+        letters="ABCVU",
+        joined=by_name,
+    ),
+}

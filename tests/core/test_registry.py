@@ -229,7 +229,8 @@ def test_the_command_lists_settings_and_released_without_torch():
 def test_methods_of_sounds_are_not_offered_for_pictures():
     """Neither by a sweep nor by the search for a plan; on a model that hears they are."""
     of_sounds = {entry.slug for entry in token_methods()} - {entry.slug for entry in picture_methods()}
-    assert of_sounds == {"a-tome", "audio-pool", "audio-segments", "speechprune"}
+    beside_videos = {"audio-guided"}
+    assert of_sounds == {"a-tome", "audio-pool", "audio-segments", "speechprune"} | beside_videos
     for slug in of_sounds:
-        assert method_class(slug).modalities == ("audio",)
+        assert method_class(slug).modalities == (("video",) if slug in beside_videos else ("audio",))
     assert all("image" in method_class(entry.slug).modalities for entry in picture_methods())

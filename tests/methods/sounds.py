@@ -48,6 +48,44 @@ def heard(seed: int, kind: str) -> Heard:
     return Heard(made, View.of((x - x.mean(0))[None], layout=layout), torch.from_numpy(evidence))
 
 
+class Filmed(NamedTuple):
+    """A clip that a sound belongs to.
+
+    Attributes:
+        view: of its tokens; signals are how loud the sound is.
+        things: the tokens of what is seen while the question's event is heard.
+    """
+
+    view: View
+    things: Tensor
+
+
+@functools.cache
+def filmed(seed: int, frames: int = 20, side: int = 6, width: int = 32) -> Filmed:
+    """Frames over a still background, in which a quarter of the places is always new, heard or not."""
+    one, generator = heard(seed, "events"), torch.Generator().manual_seed(seed)
+    places = side * side
+    x = torch.randn(1, places, width, generator=generator) + 0.1 * torch.randn(
+        frames, places, width, generator=generator
+    )
+    busy = torch.randperm(places, generator=generator)[: places // 4]
+    x[:, busy] = torch.randn(frames, len(busy), width, generator=generator)
+    at = one.evidence.nonzero()[:, 0] * frames // one.view.n
+    things = torch.zeros(frames, places, dtype=torch.bool)
+    for frame in at.unique().tolist():
+        corner = int(torch.randint(places - 4, (1,), generator=generator))
+        things[frame, corner : corner + 4] = True
+    x[things] = torch.randn(int(things.sum()), width, generator=generator)
+    level = one.view.tokens[0].mean(-1)
+    loud = (level - level.min())[None]
+    return Filmed(View.of(x.flatten(0, 1)[None], loud, layout=Layout.grid(side, side, frames)), things.flatten())
+
+
+def left_of(reduction: Reduction, one: Filmed) -> float:
+    """The share of the things that is kept."""
+    return float(one.things[reduction.lane(0).representatives].sum() / one.things.sum())
+
+
 def runs(reduction: Reduction) -> list[list[int]]:
     """The sources of each output of the first item."""
     lane = reduction.lane(0)

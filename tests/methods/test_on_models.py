@@ -21,6 +21,7 @@ ELSEWHERE = CLIPS | SOUNDS  # builds that are not in the zoo
 
 # Three sizes of pictures and of text; one picture, none, and two with text between them.
 ROWS = ("3 A 6", "3 B 9", "3 C 5", "11", "2 B 4 C 5")
+OWN = {"audio-guided"}  # no build of these hears beside seeing; `test_audio_guided.py` has its own two
 SLUGS = [entry.slug for entry in token_methods() if entry.family != "user"]
 
 
@@ -100,7 +101,7 @@ def test_a_method_on_a_model(slug, build):
 
 
 def test_every_method_is_worked_by_hand_on_two_builds():
-    for slug in SLUGS:
+    for slug in set(SLUGS) - OWN:
         assert len(getattr(hand(slug), "BUILDS", zoo.BUILDS)) >= 2, slug
 
 

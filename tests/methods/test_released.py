@@ -24,8 +24,9 @@ from winnow.testing import Picture
 from .stubs import ids, scores, tokens
 
 LLAVA = ModelInfo("LLaVA", depth=32, vision_depth=24, feature_layer=-2)
-# Of these there is no code; the code of most others numbers positions anew.
+# Of these there is no code, or none of the form that is here; the code of most others numbers positions anew.
 NO_CODE = {
+    "audio-guided",
     *("a-tome", "audio-pool", "audio-segments", "kffocus", "speechprune", "visual-context-window-extension"),
     *("covipal", "efficientvla", "explainability-compression", "fopru", "todre", "token-correlation-compression"),
     *("crosslmm", "langdc", "omnivid", "selective-s4", "token-transforming", "videostreaming"),

@@ -30,6 +30,7 @@ APART = (
     "speed",
     "rounds",
     "native",
+    "prefills",
     "summary",
     "processes",
 )  # parts of the bench that change no answer

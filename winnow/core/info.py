@@ -18,6 +18,7 @@ class ModelInfo:
         depth: LM layers.
         width: LM hidden size.
         vision_depth: blocks of the vision tower.
+        sound_depth: layers of the encoder of sounds that signals can see; 0: none.
         feature_layer: block whose output feeds the projector (negative counts from the end).
         has_cls: whether the tower has a [CLS] token.
         points: points at which this family can act.
@@ -46,6 +47,7 @@ class ModelInfo:
     heads: int = 1
     kv_heads: int = 1
     head_dim: int = 1
+    sound_depth: int = 0
     fingerprint: Callable[[], str] | None = field(default=None, compare=False, repr=False)
 
     def lm_layer(self, layer: int, what: str = "layer") -> int:

@@ -162,9 +162,10 @@ class Method:
             raise UnsupportedError(f"{self.slug} cannot run on {info.model}: {error}") from None
         for step in steps:
             if step.at.kind not in info.points:
+                instead = f" Instead: {step.at.instead}." if step.at.instead else ""
                 raise UnsupportedError(
                     f"{self.slug} acts at {step.at}, which {info.model} does not offer; "
-                    f"it offers {', '.join(info.points)}."
+                    f"it offers {', '.join(info.points)}.{instead}"
                 )
             if step.at.name == "layers":
                 info.lm_layer(step.at.index)  # type: ignore[arg-type]

@@ -21,6 +21,15 @@ STAGE = {
     "kv": "cache",
     "decode": "decoding",
 }
+# Points that no model offers, and what does the same.
+INSTEAD = {
+    "prompt": "who writes a prompt says which items enter it, so leave them out of the messages; frames of a video are "
+    "chosen at frames, and the tokens of an item at projected",
+    "pixels": "act at blocks[0], where parts of a picture leave that have their true positions and have not been "
+    "computed on, and read a signal whose site is pixels; a picture that enters cut, smaller or made of others is made "
+    "by the caller ahead of the processor, as winnow.with_thumbnail does it",
+    "decode": "give a KVStep at kv[k] with when=('decode',), which acts for each decoded token",
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,11 @@ class Point:
     def kind(self) -> str:
         """The point without its index, as models offer it: `layers`, `blocks.mlp`."""
         return self.name if self.part is None else f"{self.name}.{self.part}"
+
+    @property
+    def instead(self) -> str:
+        """What to do in the place of a step here, where no model offers the point; else nothing."""
+        return INSTEAD.get(self.name, "")
 
     @property
     def stage(self) -> str:

@@ -25,7 +25,6 @@ M = TypeVar("M", bound=type)
 METHODS_DIR = Path(__file__).resolve().parent.parent / "methods"
 STAGES = ("input", "encoder", "connector", "decoder", "cache", "decoding")
 KINDS = ("training-free", "learned")
-SOUNDS = ("audio",)  # `Method.modalities` of what is meant for sounds alone
 _CACHE = "CacheMethod"  # what methods of the cache derive
 _ARXIV = re.compile(r"arXiv[: ](\d{4}\.\d{4,5})")
 
@@ -46,7 +45,7 @@ class Entry:
         settings: name of each setting → its `type`, as written, and its `default` as plan strings write it.
         released: the settings and the `positions` of the authors' released code, or None.
         of_cache: whether it acts on the KV cache, and not on the tokens of pictures.
-        of_sounds: whether it is meant for sounds, and not for pictures.
+        of_sounds: whether it is meant for sounds, or for what is heard beside a video, and not for pictures.
     """
 
     slug: str
@@ -96,11 +95,16 @@ def register(
             source = arxiv or _source(getattr(sys.modules.get(cls.__module__), "__doc__", None))
             facts = ("user", tuple(stages), kind, source, summary, cls.__name__)
             of_cache = any(base.__name__ == _CACHE for base in cls.__mro__)
-            of_sounds = getattr(cls, "modalities", ()) == SOUNDS
+            of_sounds = _without_pictures(getattr(cls, "modalities", None))
             _extra[slug] = Entry(slug, cls.__module__, *facts, *described_class(cls), of_cache, of_sounds)
         return cls
 
     return add
+
+
+def _without_pictures(modalities: tuple[str, ...] | None) -> bool:
+    """Whether a method's class says that it does not act on pictures; None: it says nothing."""
+    return modalities is not None and "image" not in modalities
 
 
 def _source(docstring: str | None) -> str:
@@ -130,7 +134,7 @@ def _read(path: Path) -> list[Entry]:
                 facts["arxiv"] = _source(ast.get_docstring(tree)) or facts.get("arxiv", "")
                 summary = (ast.get_docstring(node) or "").split("\n")[0]
                 facts["settings"], facts["released"] = read_class(node)
-                facts["of_sounds"] = class_attribute(node, "modalities") == SOUNDS
+                facts["of_sounds"] = _without_pictures(class_attribute(node, "modalities"))
                 facts["of_cache"] = any(ast.unparse(base).rpartition(".")[2] == _CACHE for base in node.bases)
                 entries.append(Entry(slug, f"winnow.methods.{path.stem}", summary=summary, name=node.name, **facts))
     return entries
@@ -157,7 +161,7 @@ def entries() -> tuple[Entry, ...]:
 
 
 def picture_methods() -> tuple[Entry, ...]:
-    """The methods that act on the tokens of pictures, where those of the cache and of sounds have no part."""
+    """The methods that act on the tokens of pictures, where those of the cache and of what is heard have no part."""
     return tuple(entry for entry in token_methods() if not entry.of_sounds)
 
 

@@ -15,7 +15,7 @@ from winnow.core.errors import WinnowError
 from winnow.core.info import ModelInfo
 from winnow.core.reduction import Reduction
 
-Stack = Literal["pixels", "vision", "projector", "text", "lm"]
+Stack = Literal["pixels", "vision", "sound", "projector", "text", "lm"]
 Shows = Literal["attention", "hidden", "entry"]
 
 
@@ -24,8 +24,8 @@ class Site:
     """Where a signal listens.
 
     Attributes:
-        stack: `pixels` (what the encoder is given), `vision` (a block of the tower), `projector`, `text` (the question,
-            as it enters the language model), or `lm` (a layer).
+        stack: `pixels` (what the encoder is given), `vision` (a block of the tower), `sound` (a layer of the encoder of
+            sounds), `projector`, `text` (the question, as it enters the language model), or `lm` (a layer).
         index: block or layer, from 0; 0 for the others.
         shows: `attention`, the queries, keys and values of the block; `hidden`, what goes in and comes out of it; in
             the language model also `entry`: what is about to go into the layer before which a step acts.
@@ -45,12 +45,15 @@ class Signal:
         covers_prefix: whether, at the tower's side, there are values for [CLS] too.
         reads_text: whether it depends on the text, so that it must be known where the question is.
         needs_text_encoder: whether it needs the text tower that belongs to the model's vision tower, handed over.
+        beside: whether it is one of the sound that belongs to a video, and not of the video's own tokens. It is `per`
+            item then: `[b, A, …]`, a row for each of A tokens of the sound, in their order; A is 0 where there is none.
     """
 
     per: ClassVar[Literal["token", "item"]] = "token"
     covers_prefix: ClassVar[bool] = False
     reads_text: ClassVar[bool] = False
     needs_text_encoder: ClassVar[bool] = False
+    beside: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         kind: Any = type(self)
@@ -89,9 +92,9 @@ class Signal:
         """The signal from what passed at its site; see `winnow.signals` for what each stack shows.
 
         Returns:
-            At `vision`, `projector` and `pixels`: `[calls, N, …]`, a row for each token that the site showed. At `lm`:
-            `[B, P, …]`, a row for each slot, or `[B, …]` where the signal is `per` item. At `text`, for one item alone:
-            `[N, …]`, a row for each of its tokens, or any shape where the signal is `per` item.
+            At `vision`, `sound`, `projector` and `pixels`: `[calls, N, …]`, a row for each token that the site showed.
+            At `lm`: `[B, P, …]`, a row for each slot, or `[B, …]` where the signal is `per` item. At `text`, for one
+            item alone: `[N, …]`, a row for each of its tokens, or any shape where the signal is `per` item.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it reads: define read(seen)")
 

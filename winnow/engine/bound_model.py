@@ -80,6 +80,8 @@ class BoundModel:
         groups = getattr(own, "num_key_value_heads", None) or heads
         width = getattr(own, "head_dim", None) or getattr(own, "hidden_size", heads) // heads
         sizes: dict[str, Any] = {"heads": heads, "kv_heads": groups, "head_dim": width}
+        ears = _part(base, family.ear, model)
+        sizes["sound_depth"] = 0 if ears is None else len(ears)
         info = replace(family.info(model), **sizes, fingerprint=partial(fingerprint, model))
         modalities = tuple(modality for _, modality, _ in family.encoders)
         modalities += ("video",) * (family.frames_apart and "video" not in modalities)
@@ -131,6 +133,10 @@ class BoundModel:
         """Block `index` of the tower, and of each further tower."""
         others = [seam(self.base, path, self.model) for path in self.family.other_blocks]
         return [blocks[index] for blocks in (self.blocks, *others)]
+
+    def hearing_of(self, layer: int) -> Any:
+        """The attention module of a layer of the encoder of sounds."""
+        return seam(seam(self.base, self.family.ear, self.model)[layer], "self_attn", self.model)
 
     def attention_of(self, layer: int) -> Any:
         """The attention module of an LM layer."""

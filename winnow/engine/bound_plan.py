@@ -44,7 +44,8 @@ class BoundPlan:
         text_encoder: the text tower that was handed over, where a step needs one.
         modalities: of each method, those of the items that it acts on.
         cross_reads: number of a method → what rows read of that which it remembers of items.
-        deaf: whether the model reads sounds beside other items, and no method acts on them: they are no items then.
+        deaf: whether the model reads sounds beside other items, and no method acts on them or looks at them: they are
+            no items then.
     """
 
     plan: Plan
@@ -82,6 +83,7 @@ class BoundPlan:
             tuple(m for m in info.modalities if m in method.modalities) or info.modalities for method in plan.methods
         )
         steps = _without_idle(plan, bound, info)
+        hears = any("audio" in own for own in acted) or any(s.beside for _, step in steps for s in step.needs)
         at: dict[str, list[tuple[int, Step]]] = {"frames": [], "features": [], "projected": []}
         layers: dict[int, list[tuple[int, Step]]] = defaultdict(list)
         kv: dict[int, list[tuple[int, Step]]] = defaultdict(list)
@@ -135,7 +137,7 @@ class BoundPlan:
             kv={k: tuple(v) for k, v in kv.items()},
             frames=tuple(at["frames"]),
             modalities=acted,
-            deaf=len(info.modalities) > 1 and not any("audio" in own for own in acted),
+            deaf=len(info.modalities) > 1 and not hears,
             cross_reads={i: own for i, method in enumerate(resolved.methods) if (own := method.cross_reads(info))},
         )
 
@@ -241,6 +243,11 @@ def _listen(
                 "act at projected or in a layer."
             )
         return  # it is computed where the language model is entered
+    if signal.beside and step.at.name not in ("projected", "layers"):
+        raise WinnowError(
+            f"{slug} acts at {step.at} and cannot see {signal}: which sound belongs to a video is known in the prompt; "
+            "act at projected or in a layer."
+        )
     if step.at.name == "blocks":
         _check_block(signal, site, step, slug)
         listeners[site].add(signal)

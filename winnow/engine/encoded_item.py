@@ -11,8 +11,9 @@ from torch import Tensor
 from winnow.core.errors import UnsupportedError
 from winnow.core.ledger import ItemLedger
 from winnow.core.reduction import Reduction
-from winnow.engine.encoder import lm_signal, places
+from winnow.engine.encoder import places
 from winnow.engine.encoding import EncoderRecord
+from winnow.engine.item_signals import item_signal
 from winnow.engine.item_tokens import ItemTokens, Span, carried, content_mask
 from winnow.engine.question import Questions
 from winnow.engine.runner import Change, StepRunner
@@ -132,8 +133,7 @@ def run_projected(
             if signal in runner.plan.text_signals:
                 item.signals[signal] = questions.read(signal, item.row, item.rows)  # type: ignore[union-attr]
                 continue
-            value = lm_signal(bound, records[item.record.modality], item.number, signal)
-            item.signals[signal] = value[item.ids]
+            item.signals[signal] = item_signal(bound, item, items, lambda own: records[own.record.modality], signal)
     for number, step in runner.plan.projected:
         for change in runner.run(number, step, items, lambda group: torch.stack([item.rows for item in group])):
             change.item.apply(change)  # type: ignore[attr-defined]

@@ -237,13 +237,14 @@ class Engine:
         match site.stack, site.shows:
             case "vision", "attention":
                 modules = [getattr(block, bound.family.attention) for block in bound.blocks_at(site.index)]
-                return _all(
-                    [Tap(module, functools.partial(self._tower.see_attention, site)).remove for module in modules]
-                )
+                seen = functools.partial(self._tower.see_attention, site)
+                return _all([Tap(module, seen).remove for module in modules])
             case "vision", "hidden":
                 watch = functools.partial(self._tower.see_block, site)
                 blocks = bound.blocks_at(site.index)
                 return _all([block.register_forward_hook(Hook(watch), with_kwargs=True).remove for block in blocks])
+            case "sound", "attention":
+                return Tap(bound.hearing_of(site.index), functools.partial(self._tower.see_sound, site)).remove
             case "lm", "attention":
                 return Tap(bound.attention_of(site.index), functools.partial(self._see_lm, site.index)).remove
             case "lm", "hidden":

@@ -22,8 +22,9 @@ from winnow.core.signal import Signal, Site
 from winnow.engine.cache import CacheState, Past, check_cache, held_by, state_of, tag
 from winnow.engine.cross_reads import CrossReading
 from winnow.engine.devices import device_of
-from winnow.engine.encoder import lm_signal, places
+from winnow.engine.encoder import places
 from winnow.engine.encoding import EncoderRecord
+from winnow.engine.item_signals import item_signal
 from winnow.engine.item_tokens import LMTokens, Merged, Span, carried, content_mask, content_slots, on_device, rows_of
 from winnow.engine.packed import PackedSequence, check_segments, packed_segments, row_mask
 from winnow.engine.probing import probe_layer
@@ -361,8 +362,7 @@ class LMPass:
             for item in self.items:
                 if signal in item.signals or not self.plan.acts_on(number, item.record.modality):
                     continue
-                value = lm_signal(self.bound, item.encoded, item.number, signal)
-                item.signals[signal] = value.to(item.ids.device)[item.ids]
+                item.signals[signal] = item_signal(self.bound, item, self.items, lambda own: own.encoded, signal)
 
     def _read_questions(self, given: Tensor, hidden: Tensor) -> None:
         """Signals of the questions, from what the language model is given.

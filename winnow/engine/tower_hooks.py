@@ -15,7 +15,8 @@ from winnow.engine.hooks import Hook
 from winnow.engine.request import Request
 from winnow.engine.tower_pass import TowerPass
 from winnow.models.family import seam
-from winnow.signals.vision import HiddenStates
+from winnow.signals.tap import scaling_of
+from winnow.signals.vision import HiddenStates, TowerAttention
 
 
 class TowerHooks:
@@ -117,6 +118,11 @@ class TowerHooks:
         if request is not None:
             encoder.read_attention(request, site, module, q, k, v)
         return None
+
+    def see_sound(self, site: Site, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> None:
+        """A tapped layer of the encoder of sounds shows its attention, of one stretch at a time."""
+        if (request := self.mine()) is not None:
+            encoder.read(request, site, TowerAttention(q, k, v, scaling_of(module, q), 0))
 
     def see_block(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         request, tower = self.mine(), self._pass()

@@ -15,13 +15,10 @@ anew.
 
 import torch
 from jaxtyping import Float
-from torch.nn.functional import cosine_similarity
 
 import winnow.contract as wn
-from winnow.parts.frames import clip_of, frame_grid, frame_of
-
-NEW, FIRST = 2.0, 255.0  # no later token differs more than by 2
-GOLDEN = 0.6180339887498949
+from winnow.parts.changed import NEW, changed
+from winnow.parts.frames import frame_grid, frame_of
 
 
 @wn.register("evs")
@@ -43,14 +40,7 @@ class EVS(wn.Method):
     across_frames = True
 
     def score(self, view: wn.View) -> Float[torch.Tensor, "b n"]:
-        clip = clip_of(view)
-        x = clip.tokens.to(torch.promote_types(clip.tokens.dtype, torch.float32))
-        broken = ~x.sum(-1).isfinite()
-        change = 1 - cosine_similarity(x[:, 1:], x[:, :-1], dim=-1)
-        change = change.masked_fill(broken[:, :-1] | ~clip.there[:, :-1], NEW)
-        spread = torch.arange(x.shape[2], device=x.device, dtype=torch.float64) * GOLDEN % 1  # its start is even
-        first = (FIRST - spread).to(change.dtype).expand(view.b, 1, -1)
-        return clip.of_tokens(torch.cat([first, change], 1).masked_fill(broken, torch.nan))
+        return changed(view)
 
     def reduce(self, view: wn.View) -> wn.Reduction:
         score = self.score(view)

@@ -40,6 +40,8 @@ class Family:
         name: of the family.
         model_types: `config.model_type` values.
         tower, blocks, attention, projector: where the tower, its blocks, a block's attention and the connector are.
+        ear: the layers of the encoder of sounds, whose calls show each a stretch of one sound, in their order. Where it
+            is named, `cells` knows what to do with what they show.
         other_blocks: blocks of further towers of the same shape, where each modality has a tower of its own.
         encoders: (method of the base model, modality, name of the placeholder id in the configuration). The method of a
             part of it is written with dots, where the base model has no method of its own for it.
@@ -69,6 +71,7 @@ class Family:
     blocks: ClassVar[str | None] = "vision_tower.encoder.layers"
     attention: ClassVar[str] = "self_attn"
     projector: ClassVar[str | None] = "multi_modal_projector"
+    ear: ClassVar[str | None] = None
     other_blocks: ClassVar[tuple[str, ...]] = ()
     encoders: ClassVar[tuple[tuple[str, str, str], ...]] = (("get_image_features", "image", "image_token_id"),)
     beside: ClassVar[tuple[str, ...]] = ()

@@ -1,5 +1,6 @@
 """Sounds behind Whisper's front end: mel frames of 10 ms, of which four make a token."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,17 @@ def sound_lengths(model: Any, tower: Any, encoding: Encoding) -> tuple[int, ...]
 def sound_layouts(encoding: Encoding) -> tuple[Layout, ...]:
     """A row of tokens for each sound."""
     return tuple(Layout.sound(n, FRAMES * HOP) for n in encoding.lengths)
+
+
+def sound_cells(tower: Any, encoding: Encoding, values: Sequence[Tensor]) -> Tensor:
+    """`[tokens, …]` what a layer of the encoder shows of each token: the mean over the two frames that are pooled.
+
+    Args:
+        values: `[calls][1, frames, …]` of stretches of the sounds, one behind the other, without their padding.
+    """
+    frames, tokens = tower._get_feat_extract_output_lengths(encoding.inputs["feature_attention_mask"].sum(-1))
+    own = torch.cat([x.flatten(0, 1) for x in values]).split(frames.tolist())
+    return torch.cat([x[: 2 * n].unflatten(0, (n, 2)).mean(1) for x, n in zip(own, tokens.tolist(), strict=True)])
 
 
 def sound_patches(encoding: Encoding) -> Tensor:

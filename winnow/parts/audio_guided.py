@@ -1,8 +1,4 @@
-"""How many tokens of a video each window of time keeps, by how much of what is heard lies in it (OmniZip 2511.14582).
-
-A step sees the items of one kind, so that no method of the engine has the sound of a video beside its frames yet; these
-are the numbers, on plain tensors.
-"""
+"""How many tokens of a video each window of time keeps, by what is heard in it (OmniZip, arXiv 2511.14582)."""
 
 import torch
 from jaxtyping import Float, Int

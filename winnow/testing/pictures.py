@@ -16,6 +16,7 @@ WITH_CLS = ModelInfo(
     vision_depth=12,
     feature_layer=-2,
     has_cls=True,
+    sound_depth=4,
     points=("blocks", "blocks.mlp", "features", "projected", "layers", "kv"),
     head_dim=16,
 )

@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests.methods.directional import Sample
-from tests.methods.sounds import Heard, crossed, heard, runs
+from tests.methods.sounds import Heard, crossed, filmed, heard, left_of, runs
 from winnow.core.reduction import Reduction
 from winnow.core.sounds import longest_dropped
 from winnow.core.view import View
 from winnow.methods.a_tome import AToMe
+from winnow.methods.audio_guided import AudioGuided
 from winnow.methods.audio_pool import AudioPool
 from winnow.methods.audio_segments import AudioSegments
+from winnow.methods.evs import EVS
 from winnow.methods.speechprune import ALIKE, SEEN, SpeechPrune
 
 from .finding import Finding, compared, nearer
@@ -34,6 +36,16 @@ def a_tome(s: Sample, rolled: Sample) -> Iterator[Finding]:
     own = whole(lambda one: AToMe(keep="43%").reduce(one.view))
     pooled = whole(lambda one: windows(one.view, "43%"))
     yield compared("a-tome", claim, f"{SOUNDS} sounds of tones and silence", ("a-tome", "windows"), own, pooled)
+
+
+def audio_guided(s: Sample, rolled: Sample) -> Iterator[Finding]:
+    """OmniZip's figures are answers of Qwen2.5-Omni; here loudness stands for what its encoder attends to."""
+    made = [filmed(seed) for seed in range(SOUNDS)]
+    method = AudioGuided(keep="10%", window=12, top=0.5)
+    own, evs = (np.array([left_of(one.reduce(clip.view), clip) for clip in made]) for one in (method, EVS(keep="10%")))
+    claim = "more of what is seen while an event is heard than by change alone, at a tenth of the tokens"
+    what = f"{SOUNDS} drawn sounds with clips in which something is always new"
+    yield compared("audio-guided", claim, what, ("audio-guided", "evs"), own, evs)
 
 
 def audio_pool(s: Sample, rolled: Sample) -> Iterator[Finding]:
@@ -135,4 +147,10 @@ def recall(kept: Tensor, evidence: Tensor) -> float:
     return float(evidence[kept].sum() / evidence.sum())
 
 
-CLAIMS = {"a-tome": a_tome, "audio-pool": audio_pool, "audio-segments": audio_segments, "speechprune": speechprune}
+CLAIMS = {
+    "a-tome": a_tome,
+    "audio-guided": audio_guided,
+    "audio-pool": audio_pool,
+    "audio-segments": audio_segments,
+    "speechprune": speechprune,
+}
