@@ -176,7 +176,12 @@ def _qwen(config: Any, model: Any, processor: Any, video: Any, text: dict[str, A
     return model(made), processor(
         image_processor=pixels,
         tokenizer=words,
-        video_processor=video(patch_size=14, size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 400}),
+        video_processor=video(
+            patch_size=14,
+            size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 400},
+            image_mean=pixels.image_mean,  # vLLM normalises pictures and videos alike
+            image_std=pixels.image_std,
+        ),
         chat_template=CHAT.format(image=QWEN_IMAGE),
     )
 
