@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -77,6 +78,11 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     raise WinnowError(f"vLLM's server did not start in {STARTS} s, or ended:\n{tail}")
 
 
+def _version(url: str) -> str:
+    with urllib.request.urlopen(url.removesuffix("v1") + "version", timeout=30) as answer:  # noqa: S310 - on loopback
+        return str(json.load(answer)["version"])
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -95,6 +101,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = write_wider(Path(folder) / "reference")
         with vllm_server(given.python, model) as (url, key):
+            print(f"vLLM {_version(url)}, float32, without compilation; the bundled model with heads of 64 channels\n")
+            sys.stdout.flush()
             told = subprocess.run(  # noqa: S603 - winnow itself
                 [sys.executable, "-m", "winnow.cli", "bench-serve", "--url", url, *options],
                 env=os.environ | {KEY: key},

@@ -21,8 +21,10 @@ from torch import Tensor
 from winnow.core.errors import WinnowError
 from winnow.reference import path
 
-BESIDE = ("chat_template.jinja", "generation_config.json", "processor_config.json", "tokenizer.json")
-BESIDE += ("tokenizer_config.json",)
+BESIDE = (
+    *("chat_template.jinja", "generation_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json"),
+)
 
 
 def write_wider(folder: Path, width: int = 64, preset: str = "small") -> Path:
