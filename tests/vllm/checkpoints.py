@@ -20,7 +20,8 @@ WORDS = (
 VOCABULARY = 128
 CHAT = (
     "{{% for m in messages %}}{{{{ m['role'] }}}} {{% for c in m['content'] %}}{{% if c['type'] == 'image' %}}{image} "
-    "{{% else %}}{{{{ c['text'] }}}} {{% endif %}}{{% endfor %}}{{% endfor %}}assistant :"
+    "{{% elif c['type'] == 'video' %}}{video} {{% else %}}{{{{ c['text'] }}}} {{% endif %}}{{% endfor %}}{{% endfor %}}"
+    "assistant :"
 )
 TEXT = {
     "hidden_size": 128,
@@ -182,7 +183,7 @@ def _qwen(config: Any, model: Any, processor: Any, video: Any, text: dict[str, A
             image_mean=pixels.image_mean,  # vLLM normalises pictures and videos alike
             image_std=pixels.image_std,
         ),
-        chat_template=CHAT.format(image=QWEN_IMAGE),
+        chat_template=CHAT.format(image=QWEN_IMAGE, video=QWEN_VIDEO),
     )
 
 
@@ -338,7 +339,7 @@ def model_and_processor(name: str) -> tuple[Any, Any]:
             elif own.ndim >= 2 and "norm" not in key:
                 scale = 0.05 if own.ndim > 2 else 1.5 / own.shape[-1] ** 0.5
                 own.normal_(0, made.embedding if "embed_tokens" in key else scale, generator=generator)
-    processor.chat_template = CHAT.format(image=made.image)
+    processor.chat_template = CHAT.format(image=made.image, video=made.video)
     return model.float().eval(), processor
 
 
