@@ -42,7 +42,7 @@ SEED    := 1
 LEARNED := covipal diffrate dyvte explainability-compression frames toc3d
 
 .DEFAULT_GOAL := help
-.PHONY: connectors help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean video test-studio venv-vllm test-vllm bench-stream bench-video bench-serve demo-video clips-table
+.PHONY: connectors help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean video test-studio venv-vllm test-vllm bench-stream bench-video bench-serve bench-serve-vllm demo-video clips-table
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -137,6 +137,11 @@ bench-serve: $(STAMP) ## Load on winnow serve, with and without compression, for
 	$(BIN)/winnow bench-serve --plan full --plan hiprune:keep=64 --plan hiprune:keep=32 --rounds 30 --minutes 7 \
 	  --out out/bench-serve.jsonl --chart docs/images/serving-load.svg > docs/results/serving-load.txt
 	@cat docs/results/serving-load.txt
+
+bench-serve-vllm: $(STAMP) $(VLLM)/.installed ## The same on vLLM with the plug-in, on its build for CPUs (10 minutes)
+	$(BIN)/python benchmarks/serve_vllm.py --plan full --plan hiprune:keep=64 --plan hiprune:keep=32 --rounds 30 --minutes 7 \
+	  --out out/bench-serve-vllm.jsonl --chart docs/images/serving-load-vllm.svg > docs/results/serving-load-vllm.txt
+	@cat docs/results/serving-load-vllm.txt
 
 bench-cache-memory: $(STAMP) ## Memory of decoding from compressed caches, against the requests in a batch (Linux)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cache_memory.py --out docs/results/cache-memory.txt

@@ -126,8 +126,14 @@ def test_plans_are_said_as_each_server_understands_them() -> None:
     assert (parts[0]["image_url"]["url"], parts[1]["text"]) == (ASKED.picture, ASKED.text)
     assert said("winnow", "divprune:keep=8") == known | {"winnow": {"plan": "divprune:keep=8"}}
     assert said("winnow", "full") == known | {"winnow": {"plan": "full"}}
-    in_vllm = {"mm_processor_kwargs": {"winnow": {"plan": "divprune:keep=8"}}}
-    assert said("vllm", "divprune:keep=8") == known | in_vllm
+    in_vllm = {
+        "divprune:keep=8": {"plan": "divprune", "keep": "8"},
+        "divprune:keep=25%": {"plan": "divprune", "keep": "25%"},
+        "divprune": {"plan": "divprune"},
+        "vidcom2:keep=8,exact=false": {"plan": "vidcom2:keep=8,exact=false"},
+    }
+    for plan, told in in_vllm.items():
+        assert said("vllm", plan) == known | {"mm_processor_kwargs": {"winnow": told}}
     assert said("vllm", "full", to_the_end=True)["mm_processor_kwargs"] == {"winnow": False}
     assert said("vllm", "full", to_the_end=True)["ignore_eos"] is True
     assert said("somebody", SERVED) == known

@@ -18,11 +18,42 @@ TOKENS = 10
 
 
 @dataclass(frozen=True)
-class Case:
-    """A prompt with pictures, each given by its seed and size.
+class Film:
+    """A drawn video.
 
     Attributes:
-        words: of the prompt; `@` stands for a picture.
+        fps: frames in a second, all of which are given.
+    """
+
+    seed: int
+    frames: int
+    width: int
+    height: int
+    fps: float
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """`[frames, height, width, 3]` one picture that turns into another."""
+        first, last = (np.asarray(picture(self.seed + own, self.width, self.height), np.float32) for own in (0, 100))
+        return np.stack([first + (last - first) * i / self.frames for i in range(self.frames)]).astype(np.uint8)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {
+            "total_num_frames": self.frames,
+            "fps": self.fps,
+            "duration": self.frames / self.fps,
+            "frames_indices": list(range(self.frames)),
+            "video_backend": "opencv",
+        }
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt with pictures, each given by its seed and size, and videos.
+
+    Attributes:
+        words: of the prompt; `@` stands for a picture, `#` for a video.
         pictures: seed, width and height of each.
         plan: that the request names; None: compression is off.
     """
@@ -30,9 +61,11 @@ class Case:
     words: str
     pictures: tuple[tuple[int, int, int], ...]
     plan: str | None
+    films: tuple[Film, ...] = ()
 
     def prompt(self, name: str) -> str:
-        return f"user {self.words.replace('@', CHECKPOINTS[name].image)} assistant :"
+        made = CHECKPOINTS[name]
+        return f"user {self.words.replace('@', made.image).replace('#', made.video)} assistant :"
 
     @property
     def images(self) -> list[Image.Image]:
@@ -41,8 +74,10 @@ class Case:
     def request(self, name: str, **more: Any) -> dict[str, Any]:
         """The request of vLLM's engine."""
         winnow = {"plan": self.plan} | more if self.plan or more else False
-        images = {"image": self.images}
-        return {"prompt": self.prompt(name), "multi_modal_data": images, "mm_processor_kwargs": {"winnow": winnow}}
+        shown: dict[str, Any] = {"image": self.images} if self.pictures else {}
+        if self.films:
+            shown["video"] = [(film.pixels, film.about | {"do_sample_frames": False}) for film in self.films]
+        return {"prompt": self.prompt(name), "multi_modal_data": shown, "mm_processor_kwargs": {"winnow": winnow}}
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
@@ -60,6 +95,13 @@ def answers(engine: Any, requests: Sequence[dict[str, Any]]) -> list[tuple[list[
     return [(list(own.outputs[0].token_ids), len(own.prompt_token_ids)) for own in outputs]
 
 
+def cached(engine: Any, request: dict[str, Any]) -> int:
+    """How many tokens of a request were read before."""
+    from vllm import SamplingParams
+
+    return engine.generate([request], SamplingParams(max_tokens=1), use_tqdm=False)[0].num_cached_tokens
+
+
 class Library:
     """The library on the same checkpoint."""
 
@@ -71,7 +113,14 @@ class Library:
 
     def inputs(self, case: Case) -> Any:
         images: Any = [case.images] if self.made.nested else case.images
-        return self.processor(images=images, text=[case.prompt(self.name)], return_tensors="pt")
+        shown: dict[str, Any] = {"images": images} if case.pictures else {}
+        if case.films:
+            shown |= {
+                "videos": [film.pixels for film in case.films],
+                "video_metadata": [film.about for film in case.films],
+                "do_sample_frames": False,
+            }
+        return self.processor(text=[case.prompt(self.name)], return_tensors="pt", **shown)
 
     @torch.no_grad()
     def answer(self, case: Case) -> tuple[list[int], int]:

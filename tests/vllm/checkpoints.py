@@ -13,11 +13,15 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-WORDS = ("what", "is", "in", "the", "picture", "?", "a", "red", "dog", "left", "right", "of", "user", "assistant", ":")
+WORDS = (
+    *("what", "is", "in", "the", "picture", "?", "a", "red", "dog", "left", "right", "of", "user", "assistant", ":"),
+    *("<0.2", "<0.8", "<1.5", "seconds>"),  # before frames of Qwen3-VL
+)
 VOCABULARY = 128
 CHAT = (
     "{{% for m in messages %}}{{{{ m['role'] }}}} {{% for c in m['content'] %}}{{% if c['type'] == 'image' %}}{image} "
-    "{{% else %}}{{{{ c['text'] }}}} {{% endif %}}{{% endfor %}}{{% endfor %}}assistant :"
+    "{{% elif c['type'] == 'video' %}}{video} {{% else %}}{{{{ c['text'] }}}} {{% endif %}}{{% endfor %}}{{% endfor %}}"
+    "assistant :"
 )
 TEXT = {
     "hidden_size": 128,
@@ -46,6 +50,7 @@ PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN_IMAGE = "<|vision_start|> <|image_pad|> <|vision_end|>"
+QWEN_VIDEO = QWEN_IMAGE.replace("image", "video")
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,14 @@ class Checkpoint:
 
     Attributes:
         make: the model and its processor.
-        image: what stands for a picture in a prompt.
+        image, video: what stands for a picture or a video in a prompt.
         embedding: the scale of its random token embeddings.
         nested: whether its processor takes a list of pictures for each prompt.
     """
 
     make: Callable[[], tuple[Any, Any]]
     image: str = "<image>"
+    video: str = "<video>"
     embedding: float = 1.0
     nested: bool = False
 
@@ -171,8 +177,13 @@ def _qwen(config: Any, model: Any, processor: Any, video: Any, text: dict[str, A
     return model(made), processor(
         image_processor=pixels,
         tokenizer=words,
-        video_processor=video(patch_size=14),
-        chat_template=CHAT.format(image=QWEN_IMAGE),
+        video_processor=video(
+            patch_size=14,
+            size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 400},
+            image_mean=pixels.image_mean,  # vLLM normalises pictures and videos alike
+            image_std=pixels.image_std,
+        ),
+        chat_template=CHAT.format(image=QWEN_IMAGE, video=QWEN_VIDEO),
     )
 
 
@@ -304,13 +315,13 @@ CHECKPOINTS = {
     "llava_siglip": Checkpoint(llava_siglip),
     "llava_next": Checkpoint(llava_next),
     "llava_onevision": Checkpoint(llava_onevision),
-    "qwen2_vl": Checkpoint(qwen2_vl, QWEN_IMAGE),
-    "qwen2_5_vl": Checkpoint(qwen2_5_vl, QWEN_IMAGE),
-    "qwen3_vl": Checkpoint(qwen3_vl, QWEN_IMAGE),
+    "qwen2_vl": Checkpoint(qwen2_vl, QWEN_IMAGE, QWEN_VIDEO),
+    "qwen2_5_vl": Checkpoint(qwen2_5_vl, QWEN_IMAGE, QWEN_VIDEO),
+    "qwen3_vl": Checkpoint(qwen3_vl, QWEN_IMAGE, QWEN_VIDEO),
     "internvl": Checkpoint(internvl, "<IMG_CONTEXT>"),
     "idefics3": Checkpoint(idefics3, nested=True),
     "smolvlm": Checkpoint(smolvlm, nested=True),
-    "gemma3": Checkpoint(gemma3, "<start_of_image>", 0.01, nested=True),
+    "gemma3": Checkpoint(gemma3, "<start_of_image>", embedding=0.01, nested=True),
 }
 
 
@@ -328,7 +339,7 @@ def model_and_processor(name: str) -> tuple[Any, Any]:
             elif own.ndim >= 2 and "norm" not in key:
                 scale = 0.05 if own.ndim > 2 else 1.5 / own.shape[-1] ** 0.5
                 own.normal_(0, made.embedding if "embed_tokens" in key else scale, generator=generator)
-    processor.chat_template = CHAT.format(image=made.image)
+    processor.chat_template = CHAT.format(image=made.image, video=made.video)
     return model.float().eval(), processor
 
 

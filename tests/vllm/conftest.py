@@ -70,7 +70,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Callable[[str], str]) -> Iterator[Callable[..., Any]]:
-    """Starts an engine on a checkpoint under the operator's settings; the one before it is taken down."""
+    """Starts an engine on a checkpoint, by name or folder, under the operator's settings; the one before it ends."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -87,7 +87,7 @@ def engine(checkpoint: Callable[[str], str]) -> Iterator[Callable[..., Any]]:
         limits = {"image": 4, "video": 0} if name in WITH_VIDEO else {"image": 4}
         overrides = {} if winnow is None else {"winnow": winnow}
         given = ENGINE | {"limit_mm_per_prompt": limits, "hf_overrides": overrides} | settings
-        running.append(LLM(checkpoint(name), **given))
+        running.append(LLM(name if os.sep in name else checkpoint(name), **given))
         return running[0]
 
     yield start

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from asking import Case, Library, answers, picture
+from asking import Case, Library, answers, cached, picture
 
 PLANS = {"plan": "fastervlm:keep=40", "plans": ["divprune:keep=40", "visionzip:keep=16"]}
 THREE = ((1, 112, 112), (2, 200, 100), (3, 50, 200))
@@ -21,13 +21,6 @@ def small_steps(engine: Any) -> Any:
 @pytest.fixture(scope="module")
 def library() -> Library:
     return Library("llava")
-
-
-def cached(engine: Any, request: dict[str, Any]) -> int:
-    """How many tokens of a request were read before."""
-    from vllm import SamplingParams
-
-    return engine.generate([request], SamplingParams(max_tokens=1), use_tqdm=False)[0].num_cached_tokens
 
 
 def test_three_pictures_are_read_in_chunks(small_steps: Any, library: Library) -> None:

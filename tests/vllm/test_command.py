@@ -61,7 +61,7 @@ def test_a_model_under_the_default_plan(monkeypatch: pytest.MonkeyPatch) -> None
         "--port": "8000",
         "--hf-overrides": {"winnow": {"plan": "hiprune", "least": "1", "most": "100%"}},
         "--trust-request-mm-kwargs": True,
-        "--limit-mm-per-prompt": {"video": 0},
+        "--limit-mm-per-prompt": {"video": 1},
         "--override-generation-config": {"temperature": 0.0},
     }
 
@@ -73,7 +73,20 @@ def test_what_winnow_says_is_said_in_the_words_of_vllm(monkeypatch: pytest.Monke
         *("--method", "divprune", "--keep", "64", "--allow", "hiprune,vispruner"),
         *("--min-keep", "16", "--max-keep", "50%", "--host", "10.0.0.7", "--port", "9000", "--name", "eyes"),
         *("--key-file", str(tmp_path / "keys"), "--temperature", "0.5", "--max-tokens", "99", "--max-context", "2048"),
-        *("--max-pictures", "3", "--batch", "32", "--grace", "2.5", "--dtype", "bfloat16", "--revision", "main"),
+        *(
+            "--max-pictures",
+            "3",
+            "--frames",
+            "9",
+            "--batch",
+            "32",
+            "--grace",
+            "2.5",
+            "--dtype",
+            "bfloat16",
+            "--revision",
+            "main",
+        ),
         *("--trust-remote-code", "--", "--tensor-parallel-size", "2", "--hf-overrides", '{"rope_theta": 5}'),
         *("--gpu-memory-utilization=0.8", "--port", "9001"),
     )
@@ -86,7 +99,8 @@ def test_what_winnow_says_is_said_in_the_words_of_vllm(monkeypatch: pytest.Monke
         "--port": "9001",  # what stands behind -- has the last word
         "--hf-overrides": {"winnow": winnow, "rope_theta": 5},
         "--trust-request-mm-kwargs": True,
-        "--limit-mm-per-prompt": {"image": 3, "video": 0},
+        "--limit-mm-per-prompt": {"image": 3, "video": 1},
+        "--media-io-kwargs": {"video": {"num_frames": 9}},
         "--override-generation-config": {"temperature": 0.5, "max_new_tokens": 99},
         "--max-model-len": "2048",
         "--max-num-seqs": "32",
@@ -133,7 +147,6 @@ REFUSED = [
     (["--device-map", "auto"], "--tensor-parallel-size"),
     (["--quantization", "4bit"], "vLLM's own --quantization"),
     (["--time-limit", "9"], "--time-limit is not for"),
-    (["--frames", "9"], "it reads pictures alone"),
     (["--method", "nonsense"], "Unknown method"),
     (["--allow", "nonsense"], "Unknown method"),
     (["--max-keep", "0"], "keeps nothing"),

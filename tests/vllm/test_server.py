@@ -2,88 +2,27 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import io
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from asking import TOKENS, Case, Library, picture
+from serving import encoded, say, served
 
-STARTS = 240  # seconds that a server may take
-KEY = "key-of-the-tests"
 SHOWN = (1, 112, 112)
 QUESTION = "what is in the picture ?"
 
 
 @pytest.fixture(scope="module")
 def client(vllm: Any, checkpoint: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A client of a server that runs until the tests of this file are done."""
-    import openai
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    command = [
-        *(sys.executable, "-P", "-m", "winnow.cli", "serve", "--engine", "vllm", "--port", str(port)),
-        *("--model", checkpoint("llava"), "--name", "tiny", "--method", "fastervlm", "--keep", "16"),
-        *("--allow", "divprune", "--max-keep", "75%", "--max-pictures", "2", "--max-context", "1024", "--batch", "4"),
-        *("--dtype", "float32", "--", "--enforce-eager", "--block-size", "32", "--enable-prompt-tokens-details"),
-    ]
-    environment = {name: x for name, x in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    environment |= {"WINNOW_API_KEY": KEY}
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/health", process, log)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, timeout=120, max_retries=0)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            assert process.wait(30) == 0, log.read_text(errors="replace")[-3000:]
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # an engine outlives a server that does not end by itself
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
-
-
-def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + STARTS
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            pytest.fail(f"the server ended: {log.read_text(errors='replace')[-3000:]}")
-        try:
-            with urllib.request.urlopen(url, timeout=2):  # noqa: S310 - on loopback
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    pytest.fail(f"the server did not start in {STARTS} s: {log.read_text(errors='replace')[-3000:]}")
+    options = "--method fastervlm --keep 16 --allow divprune --max-keep 75% --max-pictures 2"
+    with served(checkpoint("llava"), options.split(), tmp_path_factory.mktemp("server")) as client:
+        yield client
 
 
 def ask(client: Any, words: str = QUESTION, pictures: int = 1, winnow: Any = None) -> Any:
-    data = io.BytesIO()
-    picture(*SHOWN).save(data, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}] * pictures + [{"type": "text", "text": words}]
-    body = {} if winnow is None else {"mm_processor_kwargs": {"winnow": winnow}}
-    return client.chat.completions.create(
-        model="tiny",
-        messages=[{"role": "user", "content": content}],
-        max_tokens=TOKENS,
-        temperature=0,
-        extra_body=body | {"ignore_eos": True, "return_token_ids": True},
-    )
+    url = f"data:image/png;base64,{encoded(picture(*SHOWN))}"
+    return say(client, [{"type": "image_url", "image_url": {"url": url}}] * pictures, words, winnow)
 
 
 def test_requests_choose_and_usage_counts_what_was_kept(client: Any) -> None:

@@ -15,13 +15,14 @@ from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.registry import method_class, picture_methods
 from winnow.serve.vllm.counts import Counts, counts_of
-from winnow.serve.vllm.inputs import batches, part_of
+from winnow.serve.vllm.inputs import batches, of_call, part_of
 from winnow.serve.vllm.order import Order
+from winnow.serve.vllm.placeholders import marks_of, runs_of
 from winnow.serve.vllm.settings import Settings
 from winnow.serve.vllm.subject import Subject
 
 SERVED = {
-    *("centerclip", "divprune", "dycoke", "evs", "fastervlm", "fastvid", "fopru", "globalcom2", "hiprune", "holov"),
+    *("centerclip", "divprune", "evs", "fastervlm", "fastvid", "fopru", "globalcom2", "hiprune", "holov"),
     *("kffocus", "prumerge", "ts-llava"),
     *("token-correlation-compression", "vidcom2", "visionzip", "vispruner", "vtc-cls"),
 }
@@ -101,6 +102,8 @@ def test_eligible_methods_are_found_by_what_they_do(llava: Subject) -> None:
     assert "acts at layers[2]" in why["fastv"]
     assert "reads the question" in why["cdpruner"]
     assert "acts at blocks" in why["tome"]
+    assert "acts inside the language model" in why["dycoke"]  # which has a part at the cache, and one without
+    llava.bind(Plan.parse("dycoke:p=0 | positions=compact").key)
 
 
 def test_one_policy_of_positions_for_each_kind_of_model(llava: Subject, qwen: Subject) -> None:
@@ -134,7 +137,7 @@ def test_a_count_that_depends_on_the_picture_is_refused(llava: Subject) -> None:
 
 
 def test_all_eligible_methods_announce_what_they_keep(llava: Subject) -> None:
-    for slug in sorted(SERVED - {"dycoke"}):
+    for slug in sorted(SERVED):
         method: Method = method_class(slug).configured(keep=9)
         plan = llava.bind(Plan((method,), positions="compact").key)
         assert counts_of(llava, plan, {}, (64,)).kept == (9,), slug
@@ -155,9 +158,58 @@ def test_parts_of_a_call() -> None:
     assert [len(x) for x in part_of(tiles, [1], 3)["pixel_values"]] == [2]
 
 
-def test_an_order_travels() -> None:
-    order = Order("v2|divprune", (4, 4), (1, 2))
+def test_videos_are_encoded_one_by_one() -> None:
+    orders = [Order(plan, (9,), (1,), "video") for plan in ("a", "b", "a")]
+    assert list(batches(orders, 100)) == [[0], [2], [1]]
+    grid = torch.tensor([[2, 2, 2], [1, 2, 4]])
+    call = {"pixel_values_videos": torch.arange(16), "video_grid_thw": grid, "second_per_grid_ts": torch.ones(2)}
+    part = part_of(call, [1], 2)
+    assert part["pixel_values_videos"].tolist() == [*range(8, 16)]
+    assert part["video_grid_thw"].tolist() == [[1, 2, 4]]
+    assert part["second_per_grid_ts"].shape == (1,)
+    frames = part_of({"pixel_values_videos": [torch.zeros(n, 3, 4, 4) for n in (2, 3)]}, [1], 2)
+    assert of_call(frames)["pixel_values_videos"].shape == (1, 3, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        Order("v2|divprune", (4, 4), (1, 2)),
+        Order("v2|divprune", (4, 4), (3,), "video"),
+        Order("v2|divprune", (4, 4), (3,), "video", ((7, 8), (), (9,))),
+    ],
+)
+def test_an_order_travels(order: Order) -> None:
     assert Order.decoded(order.encoded()) == order
+
+
+def test_what_stands_for_a_video_in_a_prompt() -> None:
+    tokens = [5, 1, 3, 3, 4, 6, 1, 3, 3, 4]
+    content = SimpleNamespace(full=tokens, is_embed=lambda full: torch.tensor(full) == 3)
+    assert runs_of(content) == (2, 2)
+    assert marks_of(content) == ((5, 1), (4, 6, 1), (4,))
+    assert marks_of(SimpleNamespace(full=[3] * 4, is_embed=None)) == ()
+
+
+@pytest.mark.parametrize("slug", ["divprune", "evs", "vidcom2", "fastvid", "hiprune"])
+def test_counts_of_a_video_are_those_of_the_methods_themselves(qwen: Subject, slug: str) -> None:
+    grid = {"video_grid_thw": torch.tensor([[3, 8, 12]])}
+    plan = qwen.bind(Plan.parse(f"{slug}:keep=25%").key)
+    for runs in ((72,), (24, 24, 24)):  # unbroken, and with text between frames
+        assert counts_of(qwen, plan, grid, runs, "video") == Counts((18,), 18, 72)
+
+
+def test_a_plan_that_chooses_frames_cannot_count_those_of_a_video(qwen: Subject) -> None:
+    grid = {"video_grid_thw": torch.tensor([[3, 8, 12]])}
+    with pytest.raises(UnsupportedError, match="vLLM has chosen them before"):
+        counts_of(qwen, qwen.bind(Plan.parse("kffocus:keep=8").key), grid, (72,), "video")
+
+
+def test_classes_whose_videos_can_be_served(llava: Subject, qwen: Subject) -> None:
+    assert qwen.takes("video")
+    assert not llava.takes("video")
+    assert Subject(model_and_processor("llava_onevision")[0].config).takes("video")
+    assert not Subject(model_and_processor("internvl")[0].config).takes("video")  # frames are pictures there
 
 
 def test_a_picture_of_another_size_has_other_counts(qwen: Subject) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from winnow.world import scene
 SERVED = "server"
 """In the place of a plan: the request brings none, and the server's own holds."""
 SPLIT = "test"
+_BUDGET = re.compile(r"[0-9.]+%?")
 FAR = 2**40  # seeds from here are for scenes of which the first has no question
 
 
@@ -90,7 +92,13 @@ class Asking:
             return {}
         if self.server == "winnow":
             return {"winnow": {"plan": plan}}
-        return {"mm_processor_kwargs": {"winnow": False if plan == FULL else {"plan": plan}}}
+        return {"mm_processor_kwargs": {"winnow": False if plan == FULL else _of_vllm(plan)}}
+
+
+def _of_vllm(plan: str) -> dict[str, str]:
+    """A plan as requests to vLLM say it: one that the operator named, which may be at another budget."""
+    slug, _, keep = plan.partition(":keep=")
+    return {"plan": slug, "keep": keep} if _BUDGET.fullmatch(keep) else {"plan": plan}
 
 
 def server_of(model: Mapping[str, Any]) -> str:

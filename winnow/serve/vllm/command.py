@@ -17,6 +17,7 @@ RENAMED: dict[str, Callable[[Any], tuple[str, ...]]] = {
     "max_context": lambda n: ("--max-model-len", str(n)),
     "batch": lambda n: ("--max-num-seqs", str(n)),
     "grace": lambda seconds: ("--shutdown-timeout", str(math.ceil(seconds))),
+    "frames": lambda n: ("--media-io-kwargs", json.dumps({"video": {"num_frames": n}})),
     "dtype": lambda name: ("--dtype", name),
     "revision": lambda name: ("--revision", name),
     "trust_remote_code": lambda wanted: ("--trust-remote-code",) if wanted else (),
@@ -25,7 +26,6 @@ RENAMED: dict[str, Callable[[Any], tuple[str, ...]]] = {
 MISSING = {
     "allow_host": "it answers any Host header; put a reverse proxy before it",
     "max_body": "bound the bodies in a reverse proxy before it",
-    "frames": "with winnow it reads pictures alone",
     "queue": "it queues what comes; bound the requests in a reverse proxy before it",
     "time_limit": "bound the time in a reverse proxy before it",
     "device": "its build decides it, and CUDA_VISIBLE_DEVICES chooses GPUs",
@@ -47,7 +47,7 @@ class Served:
     Attributes:
         plan: its text, for requests that say nothing.
         plans: further plans that requests may name.
-        least, most: what a request may keep of a picture.
+        least, most: what a request may keep of a picture or a video.
         temperature: of requests that say none.
     """
 
@@ -89,7 +89,7 @@ def arguments(served: Served, chosen: Mapping[str, Any], extra: Sequence[str]) -
         served.model,
         *("--served-model-name", served.name, "--host", served.host, "--port", str(served.port)),
         *("--hf-overrides", json.dumps(overrides), "--trust-request-mm-kwargs"),
-        *("--limit-mm-per-prompt", json.dumps(pictures | {"video": 0})),
+        *("--limit-mm-per-prompt", json.dumps(pictures | {"video": 1})),
         *("--override-generation-config", json.dumps({"temperature": served.temperature} | longest)),
     ]
     for name, renamed in RENAMED.items():

@@ -1,14 +1,14 @@
-"""How many placeholders a plan leaves of a picture, before its pixels are encoded.
+"""How many placeholders a plan leaves of a picture or a video, before its pixels are encoded.
 
-The methods themselves run on drawn tokens and signals of the picture's shape. What depends on the draw would depend on
-the picture, and is refused.
+The methods themselves run on drawn tokens and signals of its shape. What depends on the draw would depend on what it
+shows, and is refused.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from winnow.core.errors import UnsupportedError
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.encoder import run_features
 from winnow.engine.encoding import EncoderRecord, Reading
+from winnow.serve.vllm.order import items_of
 from winnow.serve.vllm.subject import Subject, forget, tower_output
 
 WIDTH = 16  # of the rows on which counts are worked out
@@ -26,12 +27,12 @@ DRAWS = 3
 
 @dataclass(frozen=True)
 class Counts:
-    """What is left of a picture, from its shape.
+    """What is left of a picture or a video, from its shape.
 
     Attributes:
-        kept: placeholders of each run.
+        kept: placeholders of each run of a picture; of a video, all.
         content: of them, those that are no newlines or tile breaks.
-        whole: content tokens of the picture as the encoder gives it.
+        whole: content tokens as the encoder gives them.
     """
 
     kept: tuple[int, ...]
@@ -39,32 +40,44 @@ class Counts:
     whole: int
 
 
-def counts_of(subject: Subject, plan: BoundPlan, inputs: Mapping[str, Any], runs: Sequence[int]) -> Counts:
-    """What a plan leaves of a picture, from shapes alone.
+def counts_of(
+    subject: Subject, plan: BoundPlan, inputs: Mapping[str, Any], runs: tuple[int, ...], modality: str = "image"
+) -> Counts:
+    """What a plan leaves of a picture or a video, from shapes alone.
 
-    The methods themselves run on drawn tokens and signals; what depends on the draw depends on the picture.
+    The methods themselves run on drawn tokens and signals; what depends on the draw depends on what is shown.
+
+    Args:
+        inputs: of the encoder, by the names of transformers.
+        runs: its placeholders, run by run.
 
     Raises:
-        UnsupportedError: the plan leaves another number for another picture, or nothing.
+        UnsupportedError: the plan leaves another number for another picture, or nothing; or it chooses frames.
     """
-    record = subject.record(plan, inputs, runs)
-    key = (plan.plan.key, record.layouts)
+    what = "picture" if modality == "image" else modality
+    if plan.frames and modality == "video":
+        raise UnsupportedError(
+            f"{plan.plan} chooses frames before a processor reads them, and vLLM has chosen them before winnow is "
+            "asked; use a method that acts on tokens alone."
+        )
+    record = subject.record(plan, inputs, items_of(modality, runs), modality)
+    key = (plan.plan.key, modality, record.layouts)
     if key not in subject.counted:
-        found = {_drawn(subject, record, runs, draw) for draw in range(DRAWS)}
+        found = {_drawn(subject, record, draw) for draw in range(DRAWS)}
         if len(found) > 1:
             shown = " or ".join(map(str, sorted({counts.content for counts in found})))
             raise UnsupportedError(
-                f"{plan.plan} keeps {shown} of {sum(runs)} tokens, as the picture is: vLLM must know the number "
-                "before the picture is encoded. Set a budget (keep=…), or use a method that has one."
+                f"{plan.plan} keeps {shown} of {sum(runs)} tokens, as the {what} is: vLLM must know the number "
+                f"before the {what} is encoded. Set a budget (keep=…), or use a method that has one."
             )
         forget(subject.counted)
         (subject.counted[key],) = found
     if 0 in subject.counted[key].kept:
-        raise UnsupportedError(f"{plan.plan} can keep nothing of a picture, which vLLM cannot serve; keep more.")
+        raise UnsupportedError(f"{plan.plan} can keep nothing of a {what}, which vLLM cannot serve; keep more.")
     return subject.counted[key]
 
 
-def _drawn(subject: Subject, record: EncoderRecord, runs: Sequence[int], draw: int) -> Counts:
+def _drawn(subject: Subject, record: EncoderRecord, draw: int) -> Counts:
     """What a plan leaves of drawn tokens and signals; the last draw has nothing in it that differs."""
     record = copy.copy(record)
     record.readings, record.items = {}, []
@@ -72,7 +85,7 @@ def _drawn(subject: Subject, record: EncoderRecord, runs: Sequence[int], draw: i
     drawn = torch.ones if draw == DRAWS - 1 else functools.partial(torch.randn, generator=generator)
     plan: Any = record.plan
     if plan.features:
-        _draw_tower(subject, record, drawn, generator, len(runs))
+        _draw_tower(subject, record, drawn, generator, len(record.lengths))
     starts = subject.bound.family.cell_starts(subject.bound.model, record)
     cells = max(start + int(x.cell.max()) + 1 for start, x in zip(starts, record.layouts, strict=True))
     for signal in plan.tower_signals:
@@ -80,7 +93,7 @@ def _drawn(subject: Subject, record: EncoderRecord, runs: Sequence[int], draw: i
         reading = record.readings.setdefault(signal, Reading())
         reading.joined = drawn(values.shape) if draw == DRAWS - 1 else values
     with torch.no_grad():
-        short = subject.shorten(record, [drawn((n, WIDTH)) for n in runs])
+        short = subject.shorten(record, [drawn((n, WIDTH)) for n in record.lengths])
     kept = tuple(own.rows.shape[0] for own in short)
     whole = sum(layout.n_content for layout in record.layouts)
     return Counts(kept, sum(own.content for own in short), whole)

@@ -1,8 +1,11 @@
-"""The worker: pictures are encoded in batches that fit, and the library's own engine shortens what comes out."""
+"""The worker: pictures are encoded in batches that fit, videos one by one, and the library's own engine shortens what
+comes out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -46,7 +49,7 @@ class CompressedEncoder:
         self._most = vllm_config.scheduler_config.max_num_encoder_input_tokens
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """What is left of each picture, `[pictures][m, D]`."""
+        """What is left of each picture or video, `[items][m, D]`."""
         data = kwargs.pop(FIELD, None)
         if self.winnow is None or data is None:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
@@ -59,55 +62,63 @@ class CompressedEncoder:
         return tuple(made)
 
     def _encoded(self, kwargs: dict[str, Any], orders: Sequence[Order]) -> Iterator[Tensor]:
-        """One call of the encoder, for pictures of one plan."""
+        """One call of the encoder, for pictures of one plan, or for a video."""
         subject: Subject = self.winnow  # type: ignore[assignment]
         plan = subject.bind(orders[0].plan)
         given = dict(kwargs)  # vLLM's models take them apart
-        if not plan.plan.methods:
-            encoded = super().embed_multimodal(**given)  # type: ignore[misc]
-            for number, own in enumerate(encoded):
-                yield self._placed(own, [], kwargs, number)
+        if orders[0].unchanged:
+            for own in super().embed_multimodal(**given):  # type: ignore[misc]
+                yield own.reshape(-1, own.shape[-1])
             return
-        runs = [n for order in orders for n in order.runs]
-        record = subject.record(plan, of_call(kwargs), runs)
+        items = [n for order in orders for n in order.items]
+        record = subject.record(plan, of_call(kwargs), items, orders[0].modality)
         with self._taps.listening(plan, record):
             encoded = super().embed_multimodal(**given)  # type: ignore[misc]
         rows = [part for own, order in zip(encoded, orders, strict=True) for part in _split(own, order)]
         with torch.no_grad():
             short = iter(subject.shorten(record, rows, self._width(rows[0])))
         for number, order in enumerate(orders):
-            own = [next(short) for _ in order.runs]
+            own = [next(short) for _ in order.items]
             _check_counts(order, own, plan)
-            places = [x.places + sum(order.runs[:i]) for i, x in enumerate(own)]
-            yield self._placed(torch.cat([x.rows for x in own]), places, kwargs, number)
+            yield self._placed(_joined(own, order), order, kwargs, number)
 
     def _width(self, rows: Tensor) -> int:
         """The width of the language model, where rows hold those of deepstack layers as well."""
         width = self.config.get_text_config().hidden_size
         return width if rows.shape[-1] != width else 0
 
-    def _placed(self, rows: Tensor, places: Sequence[Tensor], kwargs: dict[str, Any], number: int) -> Tensor:
+    def _placed(self, own: Shortened, order: Order, kwargs: dict[str, Any], number: int) -> Tensor:
         """The rows with what tells where they belong; nothing where positions have one axis.
 
         Args:
-            rows: `[m, D]` of one picture.
-            places: for each of its runs, the placeholder whose position each row has; empty: all are left.
-            number: of the picture in the call.
+            own: what is left of one picture or video.
+            number: of it in the call.
         """
-        return rows
+        return own.rows
 
 
 def _split(rows: Tensor, order: Order) -> tuple[Tensor, ...]:
     rows = rows.reshape(-1, rows.shape[-1])
     if rows.shape[0] != sum(order.runs):
-        raise WinnowError(f"vLLM's encoder gave {rows.shape[0]} tokens of a picture with {order.runs} placeholders.")
-    return rows.split(list(order.runs))
+        raise WinnowError(f"vLLM's encoder gave {rows.shape[0]} tokens of {order.what} with {order.runs} placeholders.")
+    return rows.split(list(order.items))
+
+
+def _joined(short: Sequence[Shortened], order: Order) -> Shortened:
+    """The items of a picture as one, whose placeholders are numbered on."""
+    starts = [0, *accumulate(order.items)]
+    return Shortened(
+        sum(own.content for own in short),
+        torch.cat([own.rows for own in short]),
+        torch.cat([own.slots + start for own, start in zip(short, starts, strict=False)]),
+        torch.cat([own.places + start for own, start in zip(short, starts, strict=False)]),
+    )
 
 
 def _check_counts(order: Order, short: Sequence[Shortened], plan: BoundPlan) -> None:
     counts = tuple(x.rows.shape[0] for x in short)
     if counts != order.kept:
         raise WinnowError(
-            f"{plan.plan} kept {counts} tokens of a picture, and {order.kept} were announced from its shape; leave the "
-            "plan out of the settings, and report it."
+            f"{plan.plan} kept {counts} tokens of {order.what}, and {order.kept} were announced from its shape; leave "
+            "the plan out of the settings, and report it."
         )

@@ -10,21 +10,26 @@ from torch import Tensor
 
 from winnow.serve.vllm.order import Order
 
-PER_ITEM = {"image_sizes": 2, "image_grid_thw": 3}
+MODALITIES = ("image", "video")
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
+PER_ITEM = {"image_sizes": 2, **dict.fromkeys(GRIDS.values(), 3)}
 COUNTS = ("num_patches", "image_num_patches")
 
 
 def of_item(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of one picture, as vLLM's front end has them, with a leading axis where the library has one."""
+    """The inputs of one picture or video, as vLLM's front end has them, with a leading axis where the library has one.
+
+    Frames that are given as pictures (`[frames, 3, H, W]`) have one; flat patches have none.
+    """
     made = {name: data[name].reshape(1, width) for name, width in PER_ITEM.items() if name in data}
-    if "pixel_values" in data:
-        made["pixel_values"] = data["pixel_values"]
-    return made
+    made |= {name: data[name] for name in PIXELS.values() if name in data}
+    return made | _stacked(made)
 
 
 def of_call(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of one call of the encoder."""
-    made = {name: value for name, value in kwargs.items() if name in (*PER_ITEM, "pixel_values")}
+    """The inputs of one call of the encoder; of one video at most."""
+    made = {name: value for name, value in kwargs.items() if name in (*PER_ITEM, *PIXELS.values())}
     pixels = made.get("pixel_values")
     if isinstance(pixels, list | tuple):
         made["pixel_values"] = torch.cat([x if x.ndim == 4 else x[None] for x in pixels])
@@ -33,11 +38,18 @@ def of_call(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if "pixel_attention_mask" in kwargs:  # in transformers, encoders with a mask take rows of tiles
         made["pixel_values"] = made["pixel_values"][None]
         made["pixel_attention_mask"] = kwargs["pixel_attention_mask"][None]
-    return made
+    if isinstance(frames := made.get(PIXELS["video"]), list | tuple):
+        (made[PIXELS["video"]],) = frames
+    return made | _stacked(made)
+
+
+def _stacked(made: Mapping[str, Any]) -> dict[str, Tensor]:
+    name = PIXELS["video"]
+    return {name: made[name][None]} if name in made and made[name].ndim == 4 else {}
 
 
 def batches(orders: Sequence[Order], most: int) -> Iterator[list[int]]:
-    """Pictures that are encoded together: of one plan, and of at most `most` uncompressed tokens.
+    """Pictures that are encoded together: of one plan, and of at most `most` uncompressed tokens. Videos are alone.
 
     vLLM's scheduler counts the tokens that are left, so that without this the memory of the encoder would grow by the
     rate of compression.
@@ -50,7 +62,7 @@ def batches(orders: Sequence[Order], most: int) -> Iterator[list[int]]:
         total = 0
         for number in numbers:
             size = sum(orders[number].runs)
-            if batch and total + size > most:
+            if batch and (total + size > most or orders[number].modality == "video"):
                 yield batch
                 batch, total = [], 0
             batch.append(number)
@@ -59,9 +71,10 @@ def batches(orders: Sequence[Order], most: int) -> Iterator[list[int]]:
 
 
 def patch_counts(kwargs: Mapping[str, Any], items: int) -> list[int]:
-    """How many rows of flat inputs (patches or tiles) belong to each picture; 1 where there are no flat inputs."""
-    if "image_grid_thw" in kwargs:
-        return torch.as_tensor(kwargs["image_grid_thw"]).prod(-1).tolist()
+    """How many rows of flat inputs (patches or tiles) belong to each item; 1 where there are no flat inputs."""
+    for name in GRIDS.values():
+        if name in kwargs:
+            return torch.as_tensor(kwargs[name]).prod(-1).tolist()
     for name in COUNTS:
         if name in kwargs:
             return torch.as_tensor(kwargs[name]).flatten().tolist()
@@ -69,11 +82,11 @@ def patch_counts(kwargs: Mapping[str, Any], items: int) -> list[int]:
 
 
 def part_of(kwargs: Mapping[str, Any], numbers: Sequence[int], items: int) -> dict[str, Any]:
-    """The inputs of some pictures of a call.
+    """The inputs of some items of a call.
 
     Args:
-        numbers: of the pictures.
-        items: pictures of the call.
+        numbers: of the pictures or videos.
+        items: those of the call.
     """
     counts = patch_counts(kwargs, items)
     return {name: _part(value, numbers, counts) for name, value in kwargs.items()}
@@ -87,4 +100,4 @@ def _part(value: Any, numbers: Sequence[int], counts: Sequence[int]) -> Any:
         return value if list(numbers) == list(range(len(counts))) else value[list(numbers)]
     if isinstance(value, list | tuple) and len(value) == len(counts):
         return [value[number] for number in numbers]
-    return value  # shared by all pictures
+    return value  # shared by all items

@@ -1,13 +1,17 @@
 """Exact 3-D positions of kept tokens (M-RoPE).
 
 Which tokens stay is known behind the encoder, and vLLM lays positions out before it. So the text gets its final
-positions, which depend on the grids alone, and every placeholder of a picture its first one. How far a kept token lies
-from that, along time, height and width, travels as three more channels of its embedding. Their bits are those of
-integers: as numbers of bfloat16 they would be exact up to 256 only.
+positions, which depend on the grids alone, and every placeholder of a picture or a video its first one. How far a kept
+token lies from that, along time, height and width, travels as three more channels of its embedding. Their bits are
+those of integers: as numbers of bfloat16 they would be exact up to 256 only.
 
 Where vLLM's runner splits such channels off (it does for its own pruning of videos), `recompute_mrope_positions` adds
-them. Where it does not (on CPUs), `embed_input_ids` splits them off and `forward` adds them. The first position of a
-picture is its place along time, which is the same for all of its tokens: adding twice gives the same as adding once.
+them. Where it does not (on CPUs), `embed_input_ids` splits them off and `forward` adds them. A request that the
+scheduler puts back is added to again, so it must be seen what was added: the placeholders of a video start below the
+last row of its frames, where none of its tokens lies. A picture has one place along time, so that it needs no mark.
+
+Where text stands between the frames of a video (Qwen3-VL), how much of it stands before a kept token is known behind
+the encoder alone. There the text is embedded with the tokens, and all of the video are placeholders in the prompt.
 """
 
 from __future__ import annotations
@@ -20,14 +24,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from winnow.core.errors import UnsupportedError
+from winnow.core.errors import WinnowError
+from winnow.serve.vllm.inputs import GRIDS
 from winnow.serve.vllm.order import FIELD, Order
+from winnow.serve.vllm.pruning import borrow_flag
 from winnow.serve.vllm.settings import Settings
-from winnow.serve.vllm.subject import Subject
+from winnow.serve.vllm.subject import Shortened, Subject, forget
 
 CHANNELS = 3
+PLACEHOLDER = -1  # no token has this id
+POSITIONED = (*GRIDS.values(), "second_per_grid_ts")
 _INTEGERS = {2: torch.int16, 4: torch.int32}
-_LEAST_RATE = 1e-300  # vLLM's flag for such channels is a rate of pruning videos: 1 − this is 1, so that it prunes none
 
 
 class KeptPositions:
@@ -39,27 +46,20 @@ class KeptPositions:
     _offsets: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        from vllm.platforms import current_platform
-
-        multimodal = vllm_config.model_config.multimodal_config
         asked = Settings.of(vllm_config.model_config.hf_config) is not None
-        if asked and multimodal.video_pruning_rate not in (None, 0, _LEAST_RATE):
-            raise UnsupportedError(
-                "video_pruning_rate (EVS of vLLM) and winnow both change where tokens stand; leave one of them out."
-            )
-        if asked and not current_platform.is_cpu():
-            multimodal.video_pruning_rate = _LEAST_RATE
+        if asked:
+            borrow_flag(vllm_config.model_config.multimodal_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         if asked:
             self.is_multimodal_pruning_enabled = False  # the class adds no channels of its own
-        self._relative: dict[tuple[int, ...], Tensor] = {}
+        self._relative: dict[tuple[Any, ...], Tensor] = {}
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
-        """Positions `[3, tokens]`: final ones of the text, the first of each picture for its placeholders."""
+        """Positions `[3, tokens]`: final ones of the text, the first of each picture or video for its placeholders."""
         if self.winnow is None:
             return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
         full: list[int] = []
-        features, pictures = [], []
+        features, starting = [], []
         source: list[int] = []
         done = 0
         for feature in sorted(mm_features, key=lambda own: own.mm_position.offset):
@@ -67,31 +67,51 @@ class KeptPositions:
             order = _order_of(feature)
             source += range(len(full), len(full) + first - done)
             full += input_tokens[done:first]
-            start, whole = len(full), length if order is None else sum(order.runs)
+            start = len(full)
             source += range(start, start + length)
-            full += input_tokens[first : first + length] + [input_tokens[first]] * (whole - length)
             place = replace(feature.mm_position, offset=start)
-            if order is not None:
-                place = replace(place, length=whole, is_embed=None)
-                pictures.append((first, length, start))
+            if order is None:
+                full += input_tokens[first : first + length]
+            else:
+                whole = whole_of(order, input_tokens[first])
+                full += whole
+                place = replace(place, length=len(whole), is_embed=None)
+                starting.append((slice(first, first + length), start, self._mark_of(feature, order)))
             features.append(replace(feature, mm_position=place))
             done = first + length
         source += range(len(full), len(full) + len(input_tokens) - done)
         full += input_tokens[done:]
         positions, _ = super().get_mrope_input_positions(full, features)  # type: ignore[misc]
         found = positions[:, source]
-        for first, length, start in pictures:
-            found[:, first : first + length] = positions[0, start]
+        for placeholders, start, mark in starting:
+            found[:, placeholders] = positions[0, start]
+            found[1, placeholders] += mark
         return found, int(positions.max()) + 1 - len(input_tokens)
 
-    def _placed(self, rows: Tensor, places: Sequence[Tensor], kwargs: dict[str, Any], number: int) -> Tensor:
-        relative = self._positions_in(torch.as_tensor(kwargs["image_grid_thw"])[number])
-        if places:
-            relative = relative[:, torch.cat(list(places)).cpu()]
+    def _mark_of(self, feature: Any, order: Order) -> int:
+        """How far below its first position the placeholders of an item start: the rows of a video's frames."""
+        if order.modality != "video":
+            return 0
+        return int(feature.data[GRIDS["video"]].data[1]) // self.config.vision_config.spatial_merge_size
+
+    def _placed(self, own: Shortened, order: Order, kwargs: dict[str, Any], number: int) -> Tensor:
+        data = {name: torch.as_tensor(kwargs[name][number]) for name in POSITIONED if name in kwargs}
+        rows, places = self._in_text(own, order) if order.marks else (own.rows, own.places)
+        relative = self._positions_in(order, data)[:, places.cpu()]
         return torch.cat([rows, as_channels(relative.T.to(rows.device), rows.dtype)], 1)
 
-    def _positions_in(self, grid: Tensor) -> Tensor:
-        """`[3, N]` the positions of a picture's tokens from its first one, by the model's own rule."""
+    def _in_text(self, own: Shortened, order: Order) -> tuple[Tensor, Tensor]:
+        """The rows of a video with the text of its frames, and the token of the whole whose position each has."""
+        device, width = own.rows.device, own.rows.shape[1]
+        ids = torch.tensor(whole_of(order, PLACEHOLDER), device=device)
+        text, token = (ids != PLACEHOLDER).nonzero()[:, 0], (ids == PLACEHOLDER).nonzero()[:, 0]
+        words = self.get_language_model().embed_input_ids(ids[text]).to(own.rows.dtype)  # type: ignore[attr-defined]
+        words = torch.nn.functional.pad(words, (0, width - words.shape[1]))  # deepstack adds nothing to text
+        at = torch.cat([text, token[own.slots]]).argsort()
+        return torch.cat([words, own.rows])[at], torch.cat([text, token[own.places]])[at]
+
+    def _positions_in(self, order: Order, data: dict[str, Tensor]) -> Tensor:
+        """`[3, N]` the positions of an item's tokens from its first one, by the model's own rule."""
         from vllm.multimodal.inputs import (
             MultiModalBatchedField,
             MultiModalFeatureSpec,
@@ -100,18 +120,22 @@ class KeptPositions:
             PlaceholderRange,
         )
 
-        key = tuple(grid.tolist())
+        key = (order.modality, order.runs, order.marks, *((name, *x.flatten().tolist()) for name, x in data.items()))
         if key not in self._relative:
-            tokens = int(grid.prod()) // self.config.vision_config.spatial_merge_size**2
-            data = {"image_grid_thw": MultiModalFieldElem(data=grid.cpu(), field=MultiModalBatchedField())}
+            token = self.config.video_token_id if order.modality == "video" else self.config.image_token_id
+            whole = whole_of(order, token)
+            given = {
+                name: MultiModalFieldElem(data=x.cpu(), field=MultiModalBatchedField()) for name, x in data.items()
+            }
             feature = MultiModalFeatureSpec(
-                data=MultiModalKwargsItem(data),
-                modality="image",
+                data=MultiModalKwargsItem(given),
+                modality=order.modality,
                 identifier="",
-                mm_position=PlaceholderRange(offset=1, length=tokens),
+                mm_position=PlaceholderRange(offset=1, length=len(whole)),
             )
-            prompt = [self.config.vision_start_token_id, *[self.config.image_token_id] * tokens]
+            prompt = [self.config.vision_start_token_id, *whole]
             positions, _ = super().get_mrope_input_positions(prompt, [feature])  # type: ignore[misc]
+            forget(self._relative)
             self._relative[key] = positions[:, 1:] - positions[0, 1]
         return self._relative[key]
 
@@ -136,7 +160,7 @@ class KeptPositions:
             taken, slots = slots[: own.shape[0]], slots[own.shape[0] :]
             own, offsets = self._split(own)
             if offsets is not None:
-                positions[:, taken] = positions[0, taken] + offsets.T.to(positions)
+                positions[:, taken] = _moved(positions[:, taken], offsets)
             rows.append(own)
         # Text has its final positions already, and a prompt ends in text.
         return rows, positions, int(positions.max()) + 1 - positions.shape[1]
@@ -156,18 +180,27 @@ class KeptPositions:
         if self._offsets is not None:
             at, offsets = (x.to(positions.device) for x in self._offsets)
             self._offsets = None
-            positions[:, at] = positions[0, at] + offsets.T.to(positions)  # vLLM writes this buffer anew for each step
+            positions[:, at] = _moved(positions[:, at], offsets)  # vLLM writes this buffer anew for each step
         return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
 
     def _split(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`[m, D]` rows and `[m, 3]` offsets; None: videos have none."""
+        """`[m, D]` rows and `[m, 3]` offsets; None: an item that is unchanged has none."""
         if self.winnow is None or rows.shape[1] % self.config.get_text_config().hidden_size != CHANNELS:
             return rows, None
         return rows[:, :-CHANNELS], from_channels(rows[:, -CHANNELS:])
 
 
 def as_channels(numbers: Int[Tensor, "m 3"], dtype: torch.dtype) -> Float[Tensor, "m 3"]:
-    """Whole numbers as bit patterns of a type of floats of the same width, which copies keep exactly."""
+    """Whole numbers as bit patterns of a type of floats of the same width, which copies keep exactly.
+
+    Raises:
+        WinnowError: there are not so many.
+    """
+    if numbers.numel() and int(numbers.max()) > torch.iinfo(_INTEGERS[dtype.itemsize]).max:
+        raise WinnowError(
+            f"a kept token lies {int(numbers.max())} positions behind the first of its video, which {dtype} cannot "
+            "carry; give vLLM fewer frames, or --dtype float32."
+        )
     return numbers.to(_INTEGERS[dtype.itemsize]).view(dtype)
 
 
@@ -176,7 +209,26 @@ def from_channels(channels: Float[Tensor, "m 3"]) -> Int[Tensor, "m 3"]:
     return channels.contiguous().view(_INTEGERS[channels.dtype.itemsize]).long()
 
 
+def whole_of(order: Order, token: int) -> list[int]:
+    """The token ids of an item as they are uncompressed, with the text of its frames where that travels with them."""
+    if not order.marks:
+        return [token] * sum(order.runs)
+    found = list(order.marks[0])
+    for run, mark in zip(order.runs, order.marks[1:], strict=True):
+        found += [token] * run + list(mark)
+    return found
+
+
+def _moved(positions: Int[Tensor, "3 m"], offsets: Int[Tensor, "m 3"]) -> Int[Tensor, "3 m"]:
+    """Positions of kept tokens, from those of their placeholders or from themselves."""
+    time, height, _ = along = offsets.T.to(positions)
+    there = positions[1] - positions[0] == height - time
+    return positions[0] - time * there + along
+
+
 def _order_of(feature: Any) -> Order | None:
-    if feature.modality != "image" or feature.data is None or FIELD not in feature.data:
+    """What is done to a picture or a video; None: nothing."""
+    if feature.data is None or FIELD not in feature.data:
         return None
-    return Order.decoded(feature.data[FIELD].data)
+    order = Order.decoded(feature.data[FIELD].data)
+    return None if order.unchanged else order

@@ -27,7 +27,8 @@ class Settings:
     Attributes:
         plan: what holds where a request says nothing.
         plans: further plans that a request may name, by their text or by the names of their methods.
-        least, most: what a request may keep of a picture's content tokens. `most` below 100% forbids `false`.
+        least, most: what a request may keep of the content tokens of a picture or a video. `most` below 100% forbids
+            `false`.
     """
 
     plan: str = FULL
@@ -92,11 +93,11 @@ class Settings:
         allowed = ", ".join(map(repr, self.allowed))
         raise WinnowError(f"{KEY}.plan={str(name)[:100]!r} is not offered by this server; it offers {allowed}.")
 
-    def check_kept(self, kept: int, content: int) -> None:
-        """Refuse a request that keeps less or more of a picture than the operator allows."""
+    def check_kept(self, kept: int, content: int, what: str = "picture") -> None:
+        """Refuse a request that keeps less or more of a picture or a video than the operator allows."""
         if not self.least.of(content) <= kept <= self.most.of(content):
             raise WinnowError(
-                f"{KEY}: {kept} of the {content} tokens of a picture would be kept; this server allows "
+                f"{KEY}: {kept} of the {content} tokens of a {what} would be kept; this server allows "
                 f"{self.least} to {self.most}."
             )
 

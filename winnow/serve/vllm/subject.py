@@ -31,22 +31,26 @@ from winnow.engine.runner import StepRunner
 from winnow.models.families import family_of
 from winnow.serve.vllm.eligible import check_eligible, check_positions
 
-POINTS = ("features", "projected")
+# A method may leave out what a model has no point for. That would be silent, so frames and the cache are among these: a
+# plan that acts at them is refused, for videos and always.
+POINTS = ("frames", "features", "projected", "kv")
 REMEMBERED = 4096  # plans, and counts: requests make new ones
 
 
 @dataclass(frozen=True, eq=False)
 class Shortened:
-    """What is left of one run of placeholders.
+    """What is left of one run of placeholders, or of a video.
 
     Attributes:
         content: how many of them are no newlines or tile breaks.
         rows: `[m, D]` what stands at the placeholders that stay; with deepstack, `[m, D · (1 + layers)]`.
-        places: `[m]` the placeholder, of those of the run, whose position each of them has.
+        slots: `[m]` these placeholders, among those of the run.
+        places: `[m]` the placeholder whose position each of them has.
     """
 
     content: int
     rows: Float[Tensor, "m d"]
+    slots: Int[Tensor, " m"]
     places: Int[Tensor, " m"]
 
 
@@ -74,6 +78,10 @@ class Subject:
         """The one position policy that vLLM has for this model."""
         return "keep" if self.bound.info.mrope else "compact"
 
+    def takes(self, modality: str) -> bool:
+        """Whether the library knows items of a modality in this model as vLLM has them."""
+        return any(own == modality for _, own, _ in self.bound.family.encoders)
+
     def bind(self, key: str) -> BoundPlan:
         """A plan, checked for this model under vLLM.
 
@@ -92,18 +100,20 @@ class Subject:
             self._plans[key] = bound
         return self._plans[key]
 
-    def record(self, plan: BoundPlan, inputs: Mapping[str, Any], runs: Sequence[int]) -> EncoderRecord:
-        """The record of an encoder call whose items are runs of placeholders.
+    def record(
+        self, plan: BoundPlan, inputs: Mapping[str, Any], items: Sequence[int], modality: str = "image"
+    ) -> EncoderRecord:
+        """The record of an encoder call whose items are runs of placeholders, or videos.
 
         Args:
             inputs: of the encoder, by the names of transformers.
-            runs: placeholders of each run.
+            items: placeholders of each.
         """
         family, model = self.bound.family, self.bound.model
-        record = EncoderRecord("image", inputs, lengths=tuple(runs), plan=plan)
+        record = EncoderRecord(modality, inputs, lengths=tuple(items), plan=plan)
         if family.joined:
             tile = family.side(model, record) ** 2  # type: ignore[attr-defined]
-            record.parts = tuple(n // tile for n in runs)
+            record.parts = tuple(n // tile for n in items)
         record.layouts = family.layouts(model, record)
         return record
 
@@ -115,10 +125,10 @@ class Subject:
         return request
 
     def shorten(self, record: EncoderRecord, rows: Sequence[Tensor], width: int = 0) -> list[Shortened]:
-        """Run the plan's steps on the rows of each run.
+        """Run the plan's steps on the rows of each item.
 
         Args:
-            rows: `[runs][n, D]` as the encoder gave them.
+            rows: `[items][n, D]` as the encoder gave them.
             width: D of the language model, where rows carry those of deepstack layers beside them; 0: they do not.
         """
         plan: Any = record.plan
@@ -135,7 +145,7 @@ class Subject:
             items.append(EncodedItem.of(span, record, parts[0], parts[1:], seen))
         bound = self.bound if not rows else replace(self.bound, device=rows[0].device)
         notes: dict[str, Any] = {}
-        run_projected(StepRunner(plan, lambda more: add_notes(notes, more)), bound, items, {"image": record})
+        run_projected(StepRunner(plan, lambda more: add_notes(notes, more)), bound, items, {record.modality: record})
         return [_shortened(item, own, width) for item, own in zip(items, rows, strict=True)]
 
 
@@ -170,4 +180,4 @@ def _shortened(item: EncodedItem, given: Tensor, width: int) -> Shortened:
     rows = [item.features(part, own) for part, own in zip(parts, [item.rows, *item.deep], strict=True)]
     places = torch.arange(given.shape[0], device=given.device)
     places[item.content[item.places]] = item.content[item.ids]
-    return Shortened(item.count, torch.cat(rows, -1), places[item.left])
+    return Shortened(item.count, torch.cat(rows, -1), item.left, places[item.left])
