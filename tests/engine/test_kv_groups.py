@@ -151,6 +151,7 @@ def test_ragged_heads_in_the_kernel_of_a_gpu_give_what_each_gives_alone(monkeypa
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernel runs on GPUs alone")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_kernel_of_a_gpu_is_taken_and_is_as_right_as_padding(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
