@@ -28,7 +28,7 @@ class Encodings:
         """
         plan = None if handle is None else handle.bind(handle.plan)
         if plan is not None and (plan.acts_in_tower or plan.tower_signals):
-            return model  # type: ignore[no-any-return]
+            return model
 
         def read(pixel_values: Tensor | None = None, **inputs: Any) -> Any:
             if pixel_values is None:
@@ -39,7 +39,8 @@ class Encodings:
                 self._outputs[key] = encode(model.base_model.get_image_features, given)
             output = self._outputs[key]
             if plan is not None:
-                output = dataclasses.replace(output, winnow=dataclasses.replace(record_of(output), plan=plan))
+                record = dataclasses.replace(record_of(output), plan=plan)  # type: ignore[type-var]
+                output = dataclasses.replace(output, winnow=record)
             return model(**inputs, mm_encoder_outputs={"image": output})
 
         return read

@@ -7,6 +7,7 @@ the room behind a lane is passed over.
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +18,7 @@ _WIDEST = 256
 
 
 @functools.cache
-def kernel() -> Callable[..., Tensor] | None:
+def kernel() -> Callable[..., Any] | None:
     """torch's own; None where it cannot pass over room (before torch 2.12)."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -64,7 +65,7 @@ def attend(
     run = kernel()
     if run is None:
         raise RuntimeError("ask `able` first")
-    out = run(
+    out: Tensor = run(
         asked,
         keys[:, None],
         values[:, None],
