@@ -40,7 +40,7 @@ def test_methods_are_compared_where_the_full_cache_can_answer(tools: tuple[Any, 
         words.Row("lost", "5%", {cell: {"right": BAD} for cell in compared}),
         words.Row("none", "5%", {cell: {"refused": "it cannot"} for cell in compared}),
     ]
-    page = words.page(texts, rows, full, 32)
+    page = words.page(texts, rows, full, 32, 20)
     assert "for *frames*: the" in page
     assert "| turns | 3 | 0.94 | 0.94 | 0.03 |" in page
     assert "| `lost` | 5% | 0.03 | 0.03 |" in page
@@ -53,7 +53,7 @@ def test_nothing_is_compared_where_it_cannot(tools: tuple[Any, Any]) -> None:
     full = full_row(words, {"turns": 1, "frames": 0})
     assert words.able(full) == ()
     texts = [words.Row("full", "", {key: {"right": GOOD, "bytes": 1.0} for key in (*words.TEXTS, words.BYTES)})]
-    page = words.page(texts, [], full, 32)
+    page = words.page(texts, [], full, 32, 20)
     assert "for *turns* and *frames*: the" in page
     assert "Methods on what" not in page
 
