@@ -60,6 +60,7 @@ def runs(upstream, tmp_path_factory):
     return [upstream.run(folder, [file.name], attach, folder / f"{attach}.jsonl", ()) for attach in (False, True)]
 
 
+@pytest.mark.full  # two whole runs of pytest
 def test_it_attaches_and_finds_what_differs(upstream, runs):
     plain, planned = runs
     name = "test_modeling_standing_in.py::test_"

@@ -54,6 +54,7 @@ def easy_stages() -> list[curriculum.LanguageStage]:
 
 
 # The run is a minute of one core that nobody else uses, and may be ten where others do.
+@pytest.mark.full
 @pytest.mark.timeout(1500)
 def test_a_run_of_a_minute_learns_a_simple_type_and_leaves_a_model_that_answers(micro_run):
     rows = read(micro_run.parent / "log.jsonl")
