@@ -144,13 +144,9 @@ class Library:
         `positions=compact`, which it has for language models that attend to everything before; for the others its
         shortened inputs are given to the plain model without their positions, which then numbers them.
         """
-        plan, inputs = case.plan or "full", self.inputs(case)
         if self.apart and case.films and case.plan:
-            rows = self._rows(case, inputs)
-            said = self.model.generate(
-                inputs_embeds=rows, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=3
-            )
-            return said[0].tolist(), rows.shape[1]
+            return self.said(self.rows(case))
+        plan, inputs = case.plan or "full", self.inputs(case)
         keeps = self.mrope or not self.short or case.plan is None
         prepared = winnow.prepare(self.model, inputs, plan, positions="keep" if keeps else "compact")
         given = prepared.inputs
@@ -167,15 +163,28 @@ class Library:
             handle.detach()
         return said[0, given["input_ids"].shape[1] :].tolist(), prepared.sizes[0]
 
-    def _rows(self, case: Case, inputs: Any) -> torch.Tensor:
-        """`[1, m, D]` what the layers of the language model are given, where the library must be told of videos."""
+    @torch.no_grad()
+    def said(self, rows: torch.Tensor) -> tuple[list[int], int]:
+        """What the plain model says to what its language model is given, `[1, m, D]`, and how many rows those are."""
+        said = self.model.generate(
+            inputs_embeds=rows, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=3
+        )
+        return said[0].tolist(), rows.shape[1]
+
+    @torch.no_grad()
+    def rows(self, case: Case) -> torch.Tensor:
+        """`[1, m, D]` what the layers of the language model are given where the library is told of videos.
+
+        `winnow.prepare` cannot be told.
+        """
         seen: list[torch.Tensor] = []
         first = self.model.get_decoder().layers[0]
         hook = first.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
         )
-        with winnow.compress(self.model, case.plan) as handle, handle.using(handle.plan, videos=case.named):
-            self.model(**inputs)
+        videos = case.named if case.films else None
+        with winnow.compress(self.model, case.plan) as handle, handle.using(handle.plan, videos=videos):
+            self.model(**self.inputs(case))
         hook.remove()
         (rows,) = seen
         return rows

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from asking import Case, Film, Library, answers, cached
 
 from winnow.serve.vllm.pruning import LEAST
@@ -121,6 +122,18 @@ def test_a_plan_that_chooses_frames_is_for_pictures_alone(name: str, engine: Any
     answers(llm, [Case("@ ?", (PICTURE,), "kffocus").request(name)])
     with pytest.raises(ValueError, match="chooses frames before a processor reads them"):
         answers(llm, [Case("# ?", (), "kffocus", (SHOWN,)).request(name)])
+
+
+def test_a_picture_of_several_tiles_stands_beside_a_video(engine: Any) -> None:
+    """The library is given frames as pictures, and cannot tell them apart in one request; here it reads two."""
+    name, plan = "internvl", "divprune:keep=40%"
+    library = Library(name)
+    film = library.rows(Case("# what is left of", (), plan, (SHOWN,)))
+    picture = library.rows(Case("@ ?", (PICTURE,), plan))
+    llm = engine(name, {"plan": plan}, **LIMITS)
+    both = Case("# what is left of @ ?", (PICTURE,), plan, (SHOWN,))
+    wanted = library.said(torch.cat([film[:, :-2], picture[:, 1:]], 1))  # "assistant :" of one, "user" of the other
+    assert answers(llm, [both.request(name)]) == [wanted]
 
 
 def test_a_video_that_the_library_does_not_know_is_refused(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
