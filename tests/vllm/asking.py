@@ -13,6 +13,7 @@ from PIL import Image
 
 import winnow
 from winnow.models.families import family_of
+from winnow.video import Video
 
 TOKENS = 10
 
@@ -71,6 +72,19 @@ class Case:
     def images(self) -> list[Image.Image]:
         return [picture(*own) for own in self.pictures]
 
+    @property
+    def named(self) -> list[Video]:
+        """The videos as the library is told of them where frames are pictures; a picture is a video of one frame."""
+        films, images = iter(self.films), iter(self.images)
+        found = []
+        for word in self.words.split():
+            if word == "#":
+                film = next(films)
+                found.append(Video.of(film.pixels, fps=film.fps))
+            elif word == "@":
+                found.append(Video.of(np.asarray(next(images))[None], fps=1))
+        return found
+
     def request(self, name: str, **more: Any) -> dict[str, Any]:
         """The request of vLLM's engine."""
         winnow = {"plan": self.plan} | more if self.plan or more else False
@@ -109,7 +123,7 @@ class Library:
         self.name, self.made = name, CHECKPOINTS[name]
         self.model, self.processor = model_and_processor(name)
         family = family_of(self.model)
-        self.mrope, self.short = family.mrope, family.short
+        self.mrope, self.short, self.apart = family.mrope, family.short, family.frames_apart
 
     def inputs(self, case: Case) -> Any:
         images: Any = [case.images] if self.made.nested else case.images
@@ -130,6 +144,8 @@ class Library:
         `positions=compact`, which it has for language models that attend to everything before; for the others its
         shortened inputs are given to the plain model without their positions, which then numbers them.
         """
+        if self.apart and case.films and case.plan:
+            return self.said(self.rows(case))
         plan, inputs = case.plan or "full", self.inputs(case)
         keeps = self.mrope or not self.short or case.plan is None
         prepared = winnow.prepare(self.model, inputs, plan, positions="keep" if keeps else "compact")
@@ -146,3 +162,29 @@ class Library:
         if handle is not None:
             handle.detach()
         return said[0, given["input_ids"].shape[1] :].tolist(), prepared.sizes[0]
+
+    @torch.no_grad()
+    def said(self, rows: torch.Tensor) -> tuple[list[int], int]:
+        """What the plain model says to what its language model is given, `[1, m, D]`, and how many rows those are."""
+        said = self.model.generate(
+            inputs_embeds=rows, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=3
+        )
+        return said[0].tolist(), rows.shape[1]
+
+    @torch.no_grad()
+    def rows(self, case: Case) -> torch.Tensor:
+        """`[1, m, D]` what the layers of the language model are given where the library is told of videos.
+
+        `winnow.prepare` cannot be told.
+        """
+        seen: list[torch.Tensor] = []
+        first = self.model.get_decoder().layers[0]
+        hook = first.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        videos = case.named if case.films else None
+        with winnow.compress(self.model, case.plan) as handle, handle.using(handle.plan, videos=videos):
+            self.model(**self.inputs(case))
+        hook.remove()
+        (rows,) = seen
+        return rows

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 WORDS = (
     *("what", "is", "in", "the", "picture", "?", "a", "red", "dog", "left", "right", "of", "user", "assistant", ":"),
     *("<0.2", "<0.8", "<1.5", "seconds>"),  # before frames of Qwen3-VL
+    *(f"Frame{number}:" for number in range(1, 7)),  # before those of InternVL
 )
 VOCABULARY = 128
 CHAT = (

@@ -209,7 +209,8 @@ def test_classes_whose_videos_can_be_served(llava: Subject, qwen: Subject) -> No
     assert qwen.takes("video")
     assert not llava.takes("video")
     assert Subject(model_and_processor("llava_onevision")[0].config).takes("video")
-    assert not Subject(model_and_processor("internvl")[0].config).takes("video")  # frames are pictures there
+    assert Subject(model_and_processor("internvl")[0].config).takes("video")  # whose frames vLLM gives as one video
+    assert not Subject(model_and_processor("smolvlm")[0].config).takes("video")  # of which vLLM has no video
 
 
 def test_a_picture_of_another_size_has_other_counts(qwen: Subject) -> None:

@@ -5,7 +5,8 @@ model until the operator configures it (`--hf-overrides '{"winnow": {"plan": "â€
 
 `classes` makes a subclass of each of vLLM's model classes. Of its two sides, `processor` is the one that counts: it
 asks the methods how many placeholders stay, from shapes alone. `encoder` is the one that computes: it runs the same
-methods, by the library's own engine, on what the encoder gives. `positions` gives kept tokens their 3-D positions.
+methods, by the library's own engine, on what the encoder gives. `frame_text` puts the text of a video's frames between
+the tokens that stay. `positions` gives kept tokens their 3-D positions.
 """
 
 from __future__ import annotations

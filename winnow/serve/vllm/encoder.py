@@ -13,6 +13,7 @@ from torch import Tensor
 
 from winnow.core.errors import WinnowError
 from winnow.engine.bound_plan import BoundPlan
+from winnow.serve.vllm.frame_text import in_text
 from winnow.serve.vllm.inputs import batches, of_call, part_of
 from winnow.serve.vllm.order import FIELD, Order
 from winnow.serve.vllm.refusals import check_engine, check_version
@@ -88,13 +89,13 @@ class CompressedEncoder:
         return width if rows.shape[-1] != width else 0
 
     def _placed(self, own: Shortened, order: Order, kwargs: dict[str, Any], number: int) -> Tensor:
-        """The rows with what tells where they belong; nothing where positions have one axis.
+        """The rows with what tells where they belong: the text of frames; nothing more where positions have one axis.
 
         Args:
             own: what is left of one picture or video.
             number: of it in the call.
         """
-        return own.rows
+        return in_text(own, order, self)[0]
 
 
 def _split(rows: Tensor, order: Order) -> tuple[Tensor, ...]:

@@ -14,7 +14,8 @@ MODALITIES = ("image", "video")
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 PER_ITEM = {"image_sizes": 2, **dict.fromkeys(GRIDS.values(), 3)}
-COUNTS = ("num_patches", "image_num_patches")
+FRAMES = "video_num_patches"  # stands beside frames that are pictures to transformers
+COUNTS = ("num_patches", "image_num_patches", FRAMES)
 
 
 def of_item(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def of_item(data: Mapping[str, Any]) -> dict[str, Any]:
     """
     made = {name: data[name].reshape(1, width) for name, width in PER_ITEM.items() if name in data}
     made |= {name: data[name] for name in PIXELS.values() if name in data}
-    return made | _stacked(made)
+    return made | _frames(made, FRAMES in data)
 
 
 def of_call(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,12 +41,15 @@ def of_call(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         made["pixel_attention_mask"] = kwargs["pixel_attention_mask"][None]
     if isinstance(frames := made.get(PIXELS["video"]), list | tuple):
         (made[PIXELS["video"]],) = frames
-    return made | _stacked(made)
+    return made | _frames(made, FRAMES in kwargs)
 
 
-def _stacked(made: Mapping[str, Any]) -> dict[str, Tensor]:
-    name = PIXELS["video"]
-    return {name: made[name][None]} if name in made and made[name].ndim == 4 else {}
+def _frames(made: Mapping[str, Any], pictures: bool) -> dict[str, Tensor]:
+    """The frames of a video as transformers is given them: a row of videos, or pictures."""
+    frames = made.get(PIXELS["video"])
+    if frames is None or frames.ndim != 4:
+        return {}
+    return {PIXELS["image"]: frames} if pictures else {PIXELS["video"]: frames[None]}
 
 
 def batches(orders: Sequence[Order], most: int) -> Iterator[list[int]]:

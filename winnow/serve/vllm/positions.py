@@ -10,8 +10,7 @@ them. Where it does not (on CPUs), `embed_input_ids` splits them off and `forwar
 scheduler puts back is added to again, so it must be seen what was added: the placeholders of a video start below the
 last row of its frames, where none of its tokens lies. A picture has one place along time, so that it needs no mark.
 
-Where text stands between the frames of a video (Qwen3-VL), how much of it stands before a kept token is known behind
-the encoder alone. There the text is embedded with the tokens, and all of the video are placeholders in the prompt.
+Text between the frames of a video (Qwen3-VL) is embedded with its tokens (`frame_text`), and has positions as they do.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from winnow.core.errors import WinnowError
+from winnow.serve.vllm.frame_text import in_text, whole_of
 from winnow.serve.vllm.inputs import GRIDS
 from winnow.serve.vllm.order import FIELD, Order
 from winnow.serve.vllm.pruning import borrow_flag
@@ -32,7 +32,6 @@ from winnow.serve.vllm.settings import Settings
 from winnow.serve.vllm.subject import Shortened, Subject, forget
 
 CHANNELS = 3
-PLACEHOLDER = -1  # no token has this id
 POSITIONED = (*GRIDS.values(), "second_per_grid_ts")
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 
@@ -96,19 +95,9 @@ class KeptPositions:
 
     def _placed(self, own: Shortened, order: Order, kwargs: dict[str, Any], number: int) -> Tensor:
         data = {name: torch.as_tensor(kwargs[name][number]) for name in POSITIONED if name in kwargs}
-        rows, places = self._in_text(own, order) if order.marks else (own.rows, own.places)
+        rows, places = in_text(own, order, self)
         relative = self._positions_in(order, data)[:, places.cpu()]
         return torch.cat([rows, as_channels(relative.T.to(rows.device), rows.dtype)], 1)
-
-    def _in_text(self, own: Shortened, order: Order) -> tuple[Tensor, Tensor]:
-        """The rows of a video with the text of its frames, and the token of the whole whose position each has."""
-        device, width = own.rows.device, own.rows.shape[1]
-        ids = torch.tensor(whole_of(order, PLACEHOLDER), device=device)
-        text, token = (ids != PLACEHOLDER).nonzero()[:, 0], (ids == PLACEHOLDER).nonzero()[:, 0]
-        words = self.get_language_model().embed_input_ids(ids[text]).to(own.rows.dtype)  # type: ignore[attr-defined]
-        words = torch.nn.functional.pad(words, (0, width - words.shape[1]))  # deepstack adds nothing to text
-        at = torch.cat([text, token[own.slots]]).argsort()
-        return torch.cat([words, own.rows])[at], torch.cat([text, token[own.places]])[at]
 
     def _positions_in(self, order: Order, data: dict[str, Tensor]) -> Tensor:
         """`[3, N]` the positions of an item's tokens from its first one, by the model's own rule."""
@@ -207,16 +196,6 @@ def as_channels(numbers: Int[Tensor, "m 3"], dtype: torch.dtype) -> Float[Tensor
 def from_channels(channels: Float[Tensor, "m 3"]) -> Int[Tensor, "m 3"]:
     """The numbers of `as_channels`."""
     return channels.contiguous().view(_INTEGERS[channels.dtype.itemsize]).long()
-
-
-def whole_of(order: Order, token: int) -> list[int]:
-    """The token ids of an item as they are uncompressed, with the text of its frames where that travels with them."""
-    if not order.marks:
-        return [token] * sum(order.runs)
-    found = list(order.marks[0])
-    for run, mark in zip(order.runs, order.marks[1:], strict=True):
-        found += [token] * run + list(mark)
-    return found
 
 
 def _moved(positions: Int[Tensor, "3 m"], offsets: Int[Tensor, "m 3"]) -> Int[Tensor, "3 m"]:

@@ -133,8 +133,6 @@ class CompressingProcessor:
         if not runs or any(runs_of(update.content) != runs for update in updates):
             raise WinnowError(f"vLLM gives this {what} placeholders that {KEY} does not understand.")
         marks = marks_of(updates[0].content) if modality == "video" and plan.methods else ()
-        if marks and self.subject.positions == "compact":
-            raise WinnowError(f"vLLM writes text between the frames of this video, which {KEY} knows of Qwen-VL alone.")
         counts = Counts(items_of(modality, runs), sum(runs), sum(runs))
         if plan.methods:
             counts = counts_of(self.subject, self.subject.bind(plan.key), of_item(given), runs, modality)

@@ -80,7 +80,9 @@ class Subject:
 
     def takes(self, modality: str) -> bool:
         """Whether the library knows items of a modality in this model as vLLM has them."""
-        return any(own == modality for _, own, _ in self.bound.family.encoders)
+        family = self.bound.family
+        frames = modality == "video" and family.frames_apart and family.joined  # named by vLLM as one video
+        return frames or any(own == modality for _, own, _ in family.encoders)
 
     def bind(self, key: str) -> BoundPlan:
         """A plan, checked for this model under vLLM.
