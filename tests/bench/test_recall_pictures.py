@@ -9,7 +9,7 @@ import torch
 
 import winnow
 from winnow import reference
-from winnow.bench.encodings import Encodings
+from winnow.bench.encodings import Encodings, _digest
 from winnow.bench.recall_pictures import conversation, measure_pictures
 from winnow.core.errors import WinnowError
 from winnow.world.albums import album
@@ -100,3 +100,10 @@ def test_pictures_that_were_encoded_before_give_the_same_answers(loaded: Any, ta
         measure_pictures(model, processor, plan, task, 2, 2, True, kept=kept)
     hook.remove()
     assert len(encoded) == once == (8 if task == "turns" else 4)  # by the plain model, and once for all plans
+
+
+def test_equal_pixels_of_pictures_of_other_sizes_are_encoded_apart() -> None:
+    pixels = torch.zeros(1, 3, 4, 4)
+    wide, high = ({"pixel_values": pixels, "image_sizes": torch.tensor([size])} for size in ((4, 8), (8, 4)))
+    assert _digest(wide) != _digest(high)
+    assert _digest(wide) == _digest({name: x.clone() for name, x in wide.items()})

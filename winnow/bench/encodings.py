@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from winnow.bench.reuse import encode
+from winnow.bench.reuse import encode, taken_by
 from winnow.engine.encoding import record_of
 from winnow.engine.handle import Handle
 
@@ -33,10 +33,10 @@ class Encodings:
         def read(pixel_values: Tensor | None = None, **inputs: Any) -> Any:
             if pixel_values is None:
                 return model(**inputs)
-            key = hashlib.blake2b(pixel_values.float().cpu().numpy().tobytes()).digest(), plan is None
+            call, given = model.base_model.get_image_features, {"pixel_values": pixel_values, **inputs}
+            key = _digest(taken_by(call, given)), plan is None
             if key not in self._outputs:
-                given = {"pixel_values": pixel_values, **inputs}
-                self._outputs[key] = encode(model.base_model.get_image_features, given)
+                self._outputs[key] = encode(call, given)
             output = self._outputs[key]
             if plan is not None:
                 record = dataclasses.replace(record_of(output), plan=plan)  # type: ignore[type-var]
@@ -44,3 +44,11 @@ class Encodings:
             return model(**inputs, mm_encoder_outputs={"image": output})
 
         return read
+
+
+def _digest(given: dict[str, Tensor]) -> bytes:
+    """Tells apart all that the encoder reads: the same pixels may be of pictures of other sizes."""
+    made = hashlib.blake2b()
+    for name, x in sorted(given.items()):
+        made.update(f"{name} {tuple(x.shape)}".encode() + x.double().cpu().numpy().tobytes())
+    return made.digest()

@@ -56,8 +56,12 @@ def listening(handle: Handle, plans: list[Plan]) -> Plan:
 @torch.no_grad()
 def encode(call: Callable[..., Any], inputs: dict[str, Tensor]) -> Any:
     """What an encoder's method (`get_image_features`, say) gives for the inputs of a forward."""
-    names = [n for n in inspect.signature(call).parameters if n in inputs]
-    return call(**{n: inputs[n] for n in names}, return_dict=True)
+    return call(**taken_by(call, inputs), return_dict=True)
+
+
+def taken_by(call: Callable[..., Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the inputs of a forward that an encoder's method takes."""
+    return {name: inputs[name] for name in inspect.signature(call).parameters if name in inputs}
 
 
 class Encoded:
