@@ -42,7 +42,7 @@ SEED    := 1
 LEARNED := covipal diffrate dyvte explainability-compression frames toc3d
 
 .DEFAULT_GOAL := help
-.PHONY: connectors help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured images reference learned card recall clean video test-studio venv-vllm test-vllm bench-stream bench-video bench-serve bench-serve-vllm demo-video clips-table
+.PHONY: connectors help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured measured-twin twin images reference learned card recall clean video test-studio venv-vllm test-vllm bench-stream bench-video bench-serve bench-serve-vllm demo-video clips-table
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -178,13 +178,20 @@ measured: $(STAMP) ## Measure every method on the reference model for the tables
 	$(MEASURE) --store out/measured.sqlite
 	$(BIN)/python tools/docs.py measure out/measured.sqlite
 
+twin: $(STAMP) ## Train the twin of the shipped model: its tower, and a language model that never missed a token (2 hours of a core)
+	$(TRAIN) --seed $(SEED) --out $(RUNS)/twin --no-dropout --tower $(SMALL)
+
+measured-twin: measured twin ## Measure every method on the twin as well
+	$(MEASURE) --model $(RUNS)/twin/model --store out/twin.sqlite
+	$(BIN)/python tools/docs.py measure out/measured.sqlite out/twin.sqlite
+
 reference: $(STAMP) ## Train the reference model, its twin without dropout and the tower control (6 GB of memory a process)
 	$(TRAIN) --seed $(SEED) --out $(RUNS)/small
-	$(TRAIN) --seed $(SEED) --out $(RUNS)/twin --no-dropout --tower $(RUNS)/small
 	$(TRAIN) --seed $(SEED) --out $(RUNS)/dense --no-cls-objective --until tower-full
 	install -m 644 $(RUNS)/small/model/* $(SMALL)
 	install -m 644 $(RUNS)/small/log.jsonl $(SMALL)/training.jsonl
 	install -m 644 $(RUNS)/small/curves.png docs/images/reference-model-curves.png
+	$(MAKE) twin
 
 learned: $(STAMP) ## Train the learned methods on the reference model
 	for slug in $(LEARNED); do $(BIN)/winnow train $$slug --resume --out $(RUNS)/$$slug || exit 1; \
@@ -196,8 +203,7 @@ connectors: $(STAMP) ## Train the learned connectors on the video reference mode
 	  install -m 644 $(RUNS)/$$slug/$$slug.safetensors $(RUNS)/$$slug/$$slug.json $(VIDEO)/learned; done
 	$(BIN)/python -m winnow.learn.connectors.table
 
-card: measured ## Measure the shipped model, its twin and the tower control for the card
-	$(MEASURE) --model $(RUNS)/twin/model --store out/twin.sqlite
+card: measured-twin ## Measure the shipped model, its twin and the tower control for the card
 	$(BIN)/python -m winnow.learn.card $(SMALL) --seed $(SEED) --log $(SMALL)/training.jsonl --per-type 160 \
 	  --run $(RUNS)/small --run $(RUNS)/twin --dense $(RUNS)/dense --stores out/measured.sqlite out/twin.sqlite \
 	  --page docs/reference-model.md

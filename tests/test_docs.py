@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 
 from tests.bench import synthetic
+from winnow.core.errors import WinnowError
 from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.core.registry import entries, method_class
@@ -142,6 +143,47 @@ def test_measured_rows_and_pictures_come_from_a_store(
     assert (elsewhere / "images" / "methods" / "fastervlm.webp").stat().st_size > 1000
     assert "## Measured" not in (elsewhere / "methods" / "fastv.md").read_text(encoding="utf-8")
     assert docs.main(["check"]) == 0
+
+
+def test_figures_of_the_twin_stand_beside_the_models(
+    docs: ModuleType, elsewhere: Path, named: Callable[[str], None]
+) -> None:
+    named(DEFAULT)
+    stores = [elsewhere / f"{name}.sqlite" for name in ("shipped", "twin", "other")]
+    for store, methods, questions in zip(
+        stores, (("fastervlm", "visionzip"), ("fastervlm",), ("fastervlm",)), (26, 26, 20), strict=True
+    ):
+        synthetic.accuracy(store, questions=questions, budgets=(64, 16), methods=methods, pictures=2)
+    assert docs.main(["measure", *map(str, stores[:2])]) == 0
+    found = json.loads((elsewhere / "measured.json").read_text(encoding="utf-8"))
+    own = next(row for row in found["twin"]["rows"] if (row["label"], row["budget"]) == ("fastervlm", "64"))
+    page = (elsewhere / "pictures.md").read_text(encoding="utf-8")
+    lines = {line.split("|")[1].strip(): line.split("|") for line in page.splitlines() if line.startswith("|")}
+    assert lines["method"][-3:-1] == [" right, twin, % ", " retained, twin, % "]
+    assert lines["fastervlm 64"][-3].strip().startswith(f"{100 * own['accuracy']:.1f} [")
+    assert lines["fastervlm 64"][-2].strip().startswith(f"{100 * own['retained']:.1f} [")
+    assert [cell.strip() for cell in lines["visionzip 64"][-3:-1]] == ["–", "–"]  # the twin was not asked
+    assert docs.main(["check"]) == 0
+    with pytest.raises(WinnowError, match="other questions"):
+        docs.main(["measure", str(stores[0]), str(stores[2])])
+
+
+def test_what_differs_on_the_twin_is_named(docs: ModuleType) -> None:
+    def row(label: str, low: float, high: float) -> dict[str, object]:
+        return {
+            "label": label,
+            "budget": "64",
+            "retained": (low + high) / 2,
+            "retained_low": low,
+            "retained_high": high,
+        }
+
+    rows = [row("a", 0.9, 1.0), row("b", 0.5, 0.6), row("c", 0.7, 0.8), row("d", 0.1, 0.2)]
+    twin = {(r["label"], "64"): r for r in (row("a", 0.8, 0.89), row("b", 0.61, 0.7), row("c", 0.75, 0.9))}
+    assert docs.differing(rows, twin) == (
+        "Retains more, the intervals apart: on the shipped model `a`; on the twin `b`."
+    )
+    assert docs.differing(rows[2:], twin) == ""
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra docs: pip install .[docs]")

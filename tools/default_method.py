@@ -6,8 +6,9 @@ has the most right answers, in the mean over 25 % and 12.5 % of the tokens and o
 
     python tools/default_method.py     print the rule's answer with its figures; exit 1 if the default is another
 
-Figures: docs/measured.json (`make measured`), the twin's in the model's card.json (`make card`), and the share of the
-selection in docs/selection.json (`make selection`: the upper end of its interval, 32 LM layers).
+Figures: docs/measured.json (`make measured`), the twin's there (`make measured-twin`), or else in the model's card.json
+(`make card`), and the share of the selection in docs/selection.json (`make selection`: the upper end of its interval,
+32 LM layers).
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def load(measured: Path = MEASURED) -> list[Standing]:
     """The standings by the committed figures, or by other ones of the shipped model."""
     shipped, card, timed = (json.loads(path.read_text(encoding="utf-8")) for path in (measured, CARD, SELECTION))
     selection = {Plan.of(plan).methods[0].slug: interval[2] for plan, interval in timed.items()}
-    return standings(shipped["rows"], card["controls"]["methods"]["without_dropout"], selection)
+    twin = shipped["twin"]["rows"] if "twin" in shipped else card["controls"]["methods"]["without_dropout"]
+    return standings(shipped["rows"], twin, selection)
 
 
 def complaint(found: Sequence[Standing], default: str) -> str:

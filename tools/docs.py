@@ -2,8 +2,10 @@
 
     python tools/docs.py write            docs/methods/*.md, and the measured table of README.md
     python tools/docs.py check            exit 1 if they differ from what `write` would write
-    python tools/docs.py measure STORE    docs/measured.json and docs/images/methods/ from a store of `winnow bench`;
-                                          exit 1 if by these figures the default method should be another
+    python tools/docs.py measure STORE [TWIN]
+                                          docs/measured.json and docs/images/methods/ from a store of `winnow bench`,
+                                          and from one of the same questions to the model's twin; exit 1 if by these
+                                          figures the default method should be another
 
 A page says what the method's own module says; what was measured comes from docs/measured.json, where there is one.
 """
@@ -42,6 +44,10 @@ PICTURES = ROOT / "docs" / "images" / "methods"
 README = ROOT / "README.md"
 ON_PICTURES = ROOT / "docs" / "pictures.md"
 TABLE = re.compile("(?<=<!-- measured:begin -->\n).*?(?=<!-- measured:end -->)", re.DOTALL)
+FIGURES = (
+    "label", "budget", "accuracy", "accuracy_low", "accuracy_high", "retained", "retained_low", "retained_high",
+    "evidence_recall", "tokens_kept", "layer_tokens", "flops_share",
+)  # fmt: skip
 SHOWN = "32"  # the budget of the table in the README: an eighth of the reference model's tokens
 MARK = "<!-- Written by tools/docs.py from the registry; do not edit. -->\n"
 FACTS = ("Looks at", "Cost", "Departs from the paper", "Departs from the released code")
@@ -189,26 +195,40 @@ def about(measured: dict[str, Any]) -> str:
     return f"{said}\n\n```sh\n{measured['command']}\n```"
 
 
-def measured_table(rows: list[dict[str, Any]]) -> str:
-    """Rows of `winnow report`'s JSON as a table."""
-    head = ("method", "tokens kept", "tokens per layer", "right, %", "retained, %", "evidence recall, %", "FLOPs, %")
-    return table(head, map(_measured, rows))
+Cells = dict[tuple[str, str], dict[str, Any]]
+
+
+def measured_table(rows: list[dict[str, Any]], twin: Cells | None = None) -> str:
+    """Rows of `winnow report`'s JSON as a table, with those of the twin by (label, budget) beside them."""
+    head = ["method", "tokens kept", "tokens per layer", "right, %", "retained, %", "evidence recall, %", "FLOPs, %"]
+    beside = ["right, twin, %", "retained, twin, %"] if twin else []
+    return table([*head, *beside], [_measured(row) + (_beside(row, twin) if twin else []) for row in rows])
 
 
 def _measured(row: dict[str, Any]) -> list[str]:
-    def number(name: str, form: str = ".4g", scale: float = 1.0) -> str:
-        return "–" if row.get(name) is None else format(scale * row[name], form)
-
-    def share(name: str) -> str:
-        return number(name, ".1f", 100.0)
-
-    def spread(name: str) -> str:
-        return "–" if row.get(name) is None else f"{share(name)} [{share(name + '_low')}, {share(name + '_high')}]"
-
     return [
-        f"{row['label']} {row['budget']}".strip(), number("tokens_kept"), number("layer_tokens"), spread("accuracy"),
-        spread("retained"), share("evidence_recall"), share("flops_share"),
+        f"{row['label']} {row['budget']}".strip(), _number(row, "tokens_kept"), _number(row, "layer_tokens"),
+        _spread(row, "accuracy"), _spread(row, "retained"), _share(row, "evidence_recall"), _share(row, "flops_share"),
     ]  # fmt: skip
+
+
+def _beside(row: dict[str, Any], twin: Cells) -> list[str]:
+    own = twin.get((row["label"], row["budget"]), {})
+    return [_spread(own, "accuracy"), _spread(own, "retained")]
+
+
+def _number(row: dict[str, Any], name: str, form: str = ".4g", scale: float = 1.0) -> str:
+    return "–" if row.get(name) is None else format(scale * row[name], form)
+
+
+def _share(row: dict[str, Any], name: str) -> str:
+    return _number(row, name, ".1f", 100.0)
+
+
+def _spread(row: dict[str, Any], name: str) -> str:
+    if row.get(name) is None:
+        return "–"
+    return f"{_share(row, name)} [{_share(row, name + '_low')}, {_share(row, name + '_high')}]"
 
 
 def readme(measured: dict[str, Any]) -> str:
@@ -223,6 +243,8 @@ def on_pictures(measured: dict[str, Any]) -> str:
     """Every measured row, by budget and then by name, and which methods lie plainly below evenly spaced tokens."""
     rows = measured.get("rows", [])
     budgets = sorted({row["budget"] for row in rows if row["budget"]}, key=lambda budget: -int(budget))
+    held = measured.get("twin", {})
+    twin: Cells = {(row["label"], row["budget"]): row for row in held.get("rows", ())}
     parts = [
         f"{MARK}\n# Methods on pictures",
         "Every method of pictures on the bundled reference model, at four budgets of its 256 tokens. Methods that cut "
@@ -232,16 +254,39 @@ def on_pictures(measured: dict[str, Any]) -> str:
         "[the findings](findings.md), with the methods that lie below choices that look at nothing.",
         about(measured) if rows else "Nothing has been measured yet.",
     ]
+    if twin:
+        parts.append(
+            "The columns *twin* are the same questions to the model's [twin](reference-model.md), which has the same "
+            "tower and whose language model never missed a token in training; its weights are not shipped. Made by"
+            f"\n\n```sh\n{held['made']}\n{held['command']}\n```"
+        )
     free = [row for row in rows if not row["budget"]]
     if free:
-        parts += ["## Without a budget", measured_table(free)]
+        parts += ["## Without a budget", measured_table(free, twin)]
     for budget in budgets:
         own = [row for row in rows if row["budget"] == budget]
-        parts += [f"## {budget} tokens", measured_table(own)]
+        parts += [f"## {budget} tokens", measured_table(own, twin)]
+        parts += [said for said in (differing(own, twin),) if said]
         below = plainly_below(own)
         if below:
             parts.append(f"Below evenly spaced tokens, at no fewer tokens per layer, their intervals apart: {below}.")
     return "\n\n".join(parts) + "\n"
+
+
+def differing(rows: list[dict[str, Any]], twin: Cells) -> str:
+    """The methods that retain more on one of the two models, their intervals apart."""
+    names: dict[str, list[str]] = {"shipped model": [], "twin": []}
+    for row in rows:
+        own = twin.get((row["label"], row["budget"]), {})
+        if row["retained"] is None or own.get("retained") is None:
+            continue
+        if row["retained_low"] > own["retained_high"]:
+            names["shipped model"].append(f"`{row['label']}`")
+        elif own["retained_low"] > row["retained_high"]:
+            names["twin"].append(f"`{row['label']}`")
+    said = (f"on the {where} {', '.join(found)}" for where, found in names.items() if found)
+    listed = "; ".join(said)
+    return f"Retains more, the intervals apart: {listed}." if listed else ""
 
 
 def plainly_below(rows: list[dict[str, Any]], blind: str = "uniform-M") -> str:
@@ -317,35 +362,62 @@ def check() -> int:
     return 1 if stale else 0
 
 
-def measure(store_path: str) -> int:
-    """Take the figures of the newest run of answers into the documentation, and a picture of each method."""
-    from PIL import Image
+def measure(store_path: str, twin_path: str | None = None) -> int:
+    """Take the figures of the newest run of answers into the documentation, and a picture of each method.
 
-    from winnow.bench.report import answered
+    Args:
+        twin_path: a store with answers of the model's twin to the same questions.
+    """
     from winnow.bench.report_data import reports
-    from winnow.bench.report_page import command
-    from winnow.bench.report_pictures import Album, chosen_budget, draw, shots
     from winnow.bench.store import Store
 
     with Store(store_path) as store:
         report = reports(store)[-1]
-        kept = ("label", "budget", "accuracy", "accuracy_low", "accuracy_high", "retained", "retained_low",
-                "retained_high", "evidence_recall", "tokens_kept", "layer_tokens", "flops_share")  # fmt: skip
-        said = f"{len(report.questions)} questions to {report.run.settings.get('model', 'a model')}."
-        content = {"command": command(report), "about": said, "rows": answered(report, kept)}
+        content = figures_of(report)
+        if twin_path is not None:
+            content["twin"] = _twin(twin_path, report)
         MEASURED.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        PICTURES.mkdir(parents=True, exist_ok=True)
-        album, budget = Album(Path(store_path).parent, set()), chosen_budget(report)
-        for row in report.methods:
-            drawn = [draw(shot, album.picture(shot.question)) for shot in shots(store, row, report)[:3]]
-            if drawn and row.cell.budget == budget:
-                strip = Image.new("RGB", (sum(d.width + 8 for d in drawn) - 8, max(d.height for d in drawn)), "white")
-                left = 0
-                for one in drawn:
-                    strip.paste(one, (left, 0))
-                    left += one.width + 8
-                strip.save(PICTURES / f"{row.cell.label}.webp", quality=80, method=6)
+        _draw(store, report, Path(store_path).parent)
     return write() or check_default()
+
+
+def figures_of(report: Any) -> dict[str, Any]:
+    """What the pages say of a run of answers."""
+    from winnow.bench.report import answered
+    from winnow.bench.report_page import command
+
+    said = f"{len(report.questions)} questions to {report.run.settings.get('model', 'a model')}."
+    return {"command": command(report), "about": said, "rows": answered(report, FIGURES)}
+
+
+def _twin(path: str, shipped: Any) -> dict[str, Any]:
+    from winnow.bench.report_data import reports
+    from winnow.bench.store import Store
+
+    with Store(path) as store:
+        report = reports(store)[-1]
+    if sorted(report.questions) != sorted(shipped.questions):
+        raise WinnowError(f"{path} holds answers to other questions; run `winnow bench` alike for both models")
+    return {**figures_of(report), "made": "make twin"}
+
+
+def _draw(store: Any, report: Any, folder: Path) -> None:
+    """A picture of what each method keeps, at the budget that shows most."""
+    from PIL import Image
+
+    from winnow.bench.report_pictures import Album, chosen_budget, draw, shots
+
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    album, budget = Album(folder, set()), chosen_budget(report)
+    for row in report.methods:
+        drawn = [draw(shot, album.picture(shot.question)) for shot in shots(store, row, report)[:3]]
+        if drawn and row.cell.budget == budget:
+            strip = Image.new("RGB", (sum(d.width + 8 for d in drawn) - 8, max(d.height for d in drawn)), "white")
+            left = 0
+            for one in drawn:
+                strip.paste(one, (left, 0))
+                left += one.width + 8
+            strip.save(PICTURES / f"{row.cell.label}.webp", quality=80, method=6)
 
 
 def check_default() -> int:
@@ -366,8 +438,8 @@ def main(given: list[str]) -> int:
         return write()
     if given == ["check"]:
         return check()
-    if len(given) == 2 and given[0] == "measure":
-        return measure(given[1])
+    if len(given) in (2, 3) and given[0] == "measure":
+        return measure(*given[1:])
     print(__doc__, file=sys.stderr)
     return 2
 

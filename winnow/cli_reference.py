@@ -25,7 +25,7 @@ def reference(
     scale: Scale = 1.0,
     dropout: Annotated[bool, typer.Option(help="Switch off: the language model always sees all tokens.")] = True,
     cls_objective: Annotated[bool, typer.Option(help="Switch off: the tower learns from its patches alone.")] = True,
-    tower: Annotated[Path | None, typer.Option(help="Start from the pretrained tower of this run.")] = None,
+    tower: Annotated[Path | None, typer.Option(help="Start from the pretrained tower of this run or model.")] = None,
     until: Annotated[str, typer.Option(help="The last stage to run now.", show_default="all")] = "",
 ) -> None:
     """Train the reference model from scratch; its seed decides everything."""

@@ -194,6 +194,18 @@ def test_a_run_may_begin_with_the_tower_of_another(tmp_path, monkeypatch, whole)
     assert {row["stage"] for row in read(tmp_path / "given" / "log.jsonl")} == {"align", "finish"}
 
 
+def test_a_run_may_begin_with_the_tower_of_a_saved_model(tmp_path, monkeypatch, whole):
+    """It is taken as it was saved, in bfloat16, and the stages of the tower are left out."""
+    short_stages(monkeypatch)
+    recipe.train("micro", tmp_path / "given", tower=whole[0] / "model", until="align", **QUICK)
+    own, given = (read_checkpoint(at / "checkpoint.pt")["model"] for at in (whole[0], tmp_path / "given"))
+    tower = [name for name in own if name.startswith("model.vision_tower.")]
+    assert tower and all(torch.equal(own[name].bfloat16().float(), given[name]) for name in tower)
+    assert {row["stage"] for row in read(tmp_path / "given" / "log.jsonl")} == {"align"}
+    with pytest.raises(WinnowError, match="another preset"):
+        recipe.train("small", tmp_path / "other", tower=whole[0] / "model", **QUICK)
+
+
 @COMPARED
 def test_without_dropout_every_step_keeps_all_tokens(tmp_path, monkeypatch, whole, shares):
     short_stages(monkeypatch)

@@ -17,6 +17,7 @@ from winnow.learn.progress import Log, draw_curves
 from winnow.learn.stages import MAX_STAGES, STAGE_SEEDS
 from winnow.learn.targets import EXTENTS
 from winnow.learn.workers import give_memory_back, rank, world
+from winnow.models.load import load
 from winnow.reference.build import make_model, make_processor
 from winnow.reference.presets import Preset
 from winnow.world.scenes import SEEDS_PER_SPLIT
@@ -90,15 +91,16 @@ class Run:
         self.optimizer_state = state["optimizer"]
 
     def take_tower(self, folder: Path, first: int) -> None:
-        """Begin at stage `first` with the pretrained tower of the run in `folder`."""
-        path = folder / CHECKPOINT
-        if not path.exists():
-            raise WinnowError(f"{folder} holds no run to take a tower from; give the folder of a training run")
-        state = read_checkpoint(path)
-        if state["stage"] < first:
-            raise WinnowError(f"the run in {folder} is still in its tower's pretraining; let it finish that first")
-        before = "model.vision_tower."
-        weights = {name.removeprefix(before): v for name, v in state["model"].items() if name.startswith(before)}
+        """Begin at stage `first` with the pretrained tower of the run, or of the saved model, in `folder`."""
+        path, before = folder / CHECKPOINT, "model.vision_tower."
+        if path.exists():
+            state = read_checkpoint(path)
+            if state["stage"] < first:
+                raise WinnowError(f"the run in {folder} is still in its tower's pretraining; let it finish that first")
+            own = state["model"]
+        else:
+            path, own = folder, _saved(folder)
+        weights = {name.removeprefix(before): v for name, v in own.items() if name.startswith(before)}
         restore(self.model.model.vision_tower, weights, path, of=_OTHER)
         self.stage = first
 
@@ -140,6 +142,14 @@ class Run:
         self.stage, self.at = self.stage + 1, 0
         self.save(None)
         give_memory_back()
+
+
+def _saved(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the reference model that was saved in `folder`."""
+    if not (folder / "config.json").exists():
+        raise WinnowError(f"{folder} holds no run to take a tower from, nor a saved model; give the folder of either")
+    model, _ = load(folder, device="cpu", dtype="float32")
+    return model.state_dict()
 
 
 def export(model: LlavaForConditionalGeneration, sizes: Preset, folder: Path) -> None:

@@ -51,8 +51,8 @@ def train(
     holds; `until` names the last stage to run now.
 
     Two switches are for controls: without `dropout` the language model is always shown all visual tokens, without
-    `cls_objective` the tower learns to name its patches and nothing from [CLS]. `tower` is the folder of a run whose
-    pretrained tower to begin with.
+    `cls_objective` the tower learns to name its patches and nothing from [CLS]. `tower` is the folder of a run,
+    or of a saved reference model, whose pretrained tower to begin with.
     """
     folder = Path(out)
     check_start(folder, resume=resume, device=device, seed=seed, seeds=MAX_SEED, scale=scale)
