@@ -13,6 +13,7 @@ from probes import Look, Pick, forward, generate
 
 import winnow
 from winnow.core.plan import Plan
+from winnow.engine.probing import probe_layer
 from winnow.signals.language import LMAttention, LMAttentionMass
 from winnow.signals.vision import VisionAttention, VisionKeys
 
@@ -281,3 +282,23 @@ def test_a_plan_that_is_used_later_brings_its_taps(build):
     assert torch.equal(first.views[0][first.needs[0]], first.views[1][first.needs[0]])
     with pytest.raises(winnow.WinnowError, match="has no"):
         second.views[0][first.needs[0]]
+
+
+def test_a_probe_of_some_rows_has_their_queries_and_no_others():
+    """Before and after the comparison that lets it compute them alone."""
+    model = zoo.model("llava_clip")
+    lm = model.model.language_model
+    layer = lm.layers[1]
+    hidden = torch.randn(2, 9, lm.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    arguments = {"position_embeddings": lm.rotary_emb(hidden, torch.arange(9)[None])}
+    rows = torch.tensor([[5, 6, 7], [8, 3, 8]])
+    with torch.no_grad(), winnow.compress(model, Look(needs=(LMAttention(1),), at="layers[1]")):
+        q, k = probe_layer(layer, layer.self_attn, (hidden,), arguments, None, None)
+        for _ in range(2):
+            some, keys = probe_layer(layer, layer.self_attn, (hidden,), arguments, None, rows)
+            assert some.shape == q.shape
+            torch.testing.assert_close(keys, k, atol=1e-6, rtol=1e-5)
+            for b, own in enumerate(rows.tolist()):
+                torch.testing.assert_close(some[b, :, own], q[b, :, own], atol=1e-6, rtol=1e-5)
+                others = [slot for slot in range(9) if slot not in own]
+                assert some[b, :, others].isnan().all()

@@ -200,7 +200,8 @@ def test_a_run_may_begin_with_the_tower_of_a_saved_model(tmp_path, monkeypatch, 
     recipe.train("micro", tmp_path / "given", tower=whole[0] / "model", until="align", **QUICK)
     own, given = (read_checkpoint(at / "checkpoint.pt")["model"] for at in (whole[0], tmp_path / "given"))
     tower = [name for name in own if name.startswith("model.vision_tower.")]
-    assert tower and all(torch.equal(own[name].bfloat16().float(), given[name]) for name in tower)
+    assert tower
+    assert all(torch.equal(own[name].bfloat16().float(), given[name]) for name in tower)
     assert {row["stage"] for row in read(tmp_path / "given" / "log.jsonl")} == {"align"}
     with pytest.raises(WinnowError, match="another preset"):
         recipe.train("small", tmp_path / "other", tower=whole[0] / "model", **QUICK)

@@ -69,9 +69,9 @@ class Signal:
         return False
 
     @property
-    def last_row_only(self) -> bool:
-        """Whether the signal of an LM layer needs the queries of the last token only, which makes a probe cheap."""
-        return False
+    def queries(self) -> Literal["all", "question", "last"]:
+        """Whose queries the signal of an LM layer needs. A probe may compute those alone, which makes it cheap."""
+        return "all"
 
     def _with(self, **changes: Any) -> Self:
         return replace(self, **changes)

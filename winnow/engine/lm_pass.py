@@ -34,7 +34,7 @@ from winnow.engine.request import Request, padding_mask
 from winnow.engine.runner import Change, StepRunner
 from winnow.engine.stretching import Stretches
 from winnow.engine.whole_call import WholeCall
-from winnow.signals.language import LMAttentionInputs, LMEntry, TextSpans, as_visible
+from winnow.signals.language import LMAttentionInputs, LMEntry, TextSpans, as_visible, question_slots
 from winnow.signals.tap import AttendsItself, refuse_reading, scaling_of
 
 
@@ -324,9 +324,9 @@ class LMPass:
         past = self.past(index)
         layer, hidden, mask = self.bound.layers[index], args[0], None
         with torch.no_grad():
-            last = self.tokens.packing.last_slots() if all(s.last_row_only for s in wanted) else None
+            rows = self._rows_of({s.queries for s in wanted})
             device = device_of(layer)  # where it is called, and so where its parts can be
-            hidden, last = hidden.to(device), None if last is None else last.to(device)
+            hidden, rows = hidden.to(device), None if rows is None else rows.to(device)
             if self.whole is not None:
                 rest, inputs = self._whole_arguments(index, args[1:], arguments)
                 mask = inputs.get("attention_mask")
@@ -335,8 +335,22 @@ class LMPass:
                 embeddings = tuple(x.to(device) for x in embeddings)
                 rest, inputs = args[1:], {**arguments, "position_embeddings": embeddings, "position_ids": None}
             attention = self.bound.attention_of(index)
-            q, k = probe_layer(layer, attention, (hidden, *rest), inputs, self.cache, last)
+            q, k = probe_layer(layer, attention, (hidden, *rest), inputs, self.cache, rows)
             self._read(wanted, self._inputs(index, attention, q, k, mask))
+
+    def _rows_of(self, queries: set[str]) -> Tensor | None:
+        """Slots `[B, r]` of the tokens whose queries are wanted; None: all. Of a sample with fewer the last repeats."""
+        if "all" in queries:
+            return None
+        packing = self.tokens.packing
+        last = packing.last_slots()[:, None]
+        if queries == {"last"}:
+            return last
+        asked = question_slots(packing, self.spans(last.device))
+        rows = last.repeat(1, 1 + max(map(len, asked)))
+        for b, slots in enumerate(asked):
+            rows[b, : len(slots)] = slots
+        return rows
 
     def past(self, index: int) -> Past | None:
         """What the cache holds for a layer, if it is not what the caller gave."""

@@ -1,7 +1,7 @@
 """Probing: the queries and keys that an LM layer is about to use, before it runs.
 
 A layer is probed by its own path: it is called, and stops where it would attend. For layers that project and rotate as
-Llama's do, and only after a comparison on this very layer, one query is computed instead of all.
+Llama's do, and only after a comparison on this very layer, some queries are computed instead of all.
 """
 
 import sys
@@ -18,7 +18,7 @@ from winnow.engine.cache import held_by
 from winnow.engine.versions import CACHE_NAMES
 from winnow.signals.tap import probe
 
-_one_query_agrees: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+_some_agree: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
 
 def probe_layer(
@@ -27,19 +27,21 @@ def probe_layer(
     args: tuple[Any, ...],
     arguments: dict[str, Any],
     cache: Any,
-    last: Int[Tensor, " b"] | None,
-) -> tuple[Float[Tensor, "b h r e"], Float[Tensor, "b g k e"]]:
+    rows: Int[Tensor, "b r"] | None,
+) -> tuple[Float[Tensor, "b h q e"], Float[Tensor, "b g k e"]]:
     """Queries and keys of a layer for these inputs; the keys of its cache come first.
 
     Args:
         attention: its attention module.
         args, arguments: with which the layer is about to be called, the hidden states `[B, P, D]` first.
-        last: the slot of the last token of each row, where only its query is wanted; None: all queries.
+        rows: the slots whose queries are wanted; None: all. Of one for each sample, that query alone is returned; of
+            more, all queries, and those that are not wanted may be NaN.
     """
-    if last is None:
+    if rows is None:
         q, k = _by_own_path(layer, args, arguments)
     else:
-        q, k = _for_one_query(layer, attention, args, arguments, last)
+        q, k = _for_some(layer, attention, args, arguments, rows)
+        q = q if rows.shape[1] == 1 else _in_place(q, rows, k.shape[2])
     held = held_by(cache, attention.layer_idx)
     if held:
         if isinstance(cache.layers[attention.layer_idx], HeldLayer):
@@ -59,23 +61,30 @@ def _by_own_path(layer: nn.Module, args: tuple[Any, ...], arguments: dict[str, A
     return probe(layer.forward, *args, attention_mask=None, use_cache=False, **bare)
 
 
-def _for_one_query(
-    layer: nn.Module, attention: Any, args: tuple[Any, ...], arguments: dict[str, Any], last: Tensor
+def _for_some(
+    layer: nn.Module, attention: Any, args: tuple[Any, ...], arguments: dict[str, Any], rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    agrees, embeddings = _one_query_agrees.get(layer), arguments.get("position_embeddings")
+    """Queries `[B, H, r, e]` of these slots, and all keys."""
+    agrees, embeddings = _some_agree.get(layer), arguments.get("position_embeddings")
     if agrees:
-        return _one_query(layer, args[0], embeddings, last)  # type: ignore[arg-type]
+        return _some_queries(layer, args[0], embeddings, rows)  # type: ignore[arg-type]
     q, k = _by_own_path(layer, args, arguments)
-    q = q.gather(2, last[:, None, None, None].expand(-1, q.shape[1], 1, q.shape[3]))
+    q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
     if agrees is None:
         pair = isinstance(embeddings, tuple) and len(embeddings) == 2
         alike = pair and _llama_like(layer, attention)
-        _one_query_agrees[layer] = alike and _close((q, k), _one_query(layer, args[0], embeddings, last))  # type: ignore[arg-type]
+        _some_agree[layer] = alike and _close((q, k), _some_queries(layer, args[0], embeddings, rows))  # type: ignore[arg-type]
     return q, k
 
 
+def _in_place(q: Tensor, rows: Tensor, slots: int) -> Tensor:
+    """Queries at their slots, `[B, H, slots, e]`; NaN where there is none, so that nobody takes it for one."""
+    whole = q.new_full((*q.shape[:2], slots, q.shape[3]), torch.nan)
+    return whole.scatter_(2, rows[:, None, :, None].expand_as(q), q)
+
+
 def _llama_like(layer: Any, attention: Any) -> bool:
-    """Whether the layer has the parts that `_one_query` uses."""
+    """Whether the layer has the parts that `_some_queries` uses."""
     return (
         attention is getattr(layer, "self_attn", None)
         and hasattr(layer, "input_layernorm")
@@ -92,21 +101,21 @@ def _close(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
     )
 
 
-def _one_query(layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor], last: Tensor) -> tuple[Tensor, Tensor]:
-    """One query instead of all, and no values: a third of the projections or less."""
+def _some_queries(layer: Any, hidden: Tensor, embeddings: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Some queries instead of all, and no values: a third of the projections or little more."""
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     b, p, _ = normed.shape
-    at = last[:, None, None]
-    one = normed.gather(1, at.expand(-1, 1, normed.shape[-1]))
+    at = rows[..., None]
+    some = normed.gather(1, at.expand(-1, -1, normed.shape[-1]))
     cos, sin = (e.expand(b, -1, -1) for e in embeddings)
-    cos_one, sin_one = (e.gather(1, at.to(e.device).expand(-1, 1, e.shape[-1])) for e in (cos, sin))
-    q = attention.q_proj(one).view(b, 1, -1, attention.head_dim).transpose(1, 2)
+    cos_some, sin_some = (e.gather(1, at.to(e.device).expand(-1, -1, e.shape[-1])) for e in (cos, sin))
+    q = attention.q_proj(some).view(b, rows.shape[1], -1, attention.head_dim).transpose(1, 2)
     k = attention.k_proj(normed).view(b, p, -1, attention.head_dim).transpose(1, 2)
     try:
         # The rotation takes a pair; half of each pair is left empty of heads.
-        q, _ = rotate(q, q[:, :0], cos_one, sin_one)
+        q, _ = rotate(q, q[:, :0], cos_some, sin_some)
         _, k = rotate(k[:, :0], k, cos, sin)
     except (RuntimeError, TypeError):  # a rotation of another kind: the comparison fails, and the own path is used
         return q[:, :, :0], k

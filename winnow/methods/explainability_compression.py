@@ -1,7 +1,7 @@
 """Explainability compression (arXiv 2506.01097): a tiny convolutional net guesses which tokens explain the answer.
 
 Looks at: what the question attends to in the first LM layer, head by head, which is probed before that layer runs.
-Cost: queries and keys of one layer, O(S · D²), the question's rows, and O(V · 64² · 9) for the net.
+Cost: the keys of one layer, O(S · D²), the question's rows, and O(V · 64² · 9) for the net.
 
 The net is trained with the model frozen: its target is how much each visual token explains the answer, by attention
 and its gradients through all layers (see `winnow.learn.pruners`). Each picture, crop mosaic and frame is a plane of
@@ -13,7 +13,7 @@ Departs from the released code: no code has been released.
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,10 @@ class HeadsOfQuestion(wn.LMSignal):
     @property
     def reads_question(self) -> bool:
         return True
+
+    @property
+    def queries(self) -> Literal["question"]:
+        return "question"
 
     def resolve(self, info: wn.ModelInfo) -> Self:
         return super().resolve(info)._with(heads=info.heads)

@@ -40,7 +40,8 @@ class LMAttentionInputs:
     """What a signal of an LM layer is shown at `shows="attention"`: queries and keys, and who they belong to.
 
     Attributes:
-        q: `[B, H, P, d]` queries after position embedding, or `[B, H, 1, d]`: only the last token of each row.
+        q: `[B, H, P, d]` queries after position embedding, or `[B, H, 1, d]`: only the last token of each row. Those
+            that no signal needs (`Signal.queries`) may be NaN.
         k: `[B, G, L + P, d]` keys; those of the cache come first.
         scaling: of the logits.
         packing: the slots in which the queries stand.
@@ -103,7 +104,7 @@ class LMAttentionInputs:
         return attention_rows(rows, self.k, self.scaling, seen).mean(1)[:, 0, self.before :]
 
     def _question_slots(self) -> list[Int[Tensor, " r"]]:
-        return _question_slots(self.packing, self.spans)
+        return question_slots(self.packing, self.spans)
 
     def by_head(self, b: int, slots: Int[Tensor, " r"]) -> Iterator[tuple[slice, Float[Tensor, "h t n"]]]:
         """Attention of some slots of sample b to all keys in each head, in tiles: which of them, and their rows."""
@@ -151,7 +152,7 @@ class LMEntry:
     def last_of_question(self, count: int) -> Float[Tensor, "b t d"]:
         """The last `count` rows of each question; where it has fewer, zeros stand before them."""
         found = self.hidden.new_zeros(len(self.spans.questions), count, self.hidden.shape[-1])
-        for b, slots in enumerate(_question_slots(self.packing, self.spans)):
+        for b, slots in enumerate(question_slots(self.packing, self.spans)):
             own = slots[-count:]
             found[b, count - own.shape[0] :] = self.hidden[b, own]
         return found
@@ -170,7 +171,8 @@ class LMEntry:
         return mean, wide.gather(1, last[:, None, None].expand(-1, 1, wide.shape[-1]))[:, 0]
 
 
-def _question_slots(packing: Packing, spans: TextSpans) -> list[Int[Tensor, " r"]]:
+def question_slots(packing: Packing, spans: TextSpans) -> list[Int[Tensor, " r"]]:
+    """The slots of each sample's question."""
     slots = packing.to_logical()
     return [slots[b, start:end] for b, (start, end) in enumerate(spans.questions)]
 
@@ -224,8 +226,8 @@ class LMAttention(LMSignal):
     rows: Rows = "last"
 
     @property
-    def last_row_only(self) -> bool:
-        return self.rows == "last"
+    def queries(self) -> Literal["all", "question", "last"]:
+        return "all" if self.rows == "items" else self.rows
 
     @property
     def reads_question(self) -> bool:

@@ -31,7 +31,7 @@ COLUMNS = [
     "trained − untrained",
     "trained − frames",
 ]
-PER_TYPE = 100
+PER_TYPE = 300
 
 
 def cells(found: Compared) -> list[str]:
