@@ -17,7 +17,7 @@ from winnow.core.plan import Plan
 from winnow.core.step import State
 from winnow.core.view import View
 from winnow.learn.pruners.frozen import soft_keys
-from winnow.methods.covipal import CoViPAL, Scorer
+from winnow.methods.covipal import CoViPAL, Scorer, sizes_for
 from winnow.parts.learned import untrained
 from winnow.signals.entering import QuestionRows
 
@@ -71,6 +71,11 @@ def test_open_gates_change_nothing_and_gradients_flow_through_them():
     assert (soft - plain).abs().max() <= 1e-5
     (grad,) = torch.autograd.grad(soft[0, -1].max(), weights)
     assert (grad.abs() > 0).sum() > 20
+
+
+def test_a_scorer_is_half_as_wide_as_the_lm():
+    assert [sizes_for(width)["dim"] for width in (12, 192, 384, 1024, 4096)] == [4, 96, 192, 256, 256]
+    assert {own.visual.out_features for own in CoViPAL(weights="untrained").resolve(LLAMA).build(LLAMA).values()} == {4}
 
 
 @pytest.mark.system("covipal", "exact")

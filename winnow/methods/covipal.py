@@ -1,7 +1,7 @@
 """CoViPAL (arXiv 2508.17243): small scorers that see all visual tokens and the question prune at and early in the LM.
 
 Looks at: the visual tokens at each cut, and the last rows of the question there. Cost: a transformer layer of width
-d = 256 on V + T tokens for each cut, O(V · D · d + V² · d).
+d on V + T tokens for each cut, O(V · D · d + V² · d); d is half of D and at most 256.
 
 At its cut a scorer S(H_v, H_t) gives each visual token a logit: both are normalised and projected to d channels, an
 embedding tells them apart, a pre-norm layer lets all attend to all, and a linear head reads the visual ones. It is
@@ -31,10 +31,11 @@ class Layer(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
-    def forward(self, x: Float[torch.Tensor, "b n d"], seen: torch.Tensor) -> Float[torch.Tensor, "b n d"]:
+    def forward(self, x: Float[torch.Tensor, "b n d"], seen: torch.Tensor, n: int) -> Float[torch.Tensor, "b v d"]:
+        """The first n rows behind the layer; the others are only read."""
         q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        mixed = scaled_dot_product_attention(q[:, :, :n], k, v, attn_mask=seen[:, None, None])
+        x = x[:, :n] + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.down(gelu(self.up(self.norms[1](x))))
 
 
@@ -47,12 +48,17 @@ class Scorer(nn.Module):
         self.layer, self.norm, self.score = Layer(dim, heads), nn.LayerNorm(dim), nn.Linear(dim, 1)
 
     def forward(self, v: Float[torch.Tensor, "b n w"], t: Float[torch.Tensor, "b t w"]) -> Float[torch.Tensor, "b n"]:
-        """Rows of zeros, and rows with a NaN or an infinity, are not there."""
+        """Rows of zeros, and rows with a NaN or an infinity, are not there; the logits of the latter are NaN."""
         size = torch.cat([extent(v), extent(t)], 1)
         seen = size.isfinite() & (size > 0)
         x = torch.cat([self.visual(layer_norm(v, v.shape[-1:])), self.text(layer_norm(t, t.shape[-1:]))], 1)
-        x = self.layer(x.masked_fill(~seen[..., None], 0), seen)
-        return self.score(self.norm(x[:, : v.shape[1]]))[..., 0]
+        x = self.layer(x.masked_fill(~seen[..., None], 0), seen, v.shape[1])
+        return self.score(self.norm(x))[..., 0].masked_fill(~size[:, : v.shape[1]].isfinite(), torch.nan)
+
+
+def sizes_for(width: int) -> dict[str, int]:
+    """Of a scorer, for an LM of this width: half of it, at most 256. A quarter learns less of the question."""
+    return {"dim": min(256, width // 8 * 4), "heads": 4}
 
 
 def extent(x: Float[torch.Tensor, "b n w"]) -> Float[torch.Tensor, "b n"]:
@@ -90,8 +96,9 @@ class CoViPAL(wn.Method):
         return self.replace(ratios=tuple(budgets.values()), layers=tuple(budgets))
 
     def build(self, info: wn.ModelInfo):
-        def make(dim: int = 256, heads: int = 4) -> nn.ModuleDict:
-            return nn.ModuleDict({str(layer): Scorer(info.width, dim, heads) for layer in self.layers or ()})
+        def make(**sizes: int) -> nn.ModuleDict:
+            own = sizes or sizes_for(info.width)
+            return nn.ModuleDict({str(layer): Scorer(info.width, **own) for layer in self.layers or ()})
 
         return learned(self.slug, self.weights, info, make)
 
@@ -105,5 +112,4 @@ class CoViPAL(wn.Method):
         """The map of the cut before the layer whose rows of the question are given."""
         scorer, items = view.module[str(text.layer)], zip(view.tokens.split(1), view[text].split(1), strict=True)
         logits = torch.cat([in_fp32(scorer, *item) for item in items])
-        broken = ~extent(view.tokens).isfinite()
-        return wn.top_k(logits.masked_fill(broken, torch.nan), budget.of(view.n_lm), view)
+        return wn.top_k(logits, budget.of(view.n_lm), view)

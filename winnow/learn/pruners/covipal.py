@@ -16,7 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from winnow.learn.fitting import Phase, Record
 from winnow.learn.pruners.frozen import Example, Frozen, Recorder, device_of, soft_keys
-from winnow.methods.covipal import CoViPAL, Scorer
+from winnow.methods.covipal import CoViPAL, Scorer, sizes_for
 from winnow.signals.entering import QuestionRows
 from winnow.signals.language import LMAttention
 
@@ -33,7 +33,7 @@ class Recipe:
         self.layers: tuple[int, ...] = self.method.layers or ()
         self.shares = [float(budget.share(100)) for budget in self.method.ratios]
         self.width = info.width
-        self.sizes = {"dim": min(256, info.width // 2), "heads": 4}
+        self.sizes = sizes_for(info.width)
         self.settings = {"layers": list(self.layers), "ratios": [str(budget) for budget in self.method.ratios]}
         self.guide = max(info.at_depth(2 / 3), max(self.layers) + 1)
         looks = tuple((f"layers[{k}]", (QuestionRows(k),)) for k in self.layers)
