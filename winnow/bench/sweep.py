@@ -19,6 +19,7 @@ from winnow.bench.plans import Job
 from winnow.bench.requests import Request, joined, without_pixels
 from winnow.bench.reuse import Encoded
 from winnow.bench.schema import Answer, Overlay
+from winnow.bench.shared_layers import SharedLayers
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.layout import Layout
 from winnow.core.ledger import ItemLedger, Ledger
@@ -52,19 +53,27 @@ class Sweeper:
 
     Attributes:
         reader: the plan that records what any of the plans needs from the tower.
+        layers: what plans share of the tower and of the language model.
         drawn: ids of the questions whose overlays are kept.
     """
 
     handle: Handle
     processor: Any
     reader: Plan
+    layers: SharedLayers
     max_new_tokens: int
     seed: int = 0
     drawn: frozenset[str] = frozenset()
 
     def shared(self, requests: Sequence[Request]) -> Callable[[], Encoded]:
         """The encoder outputs of a batch, made when they are first needed."""
-        return functools.cache(lambda: Encoded(self.handle, self.reader, joined(requests)))
+
+        def encode() -> Encoded:
+            self.layers.forget()
+            with self.layers.under(self.handle.bind(self.reader)):
+                return Encoded(self.handle, self.reader, joined(requests))
+
+        return functools.cache(encode)
 
     def run(
         self, job: Job, cell: int, requests: Sequence[Request], encoded: Callable[[], Encoded], check: bool
@@ -81,6 +90,7 @@ class Sweeper:
         except Exception as error:
             if not out_of_memory(error):
                 raise
+        self.layers.forget()
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
@@ -94,7 +104,9 @@ class Sweeper:
         choices = self.choices(job, requests, encoded.layouts)
         given = without_pixels(encoded.inputs)
         with self.handle.using(job.plan), choosing(choices):
-            ids, ledger = self._generate(given | {"mm_encoder_outputs": {encoded.modality: encoded.under(job.plan)}})
+            with self.layers.under(self.handle.bind(job.plan)):
+                output = encoded.under(job.plan)
+                ids, ledger = self._generate(given | {"mm_encoder_outputs": {encoded.modality: output}})
             mismatch = self._compare(requests, encoded.inputs, ids, ledger) if check else ""
         prompt = given["input_ids"].shape[1]
         read = [self._read(cell, r, row, ids[row, prompt:], ledger) for row, r in enumerate(requests)]
