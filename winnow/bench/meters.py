@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,24 +85,37 @@ class Cost:
     kv_bytes_full: int
 
 
-def cost(ledger: Ledger, row: int, config: Any, itemsize: int) -> Cost:
-    """The cost of one sample alone, independent of its batch.
+def costs(ledger: Ledger, config: Any, itemsize: int) -> list[Cost]:
+    """The cost of each sample alone, independent of its batch.
 
     Args:
         config: of the language model.
         itemsize: bytes of one number in the cache.
     """
-    tokens = [layer[row] for layer in ledger.layer_tokens]
-    full = [ledger.logical[row]] * len(tokens)
     each = kv_bytes_per_token(config, itemsize)
-    return Cost(
-        kept=sum(len(item.kept) for item in ledger.items if item.row == row),
-        layer_tokens=sum(tokens) / len(tokens),
-        flops=lm_flops(config, [[n] for n in tokens]),
-        flops_full=lm_flops(config, [[n] for n in full]),
-        kv_bytes=each * sum(tokens),
-        kv_bytes_full=each * sum(full),
-    )
+    kept = [0] * len(ledger.logical)
+    for item in ledger.items:
+        kept[item.row] += len(item.kept)
+
+    @functools.cache  # samples of a batch are often of one length
+    def flops(tokens: tuple[int, ...]) -> int:
+        return lm_flops(config, [[n] for n in tokens])
+
+    found = []
+    for row, whole in enumerate(ledger.logical):
+        tokens = tuple(layer[row] for layer in ledger.layer_tokens)
+        full = (whole,) * len(tokens)
+        found.append(
+            Cost(
+                kept=kept[row],
+                layer_tokens=sum(tokens) / len(tokens),
+                flops=flops(tokens),
+                flops_full=flops(full),
+                kv_bytes=each * sum(tokens),
+                kv_bytes_full=each * sum(full),
+            )
+        )
+    return found
 
 
 def merged_into(item: ItemLedger) -> tuple[tuple[int, ...], dict[int, tuple[int, ...]] | None]:

@@ -23,6 +23,7 @@ from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.handle import Handle
 from winnow.engine.hooks import stand_in
 from winnow.engine.versions import CACHE_NAMES
+from winnow.engine.watch import modules_seen
 from winnow.signals.tap import only_show, probed
 
 LIMIT = 2**30  # bytes that are remembered of a batch
@@ -38,15 +39,18 @@ class Call:
         given: its arguments by name or place, without the cache.
         output: `[*, D]`
         stored: the keys and values that it left in a cache that was empty; None where it had none.
+        modules: what its modules were given and gave, where a plan looked at them.
     """
 
     given: Given
     output: Tensor
     stored: tuple[Tensor, Tensor] | None
+    modules: dict[str, tuple[Tensor, Tensor]]
 
     @property
     def nbytes(self) -> int:
-        return 2 * self.output.nbytes + sum(x.nbytes for x in self.stored or ())
+        kept = [*(self.stored or ()), *(x for pair in self.modules.values() for x in pair)]
+        return 2 * self.output.nbytes + sum(x.nbytes for x in kept)
 
 
 class SharedLayers:
@@ -93,15 +97,17 @@ class SharedLayers:
         if self._plan is None or not self._can_share(self._plan, site, cache):
             return plain(*args, **kwargs)
         given: Given = {name: x for name, x in {**dict(enumerate(args)), **kwargs}.items() if name not in CACHE_NAMES}
-        known = self._known.get(site)
-        if known is None or (known.stored is None) != (cache is None) or not _equal(known.given, given):
+        known, looked = self._known.get(site), modules_seen() if site.stack == "lm" else None
+        if known is None or not _equal(known.given, given) or (looked is not None and not known.modules):
             output = plain(*args, **kwargs)
-            self._remember(site, given, output, cache)
+            self._remember(site, given, output, cache, dict(looked or {}))
             return output
         if site in self._plan.listeners:
             only_show(plain, *args, **kwargs)  # fills the cache as well
         elif known.stored is not None:
             cache.update(*known.stored, site.index)
+        if looked is not None:
+            looked.update(known.modules)
         return known.output.clone()
 
     def _can_share(self, plan: BoundPlan, site: Site, cache: Any) -> bool:
@@ -112,20 +118,22 @@ class SharedLayers:
             # Blocks of packed tiles attend several times, and behind the first step tokens may be weighted.
             shown_once = site not in plan.listeners or not self._packed
             return cache is None and shown_once and (plan.first_block is None or site.index < plan.first_block)
-        if cache is None or plan.kv or plan.cross_reads or Site("lm", site.index, "hidden") in plan.listeners:
+        if cache is None or plan.kv or plan.cross_reads:
             return False
         layers = getattr(cache, "layers", ())
         held = layers[site.index].get_seq_length() if site.index < len(layers) else 0
         return not held and all(type(layer) is DynamicLayer for layer in layers)
 
-    def _remember(self, site: Site, given: Given, output: Any, cache: Any) -> None:
+    def _remember(
+        self, site: Site, given: Given, output: Any, cache: Any, modules: dict[str, tuple[Tensor, Tensor]]
+    ) -> None:
         if not isinstance(output, Tensor) or (cache is not None and type(cache.layers[site.index]) is not DynamicLayer):
             return
         known = self._known.get(site)
-        if known is not None and known.output.numel() >= output.numel():
+        if known is not None and (known.output.numel() > output.numel() or not modules):
             return  # what one plan has shortened, others seldom read
         stored = None if cache is None else (cache.layers[site.index].keys, cache.layers[site.index].values)
-        call = Call(given, output.clone(), stored)
+        call = Call(given, output.clone(), stored, modules)
         held = sum(other.nbytes for at, other in self._known.items() if at != site)
         if held + call.nbytes <= LIMIT:
             self._known[site] = call

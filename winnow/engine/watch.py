@@ -15,6 +15,11 @@ from winnow.signals.language import LayerModules
 _seen: ContextVar[dict[str, tuple[Tensor, Tensor]] | None] = ContextVar("winnow_layer", default=None)
 
 
+def modules_seen() -> dict[str, tuple[Tensor, Tensor]] | None:
+    """Inputs and outputs of the modules (`attention`, `mlp`) of the layer that runs; None where nobody looks at it."""
+    return _seen.get()
+
+
 class LayerWatch:
     """Hooks on a layer, its attention and its MLP, until it is removed.
 
