@@ -15,6 +15,7 @@ from winnow.bench.tasks import Boxes
 from winnow.core.layout import Layout
 from winnow.core.ledger import ItemLedger, Ledger
 from winnow.core.point import Point
+from winnow.core.reduction import Reduction
 from winnow.engine.flops import kv_bytes_per_token, lm_flops
 
 REFUSAL = re.compile(r"^(i('m| am)? (sorry|cannot|can't|can not|unable|not able)|unanswerable|as an ai)\b")
@@ -52,7 +53,7 @@ def evidence_recall(read: Sequence[np.ndarray], layout: Layout, evidence: Boxes)
     Args:
         read: from `read_by_layer`.
     """
-    matters = layout.covering(evidence)
+    matters = _matters(layout, evidence)
     if not matters.any():
         return None
     return float(np.mean([matters[ids[ids >= 0]].sum() for ids in read]) / matters.sum())
@@ -64,13 +65,25 @@ def read_by_layer(item: ItemLedger, depth: int) -> list[np.ndarray]:
     Args:
         depth: LM layers.
     """
-    ids, total = np.arange(item.n_visual), None
+    total: Reduction | None = None
     found: list[np.ndarray] = []
-    for point, _, reduction in item.reductions:
-        found += [ids] * ((Point.of(point).index or 0) - len(found))
+
+    def read() -> np.ndarray:
+        if total is None:
+            return np.arange(item.n_visual)
+        return np.where(total.sourced, total.representatives, -1)
+
+    for text, _, reduction in item.reductions:
+        point = Point.of(text)
+        if point.name == "layers" and point.index > len(found):  # type: ignore[operator]
+            found += [read()] * (point.index - len(found))  # type: ignore[operator]
         total = reduction.cpu() if total is None else reduction.cpu() @ total
-        ids = np.where(total.sourced, total.representatives, -1)
-    return found + [ids] * (depth - len(found))
+    return found + [read()] * (depth - len(found))
+
+
+@functools.lru_cache(maxsize=4096)  # every plan is asked about the same evidence
+def _matters(layout: Layout, evidence: Boxes) -> np.ndarray:
+    return layout.covering(evidence)
 
 
 @dataclass(frozen=True)
