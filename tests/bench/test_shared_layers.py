@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from tests import zoo
 from winnow.bench import shared_layers
@@ -14,6 +15,7 @@ from winnow.core.budget import Budget
 from winnow.core.errors import WinnowError
 from winnow.core.plan import Plan
 from winnow.core.registry import method_class
+from winnow.core.signal import Site
 from winnow.engine.compress import compress
 
 from .conftest import BASELINES
@@ -142,6 +144,28 @@ def test_a_changed_output_is_not_what_the_next_plan_gets():
         spoil.remove()
         with layers.under(handle.bind(Plan(()))):
             assert torch.equal(model(**inputs, use_cache=True).logits, wanted)
+
+
+@pytest.mark.parametrize("beside", [{}, []])
+def test_layers_that_are_given_something_to_write_to_run(beside):
+    calls = []
+
+    def layer(hidden, cache=None, **beside):
+        calls.append(hidden)
+        cache.update(hidden[None], hidden[None], 0)
+        return hidden + 1
+
+    with compress(zoo.model("llava_clip"), Plan(())) as handle, SharedLayers(handle) as layers, torch.no_grad():
+        for times, extra in ((1, {"n": 2}), (2, {"n": 2, "box": beside})):
+            layers.forget()
+            calls.clear()
+            with layers.under(handle.bind(Plan(()))):
+                for _ in range(2):
+                    given = {"cache": DynamicCache(), **extra}
+                    made = layers._run(Site("lm", 0), layer, (torch.ones(1, 4, 8),), given)
+                    assert torch.equal(made, torch.full((1, 4, 8), 2.0))
+                    assert given["cache"].get_seq_length() == 4
+            assert len(calls) == times
 
 
 def test_a_sweep_is_the_same_with_and_without_shared_layers(sweep, exported, monkeypatch):

@@ -51,8 +51,8 @@ def bench(
     """Measure methods and baselines at all budgets, and return the key of the run.
 
     Pictures are encoded once for all plans (`reuse`), and blocks and layers that plans give equal inputs are computed
-    once (`shared_layers`). Of each method `checked` questions, spread over its budgets, are also asked through the plain
-    `model.generate` with the pixels, where nothing is shared.
+    once (`shared_layers`). Of each method `checked` questions, spread over its budgets, are also asked through the
+    plain `model.generate` with the pixels, where nothing is shared.
 
     Args:
         methods, budgets: see `plans.jobs`.

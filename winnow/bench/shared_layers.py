@@ -65,10 +65,11 @@ class SharedLayers:
         self._removers: list[Callable[[], None]] = []
         self._plan: BoundPlan | None = None
         self._known: dict[Site, Call] = {}
-        # Where there are several towers, blocks share a number.
+        # Where there are several towers, blocks share a number; and layers may read the keys of others.
         towers = () if bound.family.other_blocks else bound.blocks
+        layers = bound.layers if bound.kv_of == tuple(range(len(bound.layers))) else ()
         self._parts = [(Site("vision", i), block) for i, block in enumerate(towers)]
-        self._parts += [(Site("lm", i), layer) for i, layer in enumerate(bound.layers)]
+        self._parts += [(Site("lm", i), layer) for i, layer in enumerate(layers)]
 
     def __enter__(self) -> SharedLayers:
         self._removers = [stand_in(part, _Forward(self._run, site, part)) for site, part in self._parts]
@@ -96,16 +97,19 @@ class SharedLayers:
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         if self._plan is None or not self._can_share(self._plan, site, cache):
             return plain(*args, **kwargs)
-        given: Given = {name: x for name, x in {**dict(enumerate(args)), **kwargs}.items() if name not in CACHE_NAMES}
+        given: Given = dict(enumerate(args))
+        given |= {name: x for name, x in kwargs.items() if name not in CACHE_NAMES}
+        if any(isinstance(x, dict | list) for x in given.values()):
+            return plain(*args, **kwargs)  # layers may leave something there for others
         known, looked = self._known.get(site), modules_seen() if site.stack == "lm" else None
-        if known is None or not _equal(known.given, given) or (looked is not None and not known.modules):
+        if known is None or not _alike(known.given, given) or (looked is not None and not known.modules):
             output = plain(*args, **kwargs)
             self._remember(site, given, output, cache, dict(looked or {}))
             return output
         if site in self._plan.listeners:
             only_show(plain, *args, **kwargs)  # fills the cache as well
         elif known.stored is not None:
-            cache.update(*known.stored, site.index)
+            cache.update(*known.stored, site.index)  # type: ignore[union-attr]
         if looked is not None:
             looked.update(known.modules)
         return known.output.clone()
@@ -152,14 +156,16 @@ class _Forward:
         return self.run(self.site, self.plain, args, kwargs)
 
 
+def _alike(a: Given, b: Given) -> bool:
+    return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
+
+
 def _equal(a: Any, b: Any) -> bool:
     """Whether two arguments are equal; what is of another kind than tensors, numbers and words is only itself."""
     if a is b:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+    if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
     return isinstance(a, bool | int | float | str) and type(a) is type(b) and a == b
