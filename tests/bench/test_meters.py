@@ -12,7 +12,7 @@ import torch
 
 from tests import zoo
 from winnow.bench.intervals import efficiency, median, paired, rate
-from winnow.bench.meters import cost, counted_flops, evidence_recall, judge, read_by_layer
+from winnow.bench.meters import costs, counted_flops, evidence_recall, judge, read_by_layer
 from winnow.core.layout import Layout
 from winnow.engine.compress import compress
 from winnow.engine.flops import lm_flops
@@ -70,7 +70,7 @@ def test_kv_bytes_are_the_bytes_of_the_storages_that_are_held(plan, rows):
     held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for layer in cache.layers
             for x in (layer.keys, layer.values)}  # fmt: skip
     config = model.config.get_text_config()
-    own = [cost(ledger, row, config, model.dtype.itemsize) for row in range(len(rows))]
+    own = costs(ledger, config, model.dtype.itemsize)
     assert sum(held.values()) == ledger.kv_bytes
     assert sum(c.kv_bytes for c in own) == ledger.kv_bytes
     assert sum(c.kv_bytes_full for c in own) == ledger.kv_bytes_full

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from winnow.bench.tasks import Boxes
 from winnow.core.layout import Layout
 from winnow.core.ledger import ItemLedger, Ledger
 from winnow.core.point import Point
+from winnow.core.reduction import Reduction
 from winnow.engine.flops import kv_bytes_per_token, lm_flops
 
 REFUSAL = re.compile(r"^(i('m| am)? (sorry|cannot|can't|can not|unable|not able)|unanswerable|as an ai)\b")
@@ -51,7 +53,7 @@ def evidence_recall(read: Sequence[np.ndarray], layout: Layout, evidence: Boxes)
     Args:
         read: from `read_by_layer`.
     """
-    matters = layout.covering(evidence)
+    matters = _matters(layout, evidence)
     if not matters.any():
         return None
     return float(np.mean([matters[ids[ids >= 0]].sum() for ids in read]) / matters.sum())
@@ -63,13 +65,25 @@ def read_by_layer(item: ItemLedger, depth: int) -> list[np.ndarray]:
     Args:
         depth: LM layers.
     """
-    ids, total = np.arange(item.n_visual), None
+    total: Reduction | None = None
     found: list[np.ndarray] = []
-    for point, _, reduction in item.reductions:
-        found += [ids] * ((Point.of(point).index or 0) - len(found))
+
+    def read() -> np.ndarray:
+        if total is None:
+            return np.arange(item.n_visual)
+        return np.where(total.sourced, total.representatives, -1)
+
+    for text, _, reduction in item.reductions:
+        point = Point.of(text)
+        if point.name == "layers" and point.index > len(found):  # type: ignore[operator]
+            found += [read()] * (point.index - len(found))  # type: ignore[operator]
         total = reduction.cpu() if total is None else reduction.cpu() @ total
-        ids = np.where(total.sourced, total.representatives, -1)
-    return found + [ids] * (depth - len(found))
+    return found + [read()] * (depth - len(found))
+
+
+@functools.lru_cache(maxsize=4096)  # every plan is asked about the same evidence
+def _matters(layout: Layout, evidence: Boxes) -> np.ndarray:
+    return layout.covering(evidence)
 
 
 @dataclass(frozen=True)
@@ -84,24 +98,37 @@ class Cost:
     kv_bytes_full: int
 
 
-def cost(ledger: Ledger, row: int, config: Any, itemsize: int) -> Cost:
-    """The cost of one sample alone, independent of its batch.
+def costs(ledger: Ledger, config: Any, itemsize: int) -> list[Cost]:
+    """The cost of each sample alone, independent of its batch.
 
     Args:
         config: of the language model.
         itemsize: bytes of one number in the cache.
     """
-    tokens = [layer[row] for layer in ledger.layer_tokens]
-    full = [ledger.logical[row]] * len(tokens)
     each = kv_bytes_per_token(config, itemsize)
-    return Cost(
-        kept=sum(len(item.kept) for item in ledger.items if item.row == row),
-        layer_tokens=sum(tokens) / len(tokens),
-        flops=lm_flops(config, [[n] for n in tokens]),
-        flops_full=lm_flops(config, [[n] for n in full]),
-        kv_bytes=each * sum(tokens),
-        kv_bytes_full=each * sum(full),
-    )
+    kept = [0] * len(ledger.logical)
+    for item in ledger.items:
+        kept[item.row] += len(item.kept)
+
+    @functools.cache  # samples of a batch are often of one length
+    def flops(tokens: tuple[int, ...]) -> int:
+        return lm_flops(config, [[n] for n in tokens])
+
+    found = []
+    for row, whole in enumerate(ledger.logical):
+        tokens = tuple(layer[row] for layer in ledger.layer_tokens)
+        full = (whole,) * len(tokens)
+        found.append(
+            Cost(
+                kept=kept[row],
+                layer_tokens=sum(tokens) / len(tokens),
+                flops=flops(tokens),
+                flops_full=flops(full),
+                kv_bytes=each * sum(tokens),
+                kv_bytes_full=each * sum(full),
+            )
+        )
+    return found
 
 
 def merged_into(item: ItemLedger) -> tuple[tuple[int, ...], dict[int, tuple[int, ...]] | None]:

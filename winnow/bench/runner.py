@@ -14,6 +14,7 @@ from winnow.bench.plans import FULL_JOB, Job, Keep, jobs
 from winnow.bench.requests import Request, batches, joined, request
 from winnow.bench.reuse import Encoded, listening
 from winnow.bench.schema import Question
+from winnow.bench.shared_layers import SharedLayers
 from winnow.bench.store import Store
 from winnow.bench.sweep import Outcome, Sweeper
 from winnow.bench.tasks import Ask, Task
@@ -49,8 +50,9 @@ def bench(
 ) -> str:
     """Measure methods and baselines at all budgets, and return the key of the run.
 
-    Pictures are encoded once for all plans (`reuse`); of each method `checked` questions, spread over its budgets,
-    are also asked through the plain `model.generate` with the pixels.
+    Pictures are encoded once for all plans (`reuse`), and blocks and layers that plans give equal inputs are computed
+    once (`shared_layers`). Of each method `checked` questions, spread over its budgets, are also asked through the
+    plain `model.generate` with the pixels, where nothing is shared.
 
     Args:
         methods, budgets: see `plans.jobs`.
@@ -67,7 +69,7 @@ def bench(
     """
     if batch < 1 or max_new_tokens < 1 or not 0 <= shard[0] < shard[1]:
         raise WinnowError(f"batch={batch}, max_new_tokens={max_new_tokens}, shard={shard}: use whole numbers ≥ 1.")
-    with compress(model, Plan(()), processor=processor) as handle:
+    with compress(model, Plan(()), processor=processor) as handle, SharedLayers(handle) as layers:
         asked = batches(model, processor, task, batch)
         for row in (*task.bad, *asked.bad):
             say(f"left out: {row}")
@@ -82,9 +84,8 @@ def bench(
         store.add_questions(_question(run, ask) for ask in task.questions if ask.id in good)
         cells = {j.key: store.add_cell(run, j.cell) for j in planned}
         planned = _supported(handle, planned, cells, store)
-        sweeper = Sweeper(
-            handle, processor, listening(handle, [j.plan for j in planned]), max_new_tokens, seed, _drawn(task)
-        )
+        reader = listening(handle, [j.plan for j in planned])
+        sweeper = Sweeper(handle, processor, reader, layers, max_new_tokens, seed, _drawn(task))
         mine = list(enumerate(asked.batches))[shard[0] :: shard[1]]
         checks = _checks(planned, [len(own) for own in asked.batches], checked)
         try:

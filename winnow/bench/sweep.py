@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from winnow.bench.baselines import Choice, choose, choosing
-from winnow.bench.meters import cost, evidence_recall, judge, merged_into, read_by_layer
+from winnow.bench.meters import Cost, costs, evidence_recall, judge, merged_into, read_by_layer
 from winnow.bench.plans import Job
 from winnow.bench.requests import Request, joined, without_pixels
 from winnow.bench.reuse import Encoded
 from winnow.bench.schema import Answer, Overlay
+from winnow.bench.shared_layers import SharedLayers
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.layout import Layout
 from winnow.core.ledger import ItemLedger, Ledger
@@ -26,6 +28,8 @@ from winnow.core.memory import out_of_memory
 from winnow.core.plan import Plan
 from winnow.engine.handle import Handle
 from winnow.media import MediaError
+
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
 
 
 @dataclass(frozen=True)
@@ -52,19 +56,27 @@ class Sweeper:
 
     Attributes:
         reader: the plan that records what any of the plans needs from the tower.
+        layers: what plans share of the tower and of the language model.
         drawn: ids of the questions whose overlays are kept.
     """
 
     handle: Handle
     processor: Any
     reader: Plan
+    layers: SharedLayers
     max_new_tokens: int
     seed: int = 0
     drawn: frozenset[str] = frozenset()
 
     def shared(self, requests: Sequence[Request]) -> Callable[[], Encoded]:
         """The encoder outputs of a batch, made when they are first needed."""
-        return functools.cache(lambda: Encoded(self.handle, self.reader, joined(requests)))
+
+        def encode() -> Encoded:
+            self.layers.forget()
+            with self.layers.under(self.handle.bind(self.reader)):
+                return Encoded(self.handle, self.reader, joined(requests))
+
+        return functools.cache(encode)
 
     def run(
         self, job: Job, cell: int, requests: Sequence[Request], encoded: Callable[[], Encoded], check: bool
@@ -81,6 +93,7 @@ class Sweeper:
         except Exception as error:
             if not out_of_memory(error):
                 raise
+        self.layers.forget()
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
@@ -94,10 +107,14 @@ class Sweeper:
         choices = self.choices(job, requests, encoded.layouts)
         given = without_pixels(encoded.inputs)
         with self.handle.using(job.plan), choosing(choices):
-            ids, ledger = self._generate(given | {"mm_encoder_outputs": {encoded.modality: encoded.under(job.plan)}})
+            with self.layers.under(self.handle.bind(job.plan)):
+                output = encoded.under(job.plan)
+                shared = given | {"mm_encoder_outputs": {encoded.modality: output}}
+                ids, ledger = self._generate(shared | {"generation_config": self._greedy})
             mismatch = self._compare(requests, encoded.inputs, ids, ledger) if check else ""
-        prompt = given["input_ids"].shape[1]
-        read = [self._read(cell, r, row, ids[row, prompt:], ledger) for row, r in enumerate(requests)]
+        prompt, model = given["input_ids"].shape[1], self.handle.model
+        spent = costs(ledger, model.config.get_text_config(), model.dtype.itemsize)
+        read = [self._read(cell, r, row, ids[row, prompt:], ledger, spent[row]) for row, r in enumerate(requests)]
         overlays = [
             overlay
             for row, r in enumerate(requests)
@@ -105,17 +122,20 @@ class Sweeper:
         ]
         return Outcome(tuple(read), tuple(overlays), mismatch=mismatch)
 
+    @functools.cached_property
+    def _greedy(self) -> GenerationConfig:
+        """Where none is given, `generate` builds a configuration of the model at each call, and compares it."""
+        return GenerationConfig(max_new_tokens=self.max_new_tokens, **GREEDY)
+
     def _generate(self, inputs: dict[str, Any]) -> tuple[Tensor, Ledger]:
-        ids = self.handle.model.generate(
-            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1, use_cache=True
-        )
+        ids = self.handle.model.generate(**inputs)
         ledger = self.handle.last
         if ledger is None:
             raise UnsupportedError("the model read no picture in this request, so there is nothing to measure.")
         return ids.cpu(), ledger
 
     def _compare(self, requests: Sequence[Request], inputs: dict[str, Tensor], ids: Tensor, ledger: Ledger) -> str:
-        again, other = self._generate(dict(inputs))
+        again, other = self._generate(inputs | {"max_new_tokens": self.max_new_tokens, **GREEDY})
         kept, others = ([item.kept.tolist() for item in x.items] for x in (ledger, other))
         for row, r in enumerate(requests):
             if not torch.equal(ids[row], again[row]) or kept[row] != others[row]:
@@ -135,13 +155,11 @@ class Sweeper:
             for r, layout in zip(requests, layouts, strict=True)
         ]
 
-    def _read(self, cell: int, r: Request, row: int, ids: Tensor, ledger: Ledger) -> Answer:
+    def _read(self, cell: int, r: Request, row: int, ids: Tensor, ledger: Ledger, spent: Cost) -> Answer:
         tokenizer = self.processor.tokenizer
         text = tokenizer.decode(ids, skip_special_tokens=True).strip()
         ended = bool(torch.isin(ids, torch.tensor(_ends(self.handle.model))).any())
         correct, status = judge(text, r.ask.truth, cut=len(ids) >= self.max_new_tokens and not ended)
-        model = self.handle.model
-        spent = cost(ledger, row, model.config.get_text_config(), model.dtype.itemsize)
         item = _item(ledger, row)
         read = read_by_layer(item, len(ledger.layer_tokens))
         recall = evidence_recall(read, item.layout, r.evidence)

@@ -7,11 +7,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from winnow.core.errors import UnsupportedError
+from winnow.core.signal import Site
 from winnow.engine.devices import device_of
 from winnow.engine.hooks import Hook
 from winnow.signals.language import LayerModules
 
 _seen: ContextVar[dict[str, tuple[Tensor, Tensor]] | None] = ContextVar("winnow_layer", default=None)
+
+
+def modules_seen() -> dict[str, tuple[Tensor, Tensor]] | None:
+    """Inputs and outputs of the modules (`attention`, `mlp`) of the layer that runs; None where nobody looks at it."""
+    return _seen.get()
 
 
 class LayerWatch:
@@ -42,7 +48,10 @@ class LayerWatch:
             handle.remove()
 
     def _start(self, module: nn.Module, args: Any) -> None:
-        _seen.set({} if self.running() is not None else None)
+        lm = self.running()
+        # The hooks stay from plan to plan: other plans do not look.
+        looks = lm is not None and lm.items and Site("lm", self.index, "hidden") in lm.plan.listeners
+        _seen.set({} if looks else None)
 
     def _part(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
         seen = _seen.get()

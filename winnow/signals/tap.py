@@ -53,6 +53,7 @@ class Stop(Exception):
 
 
 probed: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("winnow_probed", default=None)
+_only_shown: ContextVar[bool] = ContextVar("winnow_only_shown", default=False)
 
 
 class TappedName(str):
@@ -140,6 +141,8 @@ def _tapped_attention(
         keys, values = key.shown() if isinstance(key, AttendsItself) and not special else (key, value)
         parts = sequences(module, query, keys, values, attention_mask, kwargs.get("cu_seq_lens_q"))
         heard = [listener(module, *part, attention_mask) for part in parts]
+        if _only_shown.get():
+            raise Stop
         added = heard[0] if len(heard) == 1 else next((x for x in heard if x is not None), None)
         if added is not None and (attention_mask is not None or len(heard) > 1):
             raise UnsupportedError(
@@ -187,6 +190,17 @@ def probe(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Tensor, 
             "cannot be probed; use a method that does not look at attention there."
         )
     return box[0]
+
+
+def only_show(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Run a block or layer whose attention is tapped and called once: the listener is shown it, then the call ends."""
+    token = _only_shown.set(True)
+    try:
+        call(*args, **kwargs)
+    except Stop:
+        pass
+    finally:
+        _only_shown.reset(token)
 
 
 def scaling_of(attention: nn.Module, q: Tensor) -> float:

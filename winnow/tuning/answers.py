@@ -12,6 +12,7 @@ from winnow.bench.requests import batches, joined, request
 from winnow.bench.reuse import Encoded, listening
 from winnow.bench.runner import bar, refuse_mismatches
 from winnow.bench.schema import Cell, Question
+from winnow.bench.shared_layers import SharedLayers
 from winnow.bench.store import Store
 from winnow.bench.sweep import Outcome, Sweeper
 from winnow.bench.tasks import Ask, Task
@@ -99,9 +100,9 @@ class Answers:
         for row in asked.bad:
             say(f"left out: {row}")
         failed: set[str] = set()
-        with compress(self.model, Plan(()), processor=self.processor) as handle:
+        with compress(self.model, Plan(()), processor=self.processor) as handle, SharedLayers(handle) as layers:
             reader = listening(handle, [job.plan for job in jobs])
-            sweeper = Sweeper(handle, self.processor, reader, self.max_new_tokens)
+            sweeper = Sweeper(handle, self.processor, reader, layers, self.max_new_tokens)
             with bar(len(asked.batches) * len(jobs), self.progress) as step:
                 for number, own in enumerate(asked.batches):
                     requests = [request(self.model, self.processor, self.task, ask) for ask in own]
