@@ -27,9 +27,9 @@ CHECKED = [
     if "from jaxtyping import" in path.read_text(encoding="utf-8")
 ]
 if CHECKED and os.environ.get("WINNOW_CHECK_SHAPES", "1") != "0":
-    from shapes import pass_by_what_has_no_shape
+    from shapes import check_what_has_a_shape
 
-    pass_by_what_has_no_shape()
+    check_what_has_a_shape()
     install_import_hook(CHECKED, "shapes.checked")
 
 
