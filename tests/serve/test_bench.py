@@ -74,7 +74,7 @@ REFUSED = [
     (("--url", "http://127.0.0.1:9/v1"), "No server of OpenAI's chat completions"),
     (("--url", "http://127.0.0.1:9/v1", "--", "--batch", "4"), "'--batch' is for a server that the bench starts"),
     (("--", "--port", "8000"), "--port: the bench sets it"),
-    (("--", "--model", "no/such-model"), "winnow serve did not start: There is no checkpoint"),
+    (("--", "--max-keep", "0"), "winnow serve did not start: keep=0 keeps nothing"),
     (("--chart", "a.pdf"), ".svg or .png"),
     (("--plan", "full", "--plan", "full"), "give each once"),
 ]
