@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sys
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,16 +27,25 @@ CHECKED = [
     if "from jaxtyping import" in path.read_text(encoding="utf-8")
 ]
 if CHECKED and os.environ.get("WINNOW_CHECK_SHAPES", "1") != "0":
-    from shapes import pass_by_what_has_no_shape
+    from shapes import check_what_has_a_shape
 
-    pass_by_what_has_no_shape()
+    check_what_has_a_shape()
     install_import_hook(CHECKED, "shapes.checked")
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     """What a test draws does not depend on which tests ran before it in the same process."""
-    torch.manual_seed(0)
+    if torch := sys.modules.get("torch"):  # tests of this file itself do without it
+        seed(torch)
+
+
+def seed(torch):
+    """As `torch.manual_seed(0)`, which writes a traceback down for each kind of accelerator that is not there."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(0)
+    else:
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -76,11 +85,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """What is imported here stays: to look through it for garbage is a quarter of what collection takes."""
+    """What is imported here stays: to look through it for garbage is a quarter of what collection takes, and would
+    take a second whenever all that lives is looked through while tests run.
+    """
     gc.disable()
     try:
         return (yield)
     finally:
+        gc.freeze()
         gc.enable()
 
 

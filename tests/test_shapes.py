@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
+import shapes
 import torch
-from jaxtyping import Float, TypeCheckError
+from jaxtyping import Bool, Float, Int, Num, Shaped, TypeCheckError
+from jaxtyping._storage import get_shape_memo, pop_shape_memo, push_shape_memo
 from shapes import promises_a_shape
+from torch import Tensor
 
 from winnow.core.layout import Layout
 from winnow.core.select import ranked, top_k
@@ -53,6 +57,34 @@ def test_a_promise_by_another_name_is_one():
     def none(x: torch.Tensor, n: int) -> list[int]: ...
 
     assert [promises_a_shape(function) for function in (named, result, none)] == [True, True, False]
+
+
+KINDS = [
+    kind[Tensor, axes]
+    for kind in (Float, Int, Bool, Num, Shaped)
+    for axes in ("b n", "b b", "2 n", " n", "", "_ n", "b *rest n", "... n", "b 3 #n", "n+1 n")
+] + [Float[torch.nn.Parameter, "b n"]]
+TENSORS = [
+    torch.zeros(sizes, dtype=dtype)
+    for sizes in ((), (3,), (2, 3), (3, 3), (4, 3), (2, 3, 1))
+    for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool)
+] + [torch.nn.Parameter(torch.zeros(2, 3)), "no tensor"]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_what_is_found_faster_is_what_jaxtyping_finds(kind):
+    """With the same sizes of axes known before, and the same known behind it."""
+    for thing, n in itertools.product(TENSORS, (None, 2, 3)):
+        found = []
+        for way in (shapes.in_full, shapes.has_shape):
+            push_shape_memo({})[0].update({} if n is None else {"n": n})
+            try:
+                said = way(kind, thing)
+            except Exception as error:
+                said = type(error)
+            found.append((said, get_shape_memo()[:2]))
+            pop_shape_memo()
+        assert found[0] == found[1], (thing, n)
 
 
 def test_the_right_shapes_pass():

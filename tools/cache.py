@@ -36,7 +36,7 @@ from winnow.bench.recall_pictures import Task, measure_pictures  # noqa: E402
 from winnow.core.errors import WinnowError  # noqa: E402
 from winnow.core.plan import Plan  # noqa: E402
 from winnow.core.registry import built_in, method_class  # noqa: E402
-from winnow.models.load import quiet  # noqa: E402
+from winnow.models.quiet import quiet  # noqa: E402
 from winnow.reference import text  # noqa: E402
 from winnow.world.recall import draw  # noqa: E402
 

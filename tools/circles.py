@@ -14,14 +14,18 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "winnow"
 
 
-def modules(package: Path = PACKAGE) -> dict[str, ast.Module]:
-    """Dotted name → syntax tree of each module; a package goes by its own name."""
+def files(package: Path = PACKAGE) -> dict[str, Path]:
+    """Dotted name → file of each module; a package goes by its own name."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        found[name] = ast.parse(path.read_text(encoding="utf-8"))
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
+
+
+def modules(package: Path = PACKAGE) -> dict[str, ast.Module]:
+    """Dotted name → syntax tree of each module."""
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in files(package).items()}
 
 
 def imports(trees: Mapping[str, ast.Module]) -> dict[str, set[str]]:

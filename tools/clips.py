@@ -31,7 +31,7 @@ from winnow.core.plan import Plan  # noqa: E402
 from winnow.core.registry import method_class, token_methods  # noqa: E402
 from winnow.learn.connectors import trainable  # noqa: E402
 from winnow.learn.markdown import table  # noqa: E402
-from winnow.models.load import quiet  # noqa: E402
+from winnow.models.quiet import quiet  # noqa: E402
 from winnow.reference import video  # noqa: E402
 from winnow.world.clips import LEVELS  # noqa: E402
 

@@ -133,7 +133,7 @@ def run(
     from winnow.bench.clock import busy
     from winnow.cli_clips import load_for
     from winnow.engine.compress import DEFAULT
-    from winnow.models.load import quiet
+    from winnow.models.quiet import quiet
     from winnow.watch.clip_inputs import BUNDLED
 
     quiet()
@@ -246,7 +246,8 @@ def doctor(
 ) -> None:
     """Run the engine's own checks on a checkpoint; a failed one names the part of transformers that it suspects."""
     from winnow.engine.doctor import diagnose
-    from winnow.models.load import load, quiet
+    from winnow.models.load import load
+    from winnow.models.quiet import quiet
 
     quiet()
     loaded, processor = load(

@@ -85,7 +85,7 @@ def bench(
     """Ask questions with every method at every budget, next to the baselines; results go to a store."""
     from winnow.bench import processes as several
     from winnow.bench.store import Store
-    from winnow.models.load import quiet
+    from winnow.models.quiet import quiet
 
     quiet()
     sweep = several.Sweep(
@@ -124,7 +124,7 @@ def speed(
     from winnow.bench import processes as several
     from winnow.bench import speed as timing
     from winnow.bench.store import Store
-    from winnow.models.load import quiet
+    from winnow.models.quiet import quiet
 
     quiet()
     sweep = several.Sweep(
@@ -161,7 +161,8 @@ def turns(
     from winnow.bench.runner import bar
     from winnow.bench.tasks import world_turns
     from winnow.bench.turns import ask_in_turns
-    from winnow.models.load import load, quiet
+    from winnow.models.load import load
+    from winnow.models.quiet import quiet
 
     quiet()
     loaded, processor = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

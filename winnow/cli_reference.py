@@ -30,7 +30,7 @@ def reference(
 ) -> None:
     """Train the reference model from scratch; its seed decides everything."""
     from winnow.learn.recipes.reference import train as fit
-    from winnow.models.load import quiet
+    from winnow.models.quiet import quiet
 
     quiet()
     say(
@@ -60,7 +60,7 @@ def recall(
     """Train the text model of the recall tasks from scratch; its seed decides everything."""
     from winnow.learn.recipes.recall import train as fit
     from winnow.learn.workers import keep_memory
-    from winnow.models.load import quiet
+    from winnow.models.quiet import quiet
 
     quiet()
     keep_memory()
@@ -82,7 +82,7 @@ def video(
 
     from winnow.learn.recipes.video import train as fit
     from winnow.learn.workers import keep_memory
-    from winnow.models.load import quiet
+    from winnow.models.quiet import quiet
 
     quiet()
     keep_memory()

@@ -101,7 +101,7 @@ def serve(
 
     from winnow.cli_run import plans
     from winnow.engine.compress import DEFAULT
-    from winnow.models.load import quiet
+    from winnow.models.quiet import quiet
     from winnow.serve.server import serve as answer
     from winnow.serve.settings import MIB, Settings
     from winnow.serve.start import context_of, make_service

@@ -54,7 +54,7 @@ def stream(
     from winnow import __version__
     from winnow.cli_clips import FOREIGN, load_for
     from winnow.core.plan import Plan
-    from winnow.models.load import quiet
+    from winnow.models.quiet import quiet
     from winnow.watch.clip_inputs import BUNDLED
     from winnow.watch.questions import Question
     from winnow.watch.source import opened

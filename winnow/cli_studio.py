@@ -51,7 +51,7 @@ def studio(
     listener = listen(host, port)  # before torch and the model: a port that is taken costs nothing
 
     from winnow.core.registry import entries
-    from winnow.models.load import quiet
+    from winnow.models.quiet import quiet
     from winnow.serve.settings import Settings
     from winnow.studio.answering import Asker
     from winnow.studio.app import Studio

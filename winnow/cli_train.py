@@ -55,7 +55,7 @@ def method(
 ) -> None:
     """Train this learned method on a frozen model; the file that is printed is what its setting `weights` takes."""
     from winnow.learn.pruners.fit import fit
-    from winnow.models.load import quiet
+    from winnow.models.quiet import quiet
 
     quiet()
     settings: dict[str, Any] = {"model": model, "resume": resume, "seed": seed, "scale": scale, "data": data}
@@ -76,7 +76,7 @@ def method_of_text(
     """Train this learned method of the cache on recall texts, on a frozen text model of `winnow train recall`."""
     import importlib
 
-    from winnow.models.load import quiet
+    from winnow.models.quiet import quiet
 
     quiet()
     train = importlib.import_module(f"winnow.learn.pruners.text.{str(ctx.info_name).replace('-', '_')}").train
@@ -97,7 +97,7 @@ def method_of_clips(
 ) -> None:
     """Train this learned connector on winnow's clips, on a frozen video model."""
     from winnow.learn.connectors.fit import fit
-    from winnow.models.load import quiet
+    from winnow.models.quiet import quiet
 
     quiet()
     say(

@@ -60,7 +60,7 @@ def tune(
     """Find the plan that is fastest within a limit, check it on questions held out, and write it to a plan file."""
     from winnow.bench import processes as several
     from winnow.core.plan_file import checked_name
-    from winnow.models.load import quiet
+    from winnow.models.quiet import quiet
     from winnow.tuning.limits import Limits
     from winnow.tuning.search import QUESTIONS
     from winnow.tuning.search import tune as search

@@ -90,7 +90,9 @@ WITHOUT_BUDGET = {
 @pytest.mark.parametrize("slug", [entry.slug for entry in picture_methods() if entry.slug not in WITHOUT_BUDGET])
 def test_every_budget_keeps_what_its_column_says(slug, content):
     least = "2" if slug in ("tome", "auroracap") else "1"  # each block merges half of the patches at most
-    budgets = ("13", "64", "192", "12.5%", least) if content > 192 else ("13", "12.5%", least)
+    budgets = ("13", "12.5%", least)
+    if 192 < content < 1000:  # of the largest pictures some methods take seconds
+        budgets += ("64", "192")
     measured = [job for job in jobs((slug,), budgets, content, baselines=()) if job.cell.kind == "method"]
     assert len(measured) == len(budgets)
     for job in measured:

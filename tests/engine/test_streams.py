@@ -104,14 +104,14 @@ def test_without_a_plan_a_stream_is_one_prompt():
             assert (asked(session, model)[1][0] - want).abs().max() <= 1e-5
 
 
+SINKS = ("streaming-llm:keep=40", "streaming-llm:keep=40,shift=true")
 LONG = [
-    ("streaming-llm:keep=40", 250),
-    ("streaming-llm:keep=40,shift=true", 250),
+    *((cache, 120) for cache in SINKS),
     *((f"{cache}:keep=40", 60) for cache in ("snapkv", "h2o", "adakv")),
 ]
 MORE = [
-    pytest.param(f"{cache}:keep=40", 250, marks=pytest.mark.full)
-    for cache in ("snapkv", "h2o", "tova", "adakv", "keydiff", "ems")
+    pytest.param(cache, 250, marks=pytest.mark.full)
+    for cache in (*SINKS, *(f"{slug}:keep=40" for slug in ("snapkv", "h2o", "tova", "adakv", "keydiff", "ems")))
 ]
 
 

@@ -87,6 +87,7 @@ def test_answers_teach_the_projector_alone():
     assert recipe.given is None
 
 
+@pytest.mark.full  # as test_selective_s4.py has it, with the same loop of training
 def test_a_run_is_its_seed_and_goes_on_where_it_stopped(tmp_path):
     model = str(tiny(tmp_path / "model"))
     whole = check_resumes(functools.partial(fit, "langdc"), tmp_path, stop=11, model=model, scale=SMALL, save=4)

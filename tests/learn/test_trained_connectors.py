@@ -24,7 +24,15 @@ def folder(tmp_path_factory):
     return target
 
 
-@pytest.mark.parametrize(("slug", "stop"), [("quicksviewer", 11), ("b-vllm", 12), ("videostreaming", 11)])
+# They share what stops and goes on; the quickest stands for all in the fast suite.
+@pytest.mark.parametrize(
+    ("slug", "stop"),
+    [
+        ("quicksviewer", 11),
+        pytest.param("b-vllm", 12, marks=pytest.mark.full),
+        pytest.param("videostreaming", 11, marks=pytest.mark.full),
+    ],
+)
 def test_a_run_goes_on_where_it_stopped(slug, stop, folder, tmp_path):
     """Stopped behind the means, while the answers are learned."""
     check_resumes(functools.partial(fit, slug), tmp_path, stop=stop, model=str(folder), scale=SMALL, save=2)

@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from winnow.cli import app
 from winnow.watch.clip_files import save_clip
 from winnow.watch.questions import Question, Typed
 from winnow.world.clips import clip
@@ -197,10 +199,7 @@ def test_at_the_end_more_is_asked_until_an_empty_line(started):
 
 
 def test_in_a_pipe_nothing_waits():
-    done = subprocess.run(
-        [sys.executable, "-m", "winnow.cli", "stream", "clip:3", "--ask", QUESTION],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["stream", "clip:3", "--ask", QUESTION], input="is there a cup?\n")
+    assert done.exit_code == 0, done.stderr
     assert len(done.stdout.splitlines()) == 3
     assert done.stderr == ""

@@ -28,16 +28,13 @@ print(digest.hexdigest())
 """
 
 
-def digest_in_a_process(hash_seed: str) -> str:
-    environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+def test_the_same_seed_gives_the_same_bytes_in_two_processes(capsys):
+    exec(DIGEST, {})  # noqa: S102
+    own = capsys.readouterr().out.strip()
+    environment = os.environ | {"PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}
     done = subprocess.run([sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def test_the_same_seed_gives_the_same_bytes_in_two_processes():
-    first, second = digest_in_a_process("1"), digest_in_a_process("2")
-    assert len(first) == 64
-    assert first == second
+    assert len(own) == 64
+    assert own == done.stdout.strip()
 
 
 def test_questions_and_places_of_version_1_have_not_changed():

@@ -20,7 +20,8 @@ from winnow.bench.tasks import Task, data_task, world_task
 from winnow.children import end_with_parent
 from winnow.core.errors import WinnowError
 from winnow.core.registry import picture_methods
-from winnow.models.load import device_of, load, quiet
+from winnow.models.load import device_of, load
+from winnow.models.quiet import quiet
 from winnow.reference import video
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from winnow.learn import card_page, cards, controls, evaluate, measures
 from winnow.learn.evaluate import answers_right
 from winnow.learn.progress import read
-from winnow.models.load import load, quiet
+from winnow.models.load import load
+from winnow.models.quiet import quiet
 from winnow.reference.presets import preset as preset_of
 from winnow.world import VERSION
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from winnow.learn.markdown import table
 from winnow.learn.progress import read
-from winnow.models.load import quiet
+from winnow.models.quiet import quiet
 
 
 def weights(model: nn.Module, folder: Path) -> dict[str, int]:

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from winnow.children import end_with_parent
-from winnow.models.load import quiet
+from winnow.models.quiet import quiet
 
 
 def rank() -> int:

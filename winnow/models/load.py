@@ -5,7 +5,6 @@ A language model without pictures comes with its tokenizer.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -37,13 +36,6 @@ from winnow.models.side_files import PICKLES, adapter_of
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-
-
-def quiet() -> None:
-    """Nothing of transformers or the Hub's client on the terminal but their errors."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def load(

@@ -45,8 +45,9 @@ def _bokeh(rng: np.random.Generator) -> np.ndarray:
     y, x = np.mgrid[:SIDE, :SIDE]
     for _ in range(int(rng.integers(12, 30))):
         cy, cx, radius = (*rng.uniform(0, SIDE, 2), rng.uniform(10, 45))
-        disc = np.clip(radius - np.hypot(y - cy, x - cx), 0, 3) / 3
-        out += disc[..., None] * rng.uniform(10, 110, 3) * 0.6
+        near = tuple(slice(max(0, int(c - radius)), int(c + radius) + 2) for c in (cy, cx))  # there is no light beyond
+        disc = np.clip(radius - np.hypot(y[near] - cy, x[near] - cx), 0, 3) / 3
+        out[near] += disc[..., None] * rng.uniform(10, 110, 3) * 0.6
     picture = Image.fromarray(np.clip(out, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(2))
     return np.asarray(picture, np.float32) + rng.normal(0, 3, out.shape)
 
@@ -68,5 +69,7 @@ def bank() -> np.ndarray:
     """uint8 [COUNT, SIDE, SIDE, 3]."""
     rng = np.random.default_rng(20)
     makers = (_texture, _texture, _landscape, _bokeh, _bricks)
-    pictures = [makers[i % len(makers)](rng) for i in range(COUNT)]
-    return np.clip(np.stack(pictures), 0, 255).astype(np.uint8)
+    pictures = np.empty((COUNT, SIDE, SIDE, 3), np.uint8)
+    for i in range(COUNT):
+        pictures[i] = np.clip(makers[i % len(makers)](rng), 0, 255)
+    return pictures
