@@ -41,14 +41,18 @@ class QwenProcessor:
 
     Args:
         least, most: tokens of a picture.
+        side: pixels of a side of a token, which is two patches.
+        marks: what stands before and behind the tokens of a picture.
     """
 
     chat_template, image_token = TEMPLATE, "<image>"
 
-    def __init__(self, least: int = 4, most: int = 25) -> None:
-        size = {"shortest_edge": least * TOKEN**2, "longest_edge": most * TOKEN**2}
-        self.image_processor = Qwen2VLImageProcessorPil(size=size)
-        self.tokenizer = tokenizer()
+    def __init__(
+        self, least: int = 4, most: int = 25, side: int = TOKEN, marks: tuple[str, str] = ("<start>", "<end>")
+    ) -> None:
+        size = {"shortest_edge": least * side**2, "longest_edge": most * side**2}
+        self.image_processor = Qwen2VLImageProcessorPil(size=size, patch_size=side // 2)
+        self.tokenizer, self.marks = tokenizer(), marks
 
     def apply_chat_template(self, messages: Any, tokenize: bool, **how: Any) -> Any:
         text = self.tokenizer.apply_chat_template(messages, chat_template=TEMPLATE, tokenize=False)
@@ -61,7 +65,7 @@ class QwenProcessor:
         pictures = {} if images == [] else self.image_processor(images, return_tensors=return_tensors)
         for grid in pictures.get("image_grid_thw", ()):
             tokens = int(grid.prod()) // self.image_processor.merge_size**2
-            text = text.replace("<image>", "<start> " + "<shown> " * tokens + "<end>", 1)
+            text = text.replace("<image>", f"{self.marks[0]} {'<shown> ' * tokens}{self.marks[1]}", 1)
         text = text.replace("<shown>", "<image>")
         words = self.tokenizer(text, return_tensors=return_tensors, return_token_type_ids=False)
         return {**pictures, **words, "mm_token_type_ids": (words["input_ids"] == zoo.IMAGE).int()}

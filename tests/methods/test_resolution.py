@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+import zoo
+from builds.grids import END, MERGE, PATCH, START
+from builds.qwen import BUILDS
 from hypothesis import given
 from hypothesis import strategies as st
+from picture_processors import QwenProcessor, asked, inputs_of
+from PIL import Image
+from probes import forward
+from torch import nn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+import winnow
 from winnow.contract import ModelInfo, Observe, PictureView, Recut, State
 from winnow.core.errors import UnsupportedError
 from winnow.methods.resolution import Resolution
 from winnow.models.picture_sizes import PictureSizes
+from winnow.models.supported_versions import trying
 
 SIDE = 28
 SIZES = PictureSizes(SIDE, 4 * SIDE**2, 1280 * SIDE**2)
@@ -131,6 +140,34 @@ def square(keep, high: int, wide: int) -> tuple[int, int]:
 def test_the_aspect_tells_a_stub():
     with pytest.raises(AssertionError):
         keeps_the_aspect(square)
+
+
+def grids(name: str) -> tuple[nn.Module, QwenProcessor]:
+    """A build that takes pictures at their own resolution, and a processor for it."""
+    if name == "qwen2_5_vl":
+        return zoo.model(name), QwenProcessor(most=100)
+    (build,) = [build for build in BUILDS if build.name == name]
+    return build.model(), QwenProcessor(most=100, side=MERGE * PATCH, marks=(f"w{START}", f"w{END}"))
+
+
+@pytest.mark.system("resolution", "model")
+@pytest.mark.parametrize("build", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5"])
+def test_on_a_model_it_is_the_picture_scaled_by_hand(build):
+    model, processor = grids(build)
+    pictures = [Image.effect_noise(size, 70).convert("RGB") for size in ((150, 100), (90, 200))]
+    side = model.config.vision_config.patch_size * model.config.vision_config.spatial_merge_size
+    with trying(), winnow.compress(model, "resolution:keep=12", processor=processor) as handle:
+        chosen = handle.prompt(asked(*pictures))
+        with handle.using(handle.plan, prompt=chosen):
+            found = forward(model, inputs_of(processor, chosen.messages)).logits
+        items = handle.last.items
+    by_hand = [picture.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+               for picture, (rows, columns) in zip(pictures, ((2, 4), (5, 2)), strict=True)]  # fmt: skip
+    assert [(item.picture.grid, item.layout.n_content) for item in items] == [((2, 4), 8), ((5, 2), 10)]
+    plain = grids(build)[0]
+    assert torch.equal(found, forward(plain, inputs_of(processor, asked(*by_hand))).logits)
+    whole = forward(plain, inputs_of(processor, asked(*pictures))).logits
+    assert whole.shape[1] > found.shape[1]
 
 
 def test_models_that_bring_pictures_to_one_size_are_refused():

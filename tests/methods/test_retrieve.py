@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from picture_processors import QwenProcessor, asked, inputs_of
+from picture_processors import QwenProcessor, asked, inputs_of, processor
 from PIL import Image
 from probes import forward
 
@@ -95,14 +95,31 @@ def test_features_are_needed(view):
         chosen(2, view)
 
 
-def test_on_a_model_the_pages_that_enter_are_read_and_the_others_are_not():
-    model, processor = zoo.model("qwen2_5_vl"), QwenProcessor()
+@pytest.mark.system("retrieve", "model")
+@pytest.mark.parametrize("build", ["llava_clip", "llava_next", "qwen2_5_vl"])
+def test_on_a_model_the_pages_that_enter_are_read_and_the_others_are_not(build):
+    model, asking = zoo.model(build), processor(build)
     pages = [Image.effect_noise((56, 84 + 28 * i), 60).convert("RGB") for i in range(len(PAGES))]
-    with winnow.compress(model, "retrieve:keep=2 + resolution:keep=50%", processor=processor) as handle:
+    with winnow.compress(model, "retrieve:keep=2 + divprune:keep=3", processor=asking) as handle:
+        entered = handle.prompt(asked(*pages), features=PAGES, question_features=QUESTION)
+        with handle.using(handle.plan, prompt=entered):
+            found = forward(model, inputs_of(asking, entered.messages)).logits
+        items = handle.last.items
+        with pytest.raises(WinnowError, match="question_features"):
+            handle.prompt(asked(*pages))
+    assert [(item.picture.number, len(item.kept)) for item in items] == [(2, 3), (5, 3)]
+    with winnow.compress(zoo.model(build), "divprune:keep=3", processor=asking) as handle:
+        assert torch.equal(found, forward(handle.model, inputs_of(asking, asked(pages[2], pages[5]))).logits)
+
+
+def test_pages_that_enter_are_scaled_in_one_plan():
+    model, asking = zoo.model("qwen2_5_vl"), QwenProcessor()
+    pages = [Image.effect_noise((56, 84 + 28 * i), 60).convert("RGB") for i in range(len(PAGES))]
+    with winnow.compress(model, "retrieve:keep=2 + resolution:keep=50%", processor=asking) as handle:
         handed = {"features": PAGES, "question_features": QUESTION}
         entered = handle.prompt(asked(*pages), **handed)
         with handle.using(handle.plan, prompt=entered):
-            found = forward(model, inputs_of(processor, entered.messages)).logits
+            found = forward(model, inputs_of(asking, entered.messages)).logits
         items = handle.last.items
         with pytest.raises(WinnowError, match="question_features"):
             handle.prompt(asked(*pages))
@@ -110,5 +127,5 @@ def test_on_a_model_the_pages_that_enter_are_read_and_the_others_are_not():
     assert [[slug for _, slug, _ in item.picture.steps] for item in items] == [["retrieve", "resolution"]] * 2
     sizes = {2: (28, 112), 5: (28, 140)}  # half of 5 × 2 and of 8 × 2 tokens
     by_hand = [pages[i].resize(size, Image.Resampling.BICUBIC) for i, size in sizes.items()]
-    want = forward(zoo.model("qwen2_5_vl"), inputs_of(processor, asked(*by_hand))).logits
+    want = forward(zoo.model("qwen2_5_vl"), inputs_of(asking, asked(*by_hand))).logits
     assert torch.equal(found, want)
