@@ -22,7 +22,7 @@ from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.plan import Plan
 
 BUILD = "qwen2_5_vl"
-QUARTER = "resolution:keep=25%"
+QUARTER = "downscale:keep=25%"
 
 
 def picture(width: int = 300, height: int = 200, seed: int = 0) -> Image.Image:
@@ -71,7 +71,7 @@ class Looking(Cut):
         return (Step(Point(self.at), self._act, (MIDDLE,)),)
 
 
-@pytest.mark.parametrize("plan", ["full", "resolution:keep=100%", Cut(Observe()), Cut(Recut())])
+@pytest.mark.parametrize("plan", ["full", "downscale:keep=100%", Cut(Observe()), Cut(Recut())])
 def test_what_changes_nothing_hands_on_the_callers_own_pictures(plan):
     model, processor, shown = zoo.model(BUILD), qwen(), picture()
     given = asked(shown)
@@ -120,7 +120,7 @@ def test_later_cuts_are_of_what_is_left_and_the_ledger_says_so_of_the_picture_th
     assert [(at, slug) for at, slug, _ in entered.steps] == [("pixels", "cut")] * 2
 
 
-def test_resolution_is_the_picture_that_is_scaled_by_hand_and_later_methods_have_what_is_left():
+def test_downscale_is_the_picture_that_is_scaled_by_hand_and_later_methods_have_what_is_left():
     model, processor, shown = zoo.model(BUILD), qwen(), picture()
     by_hand = shown.resize((5 * TOKEN, 3 * TOKEN), Image.Resampling.BICUBIC)
     with winnow.compress(model, f"{QUARTER} + divprune:keep=4", processor=processor) as handle:
@@ -141,7 +141,7 @@ def test_resolution_is_the_picture_that_is_scaled_by_hand_and_later_methods_have
 def test_a_batch_and_beams_are_their_rows():
     model, processor = zoo.model(BUILD), qwen()
     shown = [(picture(),), (), (picture(120, 260, 1), picture(200, 200, 2))]
-    with winnow.compress(model, "resolution:keep=9", processor=processor) as handle:
+    with winnow.compress(model, "downscale:keep=9", processor=processor) as handle:
         prompts = [handle.prompt(asked(*own)) for own in shown]
         rows = [inputs_of(processor, chosen.messages) for chosen in prompts]
         alone = []
@@ -165,7 +165,7 @@ def test_a_batch_and_beams_are_their_rows():
 def test_two_threads_have_prompts_of_their_own():
     model, processor = zoo.model(BUILD), qwen()
     found: dict[int, Any] = {}
-    with winnow.compress(model, "resolution:keep=9", processor=processor) as handle:
+    with winnow.compress(model, "downscale:keep=9", processor=processor) as handle:
 
         def ask(number: int) -> None:
             for _ in range(3):
@@ -243,7 +243,7 @@ def test_prompts_of_other_plans_and_things_that_are_none_are_refused():
     model, processor = zoo.model(BUILD), qwen()
     with winnow.compress(model, QUARTER, processor=processor) as handle:
         chosen = handle.prompt(asked(picture()))
-        for plan in ("resolution:keep=9", "full"):
+        for plan in ("downscale:keep=9", "full"):
             with pytest.raises(WinnowError, match="was prepared by"), handle.using(plan, prompt=chosen):
                 pass
         for wrong in ([], chosen.messages, "chosen", [chosen, None]):

@@ -115,7 +115,7 @@ def test_on_a_model_the_pages_that_enter_are_read_and_the_others_are_not(build):
 def test_pages_that_enter_are_scaled_in_one_plan():
     model, asking = zoo.model("qwen2_5_vl"), QwenProcessor()
     pages = [Image.effect_noise((56, 84 + 28 * i), 60).convert("RGB") for i in range(len(PAGES))]
-    with winnow.compress(model, "retrieve:keep=2 + resolution:keep=50%", processor=asking) as handle:
+    with winnow.compress(model, "retrieve:keep=2 + downscale:keep=50%", processor=asking) as handle:
         handed = {"features": PAGES, "question_features": QUESTION}
         entered = handle.prompt(asked(*pages), **handed)
         with handle.using(handle.plan, prompt=entered):
@@ -124,7 +124,7 @@ def test_pages_that_enter_are_scaled_in_one_plan():
         with pytest.raises(WinnowError, match="question_features"):
             handle.prompt(asked(*pages))
     assert [item.picture.number for item in items] == [2, 5]
-    assert [[slug for _, slug, _ in item.picture.steps] for item in items] == [["retrieve", "resolution"]] * 2
+    assert [[slug for _, slug, _ in item.picture.steps] for item in items] == [["retrieve", "downscale"]] * 2
     sizes = {2: (28, 112), 5: (28, 140)}  # half of 5 × 2 and of 8 × 2 tokens
     by_hand = [pages[i].resize(size, Image.Resampling.BICUBIC) for i, size in sizes.items()]
     want = forward(zoo.model("qwen2_5_vl"), inputs_of(asking, asked(*by_hand))).logits

@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import winnow
 from winnow.contract import ModelInfo, Observe, PictureView, Recut, State
 from winnow.core.errors import UnsupportedError
-from winnow.methods.resolution import Resolution
+from winnow.methods.downscale import Downscale
 from winnow.models.picture_sizes import PictureSizes
 from winnow.models.supported_versions import trying
 
@@ -34,7 +34,7 @@ def view_of(high: int, wide: int) -> PictureView:
 
 def scaled(keep, high: int, wide: int) -> tuple[int, int] | None:
     """Rows and columns of tokens; None where the picture stays as it is."""
-    action = Resolution(keep=keep).scale(view_of(high, wide), State())
+    action = Downscale(keep=keep).scale(view_of(high, wide), State())
     if isinstance(action, Observe):
         return None
     assert isinstance(action, Recut)
@@ -60,7 +60,7 @@ def test_processors_of_other_rules_are_not_known(processor):
     assert known == PictureSizes(SIDE, 3136, 9408)
 
 
-@pytest.mark.system("resolution", "exact")
+@pytest.mark.system("downscale", "exact")
 @given(sides, sides, st.integers(1, 1280))
 def test_it_is_the_processors_own_limit(high, wide, keep):
     """What `max_pixels` of so many tokens gives, wherever that is no more than them: of strips it may be."""
@@ -87,13 +87,13 @@ def test_a_share_is_met_but_for_the_smallest_pictures(high, wide, percent):
     if max(high, wide) > 200 * min(high, wide):
         return
     view, found = view_of(high, wide), scaled(f"{percent}%", high, wide)
-    most = max(Resolution(keep=f"{percent}%").keep.of(view), SIZES.fewest)
+    most = max(Downscale(keep=f"{percent}%").keep.of(view), SIZES.fewest)
     rows, columns = SIZES.grid(high, wide) if found is None else found
     assert rows * columns <= most or view.tokens == rows * columns <= most
     assert SIZES.grid(rows * SIDE, columns * SIDE) == (rows, columns)
 
 
-@pytest.mark.system("resolution", "exact")
+@pytest.mark.system("downscale", "exact")
 @pytest.mark.parametrize(
     ("keep", "size", "grid"),
     [
@@ -126,7 +126,7 @@ def keeps_the_aspect(scale) -> None:
     assert near == 4, near
 
 
-@pytest.mark.system("resolution", "directional")
+@pytest.mark.system("downscale", "directional")
 def test_a_long_picture_stays_long():
     keeps_the_aspect(scaled)
 
@@ -150,13 +150,13 @@ def grids(name: str) -> tuple[nn.Module, QwenProcessor]:
     return build.model(), QwenProcessor(most=100, side=MERGE * PATCH, marks=(f"w{START}", f"w{END}"))
 
 
-@pytest.mark.system("resolution", "model")
+@pytest.mark.system("downscale", "model")
 @pytest.mark.parametrize("build", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5"])
 def test_on_a_model_it_is_the_picture_scaled_by_hand(build):
     model, processor = grids(build)
     pictures = [Image.effect_noise(size, 70).convert("RGB") for size in ((150, 100), (90, 200))]
     side = model.config.vision_config.patch_size * model.config.vision_config.spatial_merge_size
-    with trying(), winnow.compress(model, "resolution:keep=12", processor=processor) as handle:
+    with trying(), winnow.compress(model, "downscale:keep=12", processor=processor) as handle:
         chosen = handle.prompt(asked(*pictures))
         with handle.using(handle.plan, prompt=chosen):
             found = forward(model, inputs_of(processor, chosen.messages)).logits
@@ -172,5 +172,5 @@ def test_on_a_model_it_is_the_picture_scaled_by_hand(build):
 
 def test_models_that_bring_pictures_to_one_size_are_refused():
     with pytest.raises(UnsupportedError, match=r"cannot run on LLaVA: its processor brings pictures to one size"):
-        Resolution().bind(ModelInfo("LLaVA", points=("pixels", "projected")))
-    assert Resolution().bind(ModelInfo("Qwen", points=("pixels",), token_side=SIDE))[1][0].at.name == "pixels"
+        Downscale().bind(ModelInfo("LLaVA", points=("pixels", "projected")))
+    assert Downscale().bind(ModelInfo("Qwen", points=("pixels",), token_side=SIDE))[1][0].at.name == "pixels"

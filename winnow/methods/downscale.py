@@ -1,4 +1,4 @@
-"""Qwen2-VL's resolution (arXiv 2409.12191): scale a picture down until it becomes as many tokens as there may be.
+"""Downscaling as Qwen2-VL does it (arXiv 2409.12191): pictures become as many tokens as there may be, and no more.
 
 Looks at: the height and the width of the picture. Cost: one bicubic resize ahead of the processor, O(H · W).
 
@@ -17,8 +17,8 @@ import winnow.contract as wn
 from winnow.parts.whole_tokens import grid_within, nearest_grid
 
 
-@wn.register("resolution")
-class Resolution(wn.Method):
+@wn.register("downscale")
+class Downscale(wn.Method):
     """Scale each picture down to at most so many tokens, at its aspect.
 
     Args:
