@@ -14,6 +14,7 @@ from cases import TURN, prolonged
 from picture_processors import QUESTION, QwenProcessor, asked, inputs_of
 from PIL import Image
 from probes import MIDDLE, forward, generate
+from subjects import Subject
 from video_processor import VideoProcessor
 
 import winnow
@@ -260,6 +261,23 @@ def test_pictures_that_nobody_chose_are_refused_and_words_are_not():
             handle.prompt(alone)
     with pytest.raises(UnsupportedError, match="handle has prompt"):
         winnow.prepare(zoo.model(BUILD), inputs_of(processor, asked(*PICTURES)), Dark())
+
+
+def test_where_tiles_are_items_those_of_several_pictures_are_not_told_apart():
+    subject = Subject("idefics3")
+    model, made = subject.model(), subject.sample("2 A 4 B 5")
+    with winnow.compress(model, Ask(lambda view: Observe())) as handle:
+        one, two = handle.pictures(PICTURES[:1]), handle.pictures(PICTURES[:2])
+        with handle.using(handle.plan, prompt=two):
+            forward(model, made)
+            assert [item.picture for item in handle.last.items] == [None] * 4
+        with handle.using(handle.plan, prompt=one):
+            forward(model, made)
+            assert [item.picture for item in handle.last.items] == [one.entered[0]] * 4
+        five = handle.pictures([*PICTURES, PICTURES[0]])
+        for wrong, says in ((five, "lets 5 pictures"), (handle.pictures([]), "lets 0 pictures")):
+            with handle.using(handle.plan, prompt=wrong), pytest.raises(WinnowError, match=says):
+                forward(model, made)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ class EncoderRecord(Encoding):
         projected_shape: that the projector's output would have had to have, but for its width.
         notes: what steps at `features` recorded.
         times: milliseconds by phase.
-        entered: how each picture entered, once the caller of a forward has said it; a later turn reads it here.
+        entered: number of an item → how its picture entered; None until the caller of a forward has said it. A later
+            turn reads it here.
     """
 
     plan: BoundPlan | None = None
@@ -59,7 +60,7 @@ class EncoderRecord(Encoding):
     projected_shape: tuple[int, ...] = (0, 0)
     notes: dict[str, Any] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
-    entered: tuple[Entered, ...] = ()
+    entered: dict[int, Entered] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "EncoderRecord":
         return self  # nothing changes it once the encoder is done, and a copied output is the same encoding

@@ -91,7 +91,7 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
     spans, ends = _spans(request, ids)
     made = LMPass(request, arguments, spans, questions_of(request, arguments, ids, ends), ends, ids)
     tell_videos(request.plan, request.videos, made.items)
-    tell_pictures(request.plan, request.prompts, ids.shape[0], made.items, request.encodings.get("image"))
+    tell_pictures(request, ids.shape[0], made.items)
     return made
 
 

@@ -1,16 +1,15 @@
 """What the ledger of a request says of its pictures: how a plan's steps ahead of the processor let each of them in."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from winnow.core.entered import Entered
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.engine.bound_model import BoundModel
 from winnow.engine.bound_plan import BoundPlan
-from winnow.engine.encoding import EncoderRecord
 from winnow.engine.prompt import Prompt
+from winnow.engine.request import Request
 
-Pictures = tuple[Entered, ...]
 HOW = (
     "prepare the messages with chosen = handle.prompt(messages), and call the model in `with handle.using(handle.plan, "
     "prompt=chosen)`"
@@ -62,29 +61,28 @@ def on_made_inputs(plan: BoundPlan) -> BoundPlan:
     return plan
 
 
-def tell_pictures(
-    plan: BoundPlan, prompts: Sequence[Pictures] | None, rows: int, items: Sequence[Any], record: EncoderRecord | None
-) -> None:
+def tell_pictures(request: Request, rows: int, items: Sequence[Any]) -> None:
     """Say in the ledgers of a request's pictures how they entered.
 
+    Where the tiles of a picture are items of their own, those of several pictures are not told apart.
+
     Args:
-        prompts: what the caller named, one for each row of the batch or of its beams; None: nothing.
         rows: of the batch.
         items: of the request, whose `record` is the ledger.
-        record: of the encoder call that made the pictures, which remembers what was said of them.
 
     Raises:
         WinnowError: the plan chooses or cuts pictures and nobody says that it did, or the pictures are not those of the
             request.
     """
     seen = [item for item in items if item.record.modality in ("image", "video")]
+    record, prompts = request.encodings.get("image"), request.prompts
     if prompts is None:
-        known = () if record is None else record.entered
-        if seen and not known:
-            refuse_unprepared(plan, "inside the model")
+        known = None if record is None else record.entered
+        if seen and known is None:
+            refuse_unprepared(request.plan, "inside the model")
         for item in seen if known else ():
             if item.record.modality == "image":
-                item.record.picture = known[item.number]
+                item.record.picture = known.get(item.number)  # type: ignore[union-attr]
         return
     if rows % len(prompts):
         raise WinnowError(f"prompt= names {len(prompts)} requests, and the batch has {rows} rows.")
@@ -92,17 +90,25 @@ def tell_pictures(
     said: dict[int, Entered] = {}
     for row in range(rows):
         own = [item for item in seen if item.row == row and item.record.modality == "image"]
-        wanted = prompts[row // copies]
-        if len(own) != len(wanted):
-            raise WinnowError(
-                f"prompt= lets {len(wanted)} pictures into row {row}, and the request has {len(own)} there; make its "
-                "inputs from chosen.messages, and name the prompts in the order of the rows."
-            )
-        for item, entered in zip(own, wanted, strict=True):
+        for item, entered in _matched(own, prompts[row // copies], row, request.bound.family.tiles_apart):
             _check_grid(entered, item)
             item.record.picture = said[item.number] = entered
     if record is not None:
-        record.entered = tuple(said[number] for number in sorted(said))
+        record.entered = said
+
+
+def _matched(
+    items: Sequence[Any], wanted: Sequence[Entered], row: int, tiles_apart: bool
+) -> Iterable[tuple[Any, Entered]]:
+    """The items of a row with their pictures, as far as they can be told."""
+    if len(items) == len(wanted):
+        return zip(items, wanted, strict=True)
+    if tiles_apart and len(items) > len(wanted) > 0:
+        return [(item, wanted[0]) for item in items] if len(wanted) == 1 else ()
+    raise WinnowError(
+        f"prompt= lets {len(wanted)} pictures into row {row}, and the request has {len(items)} there; make its "
+        "inputs from chosen.messages, and name the prompts in the order of the rows."
+    )
 
 
 def _check_grid(entered: Entered, item: Any) -> None:
