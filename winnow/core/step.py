@@ -161,7 +161,7 @@ class Recut(Action):
 
     Args:
         box: left, top, right and bottom in pixels of the picture, the last two not included; None: all of it.
-        size: height and width in pixels; None: as large as the part is.
+        size: height and width in pixels, within the limits of `winnow.media`; None: as large as the part is.
     """
 
     box: tuple[int, int, int, int] | None = None

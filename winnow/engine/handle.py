@@ -113,8 +113,9 @@ class Handle:
 
         Args:
             messages: of one conversation, as `processor.apply_chat_template` takes them. Pictures are parts such as
-                `{"type": "image", "image": …}` with a PIL image, an array or a path; videos
-                `{"type": "video", "video": winnow.open_video(…)}`.
+                `{"type": "image", "image": …}` with a PIL image, an array or a path of the local user; videos
+                `{"type": "video", "video": winnow.open_video(…)}`. Messages of others may name files of yours: put
+                opened pictures into them first.
             features: `[K, D]` what is known of each picture, for methods that ask for it.
             question_features: `[D]` what is known of the question, in the same space.
 
