@@ -304,3 +304,23 @@ def test_models_and_uses_without_the_point_are_refused():
     messages = [{"role": "user", "content": [clip, {"type": "image", "image": picture()}]}]
     with winnow.compress(zoo.model(BUILD), QUARTER) as handle, pytest.raises(UnsupportedError, match="no videos"):
         handle.prompt(messages)
+
+
+def test_a_later_turn_with_a_picture_names_what_is_new():
+    model, processor = zoo.model(BUILD), qwen()
+    with winnow.compress(model, "downscale:keep=9", processor=processor) as handle:
+        chosen = [handle.prompt(asked(picture(seed=seed))) for seed in (0, 1)]
+        made = [inputs_of(processor, own.messages) for own in chosen]
+        with handle.using(handle.plan, prompt=chosen[0]):
+            first = generate(model, made[0])
+        before = first.sequences.shape[1]
+        talk = {
+            **made[1],
+            "input_ids": torch.cat([first.sequences, made[1]["input_ids"]], 1),
+            "mm_token_type_ids": torch.nn.functional.pad(made[1]["mm_token_type_ids"], (before, 0)),
+        }
+        talk["attention_mask"] = torch.ones_like(talk["input_ids"])
+        kept = {"past_key_values": first.past_key_values}
+        with handle.using(handle.plan, prompt=chosen[1]):
+            generate(model, talk, **kept)
+        assert [item.picture for item in handle.last.items] == list(chosen[1].entered)
