@@ -119,7 +119,9 @@ def released(cls: type[Method]) -> str:
 
 
 def points(cls: type[Method]) -> str:
-    """Where it acts with its defaults, on a model of the size of LLaVA-1.5-7B."""
+    """Where it acts with its defaults, on a model of the size of LLaVA-1.5-7B; ahead of the processor, on any."""
+    if cls.at in ("prompt", "frames", "pixels"):
+        return f"`{cls.at}`"
     at = list(dict.fromkeys(f"`{step.at}`" for step in cls().checked_steps(EXAMPLE)))
     return ", ".join(at if len(at) <= 6 else (*at[:2], "…", at[-1]))
 
@@ -140,10 +142,14 @@ def page(entry: Entry, system: System | None, measured: dict[str, Any]) -> str:
     if system:
         lines += [f"*{system.title}*, {paper}.", ""]
     lines += [parts["idea"][0].upper() + parts["idea"][1:], ""]
-    lines += [f'```python\nwinnow.compress(model, "{entry.slug}")\n```', ""]
+    code = f'winnow.compress(model, "{entry.slug}")'
+    if entry.of_input:
+        code = f'handle = winnow.compress(model, "{entry.slug}", processor=processor)\nchosen = handle.prompt(messages)'
+    lines += [f"```python\n{code}\n```", ""]
+    where = "ahead of the processor" if entry.of_input else f"layers as in a {EXAMPLE.model}"
     facts = {
         "Looks at": parts.get("Looks at", ""),
-        "Acts at": f"{points(cls)} ({', '.join(entry.stages)}; layers as in a {EXAMPLE.model})",
+        "Acts at": f"{points(cls)} ({', '.join(entry.stages)}; {where})",
         "Cost": parts.get("Cost", ""),
         "Memory": "one table of V × V numbers for each item" if cls.pairwise else "",
         "Changes nothing at": identity(cls),

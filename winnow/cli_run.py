@@ -6,7 +6,8 @@ import contextlib
 import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from winnow.bench.phases import answer
 from winnow.cli_clips import FOREIGN, Known, drawn_video, inputs_of, is_clip
 from winnow.core.errors import WinnowError
 from winnow.core.plan import Plan
+from winnow.core.reduction import Reduction
 from winnow.core.registry import method_class
+from winnow.core.step import Recut
 from winnow.engine.compress import compress
 from winnow.media import MediaError, open_image
 from winnow.overlay import Box, covered, overlay, panel_size, shown_box
@@ -197,7 +200,14 @@ def compare(
     for plan, path in zip(wanted, paths, strict=True):
         with compress(model, plan, processor=processor) as handle:
             handle.timing = True
-            if asked.video is None:
+            seen, entered = asked, None
+            if asked.video is None and handle.bind(plan).changes_pictures:
+                entered = handle.pictures([asked.image], asked.question)
+                seen = _as_entered(asked, entered)
+                own = inputs_of(model, processor, seen.image, asked.question)
+                with handle.using(plan, prompt=entered):
+                    text, times = answer(model, processor, own, **asking, handle=handle)
+            elif asked.video is None:
                 text, times = answer(model, processor, inputs, **asking, handle=handle)
             else:
                 video = handle.frames(asked.video)
@@ -205,6 +215,8 @@ def compare(
                 with handle.using(plan, videos=[video]):
                     text, times = answer(model, processor, own, **asking, handle=handle)
             result, full = _costs(handle.last)
+        if entered is not None:
+            full = _full_costs(model, processor, inputs)
         plain = full | plain
         result = {
             "method": str(plan),
@@ -214,8 +226,11 @@ def compare(
             **result,
             "ms": times,
         }
+        if entered is not None:
+            (about_it,) = entered.entered
+            result["entered"] = about_it.facts() | {"says": str(about_it)}
         if asked.video is None:
-            result |= _picture(asked, processor, handle, path, str(plan))
+            result |= _picture(seen, processor, handle, path, str(plan))
         else:
             result |= _moving(asked, processor, handle.last, video, path, str(plan))
         results.append(result)
@@ -228,6 +243,13 @@ def compare(
         "plain": plain,
         "methods": results,
     }
+
+
+def _as_entered(asked: Subject, prompt: Any) -> Subject:
+    """The subject as its picture entered, its evidence where it is now; none where parts of the picture are gone."""
+    (entered,), (image,) = prompt.entered, prompt.pictures
+    all_there = entered.box == (0, 0, *asked.image.size)
+    return replace(asked, image=image, evidence=tuple(map(entered.seen, asked.evidence)) if all_there else ())
 
 
 def _where(model: Any) -> str:
@@ -243,7 +265,8 @@ def _costs(ledger: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     item = ledger.items[0]
     layers = [samples[0] for samples in ledger.layer_tokens]
     frames = () if item.frames is None else item.frames.reductions
-    points = [{"point": at, "method": slug, "from": r.n, "to": r.m} for at, slug, r in frames]
+    points = _ahead(item.picture)
+    points += [{"point": at, "method": slug, "from": r.n, "to": r.m} for at, slug, r in frames]
     points += [{"point": str(at), "method": slug, "from": r.n, "to": r.m} for at, slug, r in item.reductions]
     compressed = {
         "tokens": {"visual": len(item.kept), "layers": layers, "mean": statistics.fmean(layers)},
@@ -254,6 +277,17 @@ def _costs(ledger: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     logical = ledger.logical[0]
     full = {"tokens": {"visual": item.layout.n_content, "layers": [logical] * len(layers), "mean": logical}}
     return compressed, full | {"flops": ledger.flops_full, "kv_bytes": ledger.kv_bytes_full}
+
+
+def _ahead(entered: Any) -> list[dict[str, Any]]:
+    """What steps ahead of the processor left: of pictures, how many; of one picture, of how many tokens."""
+    if entered is None:
+        return []
+    maps = [(at, slug, r.n, r.m) for at, slug, r in entered.steps if isinstance(r, Reduction)]
+    cuts = [(at, slug) for at, slug, r in entered.steps if isinstance(r, Recut)]
+    if cuts and entered.grid is not None:
+        maps.append((cuts[0][0], " + ".join(slug for _, slug in cuts), prod(entered.full), prod(entered.grid)))
+    return [dict(zip(("point", "method", "from", "to"), row, strict=True)) for row in maps]
 
 
 def _full_costs(model: Any, processor: Any, inputs: dict[str, Any]) -> dict[str, Any]:

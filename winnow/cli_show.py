@@ -58,6 +58,8 @@ def comparison(result: dict[str, Any]) -> None:
         smaller = method["kv_bytes"] < result["plain"]["kv_bytes"]
         steps = steps or ("the cache alone is smaller" if smaller else "nothing was dropped")
         out.print(escape(f"{method['method']}: {steps}"))
+        if "entered" in method:
+            out.print(escape(f"{method['method']}: {method['entered']['says']}"), soft_wrap=True)
         if "overlay" in method:
             out.print(escape(f"  kept tokens drawn in {method['overlay']}"), soft_wrap=True)
 

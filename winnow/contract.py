@@ -14,8 +14,10 @@ from winnow.core.kv_method import CacheMethod
 from winnow.core.kv_select import best_slots, keep_slots
 from winnow.core.layout import CLS, CONTENT, PAD, REGISTER, SEPARATOR, Layout
 from winnow.core.method import Method
+from winnow.core.picture_view import PictureView
 from winnow.core.plan import method_of
 from winnow.core.point import Point
+from winnow.core.prompt_view import PromptView
 from winnow.core.reduction import Reduction
 from winnow.core.registry import register
 from winnow.core.select import comparable, count_broken, rank_of, ranked, top_k
@@ -29,6 +31,7 @@ from winnow.core.step import (
     KVReduce,
     Observe,
     Parted,
+    Recut,
     Reduce,
     Repose,
     Route,
@@ -101,13 +104,16 @@ __all__ = [
     "OneHeadAttention",
     "PageRank",
     "Parted",
+    "PictureView",
     "Pixels",
     "Point",
+    "PromptView",
     "Question",
     "QuestionCosine",
     "QuestionRows",
     "QuestionSignal",
     "QuestionTokens",
+    "Recut",
     "Reduce",
     "Reduction",
     "Repose",

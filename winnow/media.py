@@ -106,7 +106,7 @@ def open_image(source: Any, *, limits: Limits = _DEFAULT) -> Image.Image:
     those). A ``PIL.Image`` keeps the decoder that its owner opened it with; the size limits still hold.
     """
     if isinstance(source, Image.Image):
-        _check_size(*source.size, limits)
+        check_size(*source.size, limits)
         return _upright_rgb(source)
     if isinstance(source, np.ndarray) or _is_tensor(source):
         return _from_array(source, limits)
@@ -243,7 +243,8 @@ def _check_bytes(count: int, limits: Limits) -> None:
         raise MediaError(f"the picture has more than the {limits.max_bytes} bytes that are allowed", "too_large")
 
 
-def _check_size(width: int, height: int, limits: Limits) -> None:
+def check_size(width: int, height: int, limits: Limits = _DEFAULT) -> None:
+    """Refuse a picture of a size that is not allowed, by a ``MediaError``."""
     if width * height > limits.max_pixels:
         raise MediaError(
             f"the picture has {width} × {height} pixels; at most {limits.max_pixels} in all are allowed", "too_large"
@@ -264,10 +265,10 @@ def _decode(data: bytes, limits: Limits) -> Image.Image:
             raise MediaError(f"{foreign} is not supported: give {_ALLOWED}", "unsupported_format")
         raise MediaError(f"this is not a picture ({len(data)} bytes): give {_ALLOWED}")
     size = _attempt(lambda: header_size(data, name), MediaError(f"the {name} header of the picture cannot be read"))
-    _check_size(*size, limits)
+    check_size(*size, limits)
     damaged = MediaError("the picture is cut off or damaged", "truncated_image")
     image = _attempt(lambda: Image.open(io.BytesIO(data), formats=[name]), damaged)
-    _check_size(*image.size, limits)
+    check_size(*image.size, limits)
     if name == "PNG":
         _scale_colour_key(image, depth=data[24])
     return _upright_rgb(image)
@@ -325,7 +326,7 @@ def _from_array(source: Any, limits: Limits) -> Image.Image:
         channels_first = len(shape) == 3 and shape[0] in (1, 3, 4)
         hint = "; if its channels are first, move them last with .permute(1, 2, 0)" if channels_first else ""
         raise MediaError(f"got an array of shape {shape}: give (height, width, 3){hint}", "bad_shape")
-    _check_size(shape[1], shape[0], limits)
+    check_size(shape[1], shape[0], limits)
     if _is_tensor(source):
         sparse = MediaError(f"the tensor of shape {shape} holds no dense values that can be read", "bad_type")
         source = _attempt(lambda: _tensor_to_numpy(source), sparse)

@@ -220,8 +220,8 @@ def test_words_of_signals_are_checked_when_they_are_made(make, message):
     ("at", "needs", "error", "message"),
     [
         (Point("frames"), (), UnsupportedError, "acts at frames, which M does not offer; it offers features"),
-        (Point("prompt"), (), UnsupportedError, "M does not offer; .* Instead: who writes a prompt says which items"),
-        (Point("pixels"), (), UnsupportedError, r"M does not offer; .* Instead: act at blocks\[0\]"),
+        (Point("prompt"), (), UnsupportedError, "M does not offer; .* Instead: leave pictures out of the messages"),
+        (Point("pixels"), (), UnsupportedError, "M does not offer; .* Instead: cut and scale pictures ahead"),
         (Point("decode"), (), UnsupportedError, r"M does not offer; .* Instead: give a KVStep at kv\[k\]"),
         (Point("layers", 4), (), WinnowError, "M has 4 LM layers"),
         (Point("projected"), (VisionAttention(layer=6),), WinnowError, "blocks 0 … 5"),

@@ -17,7 +17,8 @@ LESS, MORE = np.array([0.1, 0.2, 0.3]), np.array([0.5, 0.7, 0.6])
 
 
 def test_every_method_has_a_claim_and_the_page_names_it():
-    of_pictures = {slug for slug, entry in built_in().items() if not entry.of_cache}
+    # Ahead of the processor there are no tokens of the reference model, which reads one picture at one size.
+    of_pictures = {slug for slug, entry in built_in().items() if not entry.of_cache and not entry.of_input}
     assert not set(CLAIMS) & set(TWINNED)
     assert {*CLAIMS, *TWINNED} == of_pictures
     named = {row.split(",")[0] for row in re.findall(r"^\| ([a-z0-9-]+(?:,[^|]*)?) \|", PAGE.read_text(), re.M)}

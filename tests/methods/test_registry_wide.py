@@ -27,6 +27,11 @@ def test_every_method_of_the_cache(slug):
     check_method(method_class(slug))
 
 
+@pytest.mark.parametrize("slug", [entry.slug for entry in built_in().values() if entry.of_input])
+def test_every_method_ahead_of_the_processor(slug):
+    check_method(method_class(slug))
+
+
 NOT_THE_LOWEST = {
     "audio-guided": "of a frame with none before it an even part stays",
     "evs": "of a frame with none before it an even part stays",

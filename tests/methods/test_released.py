@@ -37,7 +37,7 @@ KEEP_POSITIONS = {
     "qtsplus",
     "vtw",
 }
-BUILT_IN = {slug for slug, entry in built_in().items() if not entry.of_cache}
+BUILT_IN = {slug for slug, entry in built_in().items() if not entry.of_cache and not entry.of_input}
 RELEASED = sorted(BUILT_IN - NO_CODE)
 
 

@@ -8,12 +8,8 @@ import weakref
 import pytest
 import torch
 import zoo
+from picture_processors import QUESTION, processor, tokenizer
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import LlavaNextProcessor, LlavaProcessor, PreTrainedTokenizerFast
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from winnow import cli_run
 from winnow.core.errors import WinnowError
@@ -22,68 +18,6 @@ from winnow.engine.compress import compress
 from winnow.engine.doctor import diagnose
 from winnow.engine.spans import template_suffix
 from winnow.models.inputs import model_inputs, prompt
-
-QUESTION = "what is this ?"
-TEMPLATE = (
-    "{% for m in messages %}<s>user {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}"
-    "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} answer"
-)
-
-
-def tokenizer(start: bool = False) -> PreTrainedTokenizerFast:
-    """Words to numbers, with the zoo's control tokens at the zoo's ids."""
-    words = ["<pad>", "</s>", "<s>", "<start>", "<end>", "<unk>", "user", "answer", *QUESTION.split()]
-    ids = {word: i for i, word in enumerate(words)} | {"<image>": zoo.IMAGE}
-    ids |= {f"w{i}": i for i in range(zoo.VOCABULARY) if i not in ids.values()}
-    made = Tokenizer(models.WordLevel(ids, "<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.add_special_tokens([AddedToken(word, special=True) for word in ids if word.startswith("<")])
-    if start:
-        from tokenizers.processors import TemplateProcessing
-
-        made.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", ids["<s>"])])
-    roles = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=made, extra_special_tokens={"image_token": "<image>"}, **roles)
-
-
-class QwenProcessor:
-    """Qwen2.5-VL's picture processing and a tokenizer; its own processor class needs torchvision, for videos."""
-
-    chat_template, image_token = TEMPLATE, "<image>"
-
-    def __init__(self) -> None:
-        self.image_processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 140 * 140})
-        self.tokenizer = tokenizer()
-
-    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
-        return self.tokenizer.apply_chat_template(messages, chat_template=TEMPLATE, tokenize=tokenize)
-
-    def __call__(self, images, text, return_tensors):
-        pictures = self.image_processor(images, return_tensors=return_tensors)
-        tokens = int(pictures["image_grid_thw"].prod()) // self.image_processor.merge_size**2
-        text = text.replace("<image>", "<start> " + "<image> " * tokens + "<end>")
-        words = self.tokenizer(text, return_tensors=return_tensors, return_token_type_ids=False)
-        return {**pictures, **words, "mm_token_type_ids": (words["input_ids"] == zoo.IMAGE).int()}
-
-
-def processor(build: str):
-    if build == "qwen2_5_vl":
-        return QwenProcessor()
-    crop = {"size": {"shortest_edge": zoo.SIDE}, "crop_size": {"height": zoo.SIDE, "width": zoo.SIDE}}
-    more = {"tokenizer": tokenizer(), "patch_size": zoo.PATCH, "chat_template": TEMPLATE, "image_token": "<image>"}
-    if build == "llava_next":
-        grids = zoo.model(build).config.image_grid_pinpoints
-        images = LlavaNextImageProcessorPil(image_grid_pinpoints=grids, **crop)
-        return LlavaNextProcessor(
-            images, vision_feature_select_strategy="default", num_additional_image_tokens=1, **more
-        )
-    strategy = "default" if build == "llava_clip" else "full"
-    return LlavaProcessor(
-        CLIPImageProcessorPil(**crop),
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=int(build == "llava_clip"),
-        **more,
-    )
 
 
 @pytest.mark.parametrize("size", [(120, 90), (70, 200)])

@@ -246,10 +246,3 @@ def test_refusals_name_what_can_be_done():
             handle.frames(video(4), features=torch.zeros(3, 2))
     with pytest.raises(UnsupportedError, match="not known to take videos"):
         model_inputs(zoo.model("llava_clip"), VideoProcessor(QUESTION), video(2), QUESTION)
-
-
-@pytest.mark.parametrize("point", ["prompt", "pixels"])
-def test_other_input_points_are_refused_by_name(point):
-    method = Pick(at=point)
-    with pytest.raises(UnsupportedError, match=f"acts at {point}, which"):
-        winnow.compress(zoo.model(BUILD), method)

@@ -22,6 +22,7 @@ from winnow.core.errors import WinnowError
 from winnow.core.plan import Plan
 from winnow.engine.compress import compress
 from winnow.engine.handle import Handle
+from winnow.engine.prompt_items import on_made_inputs
 
 CHECKED = 50  # questions of each method that are also asked through `model.generate` with the pixels
 DRAWN = 6  # questions whose overlays are kept
@@ -116,7 +117,7 @@ def _supported(handle: Handle, planned: list[Job], cells: dict[str, int], store:
     found = []
     for job in planned:
         try:
-            handle.bind(job.plan)
+            on_made_inputs(handle.bind(job.plan))
             found.append(job)
         except WinnowError as error:
             store.mark(cells[job.key], "error:unsupported", str(error))

@@ -32,6 +32,7 @@ from winnow.core.errors import WinnowError
 from winnow.core.plan import Plan
 from winnow.engine.compress import compress
 from winnow.engine.doctor import diagnose
+from winnow.engine.prompt_items import on_made_inputs
 
 BATCHES = (1, 8, 32)
 RAGGED = 8  # questions of unequal lengths in one padded batch
@@ -124,7 +125,7 @@ def _timed(model: Any, processor: Any, task: Task, methods: Sequence[str], budge
         content = Encoded(handle, listening(handle, []), joined([alone])).layouts[0].n_content
         planned = jobs(methods, budgets, content, baselines=())
         for job in planned:
-            handle.bind(job.plan)  # a method that cannot run here is a mistake of the caller's
+            on_made_inputs(handle.bind(job.plan))  # a method that cannot run here is a mistake of the caller's
     pooled = [job for job in planned if job.cell.label == "downsample-M"]
     native = [
         Job(replace(job.cell, plan=f"baseline:native:{job.cell.budget}", label="native-M"), Plan(()), fed=job.cell.keep)

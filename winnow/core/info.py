@@ -29,6 +29,8 @@ class ModelInfo:
         heads: query heads of an LM layer.
         kv_heads: heads of the keys and values of an LM layer.
         head_dim: width of a key of one head.
+        token_side: pixels of one side of a token, in a model that takes pictures at their own resolution; None in
+            others, whose pictures are brought to one size, or to tiles of one size.
         fingerprint: gives a word that tells the model's weights from others of its shape; None where there is no model.
     """
 
@@ -48,6 +50,7 @@ class ModelInfo:
     kv_heads: int = 1
     head_dim: int = 1
     sound_depth: int = 0
+    token_side: int | None = None
     fingerprint: Callable[[], str] | None = field(default=None, compare=False, repr=False)
 
     def lm_layer(self, layer: int, what: str = "layer") -> int:

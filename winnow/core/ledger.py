@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from winnow.core.entered import Entered
 from winnow.core.layout import Layout
 from winnow.core.reduction import Reduction
 from winnow.core.sampled import Sampled
@@ -25,6 +26,8 @@ class ItemLedger:
             tokens, each later one the rows of the one before.
         ids: `[M]` content ids of what is left (a merged token: its representative), on the device that made them.
         frames: of a video: how its frames were chosen, where the caller said it (`handle.using(videos=…)`).
+        picture: of a picture: which it is and how it was cut and scaled, where the caller said it
+            (`handle.using(prompt=…)`).
     """
 
     row: int
@@ -34,6 +37,7 @@ class ItemLedger:
     reductions: list[tuple[str, str, Reduction]] = field(default_factory=list)
     ids: Tensor | None = None
     frames: Sampled | None = None
+    picture: Entered | None = None
 
     @property
     def kept(self) -> Tensor:

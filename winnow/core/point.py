@@ -21,13 +21,10 @@ STAGE = {
     "kv": "cache",
     "decode": "decoding",
 }
-# Points that no model offers, and what does the same.
+# What does the same in models that do not offer a point.
 INSTEAD = {
-    "prompt": "who writes a prompt says which items enter it, so leave them out of the messages; frames of a video are "
-    "chosen at frames, and the tokens of an item at projected",
-    "pixels": "act at blocks[0], where parts of a picture leave that have their true positions and have not been "
-    "computed on, and read a signal whose site is pixels; a picture that enters cut, smaller or made of others is made "
-    "by the caller ahead of the processor, as winnow.with_thumbnail does it",
+    "prompt": "leave pictures out of the messages",
+    "pixels": "cut and scale pictures ahead of the processor",
     "decode": "give a KVStep at kv[k] with when=('decode',), which acts for each decoded token",
 }
 
@@ -68,7 +65,7 @@ class Point:
 
     @property
     def instead(self) -> str:
-        """What to do in the place of a step here, where no model offers the point; else nothing."""
+        """What to do in the place of a step here, where a model does not offer the point; else nothing."""
         return INSTEAD.get(self.name, "")
 
     @property

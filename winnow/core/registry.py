@@ -26,6 +26,7 @@ METHODS_DIR = Path(__file__).resolve().parent.parent / "methods"
 STAGES = ("input", "encoder", "connector", "decoder", "cache", "decoding")
 KINDS = ("training-free", "learned")
 _CACHE = "CacheMethod"  # what methods of the cache derive
+_INPUT = ("prompt", "frames", "pixels")
 _ARXIV = re.compile(r"arXiv[: ](\d{4}\.\d{4,5})")
 
 
@@ -46,6 +47,7 @@ class Entry:
         released: the settings and the `positions` of the authors' released code, or None.
         of_cache: whether it acts on the KV cache, and not on the tokens of pictures.
         of_sounds: whether it is meant for sounds, or for what is heard beside a video, and not for pictures.
+        of_input: whether it acts ahead of the processor alone (`at` is prompt, frames or pixels), and not on tokens.
     """
 
     slug: str
@@ -60,6 +62,7 @@ class Entry:
     released: Mapping[str, Any] | None = None
     of_cache: bool = False
     of_sounds: bool = False
+    of_input: bool = False
 
 
 _extra: dict[str, Entry] = {}
@@ -96,7 +99,8 @@ def register(
             facts = ("user", tuple(stages), kind, source, summary, cls.__name__)
             of_cache = any(base.__name__ == _CACHE for base in cls.__mro__)
             of_sounds = _without_pictures(getattr(cls, "modalities", None))
-            _extra[slug] = Entry(slug, cls.__module__, *facts, *described_class(cls), of_cache, of_sounds)
+            of_input = getattr(cls, "at", None) in _INPUT
+            _extra[slug] = Entry(slug, cls.__module__, *facts, *described_class(cls), of_cache, of_sounds, of_input)
         return cls
 
     return add
@@ -135,6 +139,7 @@ def _read(path: Path) -> list[Entry]:
                 summary = (ast.get_docstring(node) or "").split("\n")[0]
                 facts["settings"], facts["released"] = read_class(node)
                 facts["of_sounds"] = _without_pictures(class_attribute(node, "modalities"))
+                facts["of_input"] = class_attribute(node, "at") in _INPUT
                 facts["of_cache"] = any(ast.unparse(base).rpartition(".")[2] == _CACHE for base in node.bases)
                 entries.append(Entry(slug, f"winnow.methods.{path.stem}", summary=summary, name=node.name, **facts))
     return entries
@@ -166,8 +171,8 @@ def picture_methods() -> tuple[Entry, ...]:
 
 
 def token_methods() -> tuple[Entry, ...]:
-    """The methods that act on the tokens of items, be they pictures or sounds, and not on the cache."""
-    return tuple(entry for entry in entries() if not entry.of_cache)
+    """The methods that act on the tokens of items, be they pictures or sounds, not on the cache or ahead of them."""
+    return tuple(entry for entry in entries() if not entry.of_cache and not entry.of_input)
 
 
 def method_class(slug: str) -> Any:

@@ -155,6 +155,19 @@ class Repose(Action):
     keys: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Recut(Action):
+    """At `pixels`: the part of a picture that enters, and the size to which it is scaled.
+
+    Args:
+        box: left, top, right and bottom in pixels of the picture, the last two not included; None: all of it.
+        size: height and width in pixels, within the limits of `winnow.media`; None: as large as the part is.
+    """
+
+    box: tuple[int, int, int, int] | None = None
+    size: tuple[int, int] | None = None
+
+
 Answer = Action | Reduction | tuple[Action | Reduction, State]
 
 

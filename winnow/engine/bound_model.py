@@ -86,7 +86,9 @@ class BoundModel:
         modalities = tuple(modality for _, modality, _ in family.encoders)
         modalities += ("video",) * (family.frames_apart and "video" not in modalities)
         videos = ("frames",) if "video" in modalities else ()
-        info = replace(info, points=(*videos, *info.points, "kv"), modalities=modalities)
+        pictures = "image" in modalities and not family.cross
+        ahead = (*("prompt",) * pictures, *videos, *("pixels",) * pictures)
+        info = replace(info, points=(*ahead, *info.points, "kv"), modalities=modalities)
         tower, blocks, projector = parts
         device = device_of(model.get_input_embeddings())
         short = family.short and set(kinds) == {"full_attention"}

@@ -20,6 +20,14 @@ from winnow.core.signal import Signal, Site, block_index
 from winnow.core.step import Step
 
 Steps = tuple[tuple[int, Step], ...]
+# Points ahead of the processor, and why no signal can be seen there.
+AHEAD = {
+    "prompt": "pictures are chosen before any model runs. A step there sees small pixels, sizes, the text of the "
+    "question, and features that are handed over",
+    "frames": "frames are chosen before any model runs. A step there sees small pixels, times, and features that are "
+    "handed over",
+    "pixels": "pictures are cut and scaled before any model runs. A step there sees small pixels and the size",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +40,7 @@ class BoundPlan:
         blocks, halves: vision block → steps before it, and between its attention and its MLP. Those behind the block
             whose output feeds the projector are left out: nothing would read what they did.
         frames: (number of the method, step) on the frames of a video, which are chosen ahead (`Handle.frames`).
+        prompt, pixels: the same on the pictures of a request and on each of them (`Handle.prompt`).
         features, projected: the same at the tower's output, and at the LM's input.
         layers: LM layer → steps before it.
         kv: LM layer → steps at its cache.
@@ -64,6 +73,8 @@ class BoundPlan:
     text_encoder: Any = None
     kv: Mapping[int, Steps] = field(default_factory=dict)
     frames: Steps = ()
+    prompt: Steps = ()
+    pixels: Steps = ()
     modalities: tuple[tuple[str, ...], ...] = ()
     deaf: bool = False
     cross_reads: Mapping[int, tuple[CrossRead, ...]] = field(default_factory=dict)
@@ -84,7 +95,7 @@ class BoundPlan:
         )
         steps = _without_idle(plan, bound, info)
         hears = any("audio" in own for own in acted) or any(s.beside for _, step in steps for s in step.needs)
-        at: dict[str, list[tuple[int, Step]]] = {"frames": [], "features": [], "projected": []}
+        at: dict[str, list[tuple[int, Step]]] = {name: [] for name in (*AHEAD, "features", "projected")}
         layers: dict[int, list[tuple[int, Step]]] = defaultdict(list)
         kv: dict[int, list[tuple[int, Step]]] = defaultdict(list)
         blocks: dict[int, list[tuple[int, Step]]] = defaultdict(list)
@@ -109,8 +120,8 @@ class BoundPlan:
                 at[step.at.name].append((number, step))
             else:
                 raise UnsupportedError(
-                    f"steps at {step.at} are not built yet; this version acts at frames, blocks[i], blocks[i].mlp, "
-                    "features, projected, layers[k] and kv[k]."
+                    f"steps at {step.at} are not built yet; this version acts at prompt, frames, pixels, blocks[i], "
+                    "blocks[i].mlp, features, projected, layers[k] and kv[k]."
                 )
             for signal in step.needs:
                 _listen(signal, step, plan.methods[number].slug, info, listeners, probed)
@@ -136,6 +147,8 @@ class BoundPlan:
             tuple(sorted({s for _, step in steps for s in step.needs if s.site(info).stack == "text"}, key=repr)),
             kv={k: tuple(v) for k, v in kv.items()},
             frames=tuple(at["frames"]),
+            prompt=tuple(at["prompt"]),
+            pixels=tuple(at["pixels"]),
             modalities=acted,
             deaf=len(info.modalities) > 1 and not hears,
             cross_reads={i: own for i, method in enumerate(resolved.methods) if (own := method.cross_reads(info))},
@@ -150,6 +163,11 @@ class BoundPlan:
         return not (self.deaf and modality == "audio")
 
     @property
+    def changes_pictures(self) -> bool:
+        """Whether steps say which pictures enter, or how, ahead of the processor."""
+        return bool(self.prompt or self.pixels)
+
+    @property
     def needs_text_encoder(self) -> bool:
         """Whether a step needs a text tower that is not part of the model."""
         heard = [signal for own in self.listeners.values() for signal in own]
@@ -159,7 +177,9 @@ class BoundPlan:
     def needs_cache(self) -> bool:
         """Whether a method acts at the cache alone."""
         others = (
+            self.prompt,
             self.frames,
+            self.pixels,
             self.features,
             self.projected,
             *self.blocks.values(),
@@ -231,11 +251,8 @@ def _listen(
 ) -> None:
     """The layer that is about to run is probed; everything else is read when it runs, which must be earlier."""
     site = signal.site(info)
-    if step.at.name == "frames":
-        raise WinnowError(
-            f"{slug} acts at frames and cannot see {signal}: frames are chosen before any model runs. A step there "
-            "sees small pixels, times, and features that are handed over."
-        )
+    if step.at.name in AHEAD:
+        raise WinnowError(f"{slug} acts at {step.at} and cannot see {signal}: {AHEAD[step.at.name]}.")
     if site.stack == "text":
         if step.at.name in ("blocks", "features"):
             raise WinnowError(

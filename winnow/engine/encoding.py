@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from winnow.core.entered import Entered
 from winnow.core.errors import WinnowError
 from winnow.core.layout import Layout
 from winnow.core.signal import Signal
@@ -45,6 +46,8 @@ class EncoderRecord(Encoding):
         projected_shape: that the projector's output would have had to have, but for its width.
         notes: what steps at `features` recorded.
         times: milliseconds by phase.
+        entered: number of an item → how its picture entered; None until the caller of a forward has said it. A later
+            turn reads it here.
     """
 
     plan: BoundPlan | None = None
@@ -57,6 +60,7 @@ class EncoderRecord(Encoding):
     projected_shape: tuple[int, ...] = (0, 0)
     notes: dict[str, Any] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
+    entered: dict[int, Entered] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "EncoderRecord":
         return self  # nothing changes it once the encoder is done, and a copied output is the same encoding

@@ -297,7 +297,7 @@ class Engine:
         made = Request(self.bound, self.attachment, self.active(), None, self.suffix, clock, train=self.train)
         if (override := self.override) is not None:
             made.spans, made.placeholders, made.videos = override.spans, override.placeholders, override.videos
-            made.memory = override.memory
+            made.prompts, made.memory = override.prompts, override.memory
         if made.plan.text_signals:
             made.reader = self.reader
         return made

@@ -18,6 +18,7 @@ from winnow.engine.frames import tell_videos
 from winnow.engine.item_tokens import Span, find_spans, join_runs
 from winnow.engine.lm_pass import LMPass
 from winnow.engine.merged import merged_items
+from winnow.engine.prompt_items import refuse_unprepared, tell_pictures
 from winnow.engine.request import Request, listened, padding_mask
 from winnow.engine.spans import question_span
 from winnow.engine.stretching import stretches_text
@@ -70,6 +71,7 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
     quiet = not request.encodings and merged is None and state_of(cache) is None
     if quiet and not stretches_text(request.plan):
         _refuse_chunks(request)
+        _refuse_left_out(request, cache)
         return None
     if request.plan.plan.methods:
         if request.encodings:
@@ -80,6 +82,7 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
     if given is not None and (not isinstance(given, Tensor) or given.ndim != 2):
         raise UnsupportedError("compression takes a 2-D attention_mask (1 real, 0 padding); got a prepared mask.")
     if merged is not None:
+        refuse_unprepared(request.plan, "with inputs_embeds that hold them already")
         spans, ends, ids = merged
         return LMPass(request, arguments, spans, questions_of(request, arguments, ids, ends), ends)
     if not request.encodings:
@@ -88,6 +91,7 @@ def start_lm(request: Request, arguments: dict[str, Any]) -> LMPass | None:
     spans, ends = _spans(request, ids)
     made = LMPass(request, arguments, spans, questions_of(request, arguments, ids, ends), ends, ids)
     tell_videos(request.plan, request.videos, made.items)
+    tell_pictures(request, ids.shape[0], made.items)
     return made
 
 
@@ -110,6 +114,15 @@ def _refuse_unseen(request: Request) -> None:
                 f"{', '.join(name for name, own, _ in request.bound.family.encoders if own == modality)}, so it cannot "
                 "be compressed; use handle.using('full'), or report the class."
             )
+
+
+def _refuse_left_out(request: Request, cache: Any) -> None:
+    """A first forward without pictures is not the request whose pictures the caller named."""
+    named = sum(map(len, request.prompts or ()))
+    if named and (cache is None or cache.get_seq_length() == 0):
+        raise WinnowError(
+            f"prompt= lets {named} pictures in, and the request has none; make its inputs from chosen.messages."
+        )
 
 
 def _refuse_chunks(request: Request) -> None:

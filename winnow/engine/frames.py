@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from winnow.core.errors import UnsupportedError, WinnowError
+from winnow.core.errors import WinnowError
 from winnow.core.frames_view import FramesView
 from winnow.core.reduction import Reduction
 from winnow.core.sampled import Sampled
-from winnow.core.step import Observe, Reduce, State, Step
+from winnow.core.step import Observe, State
 from winnow.engine.bound_plan import BoundPlan
+from winnow.engine.selecting import followed, selection
 from winnow.video import Video
 
 SIDE = 64  # pixels of the longer side of what steps see
@@ -41,9 +42,8 @@ def chosen_frames(plan: BoundPlan, video: Video, features: Tensor | None = None)
         action, states[number] = step.act(view, states.get(number, State()))
         if isinstance(action, Observe):
             continue
-        own = _selection(action, view, step, slug)
-        chosen = own.index.tolist()  # type: ignore[union-attr]
-        states = {at: _followed(state, chosen) for at, state in states.items()}
+        own, chosen = selection(action, view.n, step, slug, "frames")
+        states = {at: followed(state, chosen) for at, state in states.items()}
         video = video.take(chosen)
         features = None if features is None else features[chosen]
         done.append((str(step.at), slug, own))
@@ -56,26 +56,6 @@ def _view(plan: BoundPlan, number: int, video: Video, features: Tensor | None) -
     times = torch.tensor([video.times], dtype=torch.float32)
     known = None if features is None else features[None].float()
     return FramesView(pixels, times, known, plan.plan.seed, plan.modules.get(number))
-
-
-def _selection(action: Any, view: FramesView, step: Step, slug: str) -> Reduction:
-    """The map of the one video, if it picks some of its frames in their order."""
-    if not isinstance(action, Reduce):
-        raise UnsupportedError(f"{slug} asked for {type(action).__name__} at {step.at}: frames are chosen by Reduce.")
-    reduction = action.reduction
-    if not reduction.is_selection or not reduction.ordered:
-        raise UnsupportedError(f"{slug} merges or reorders frames at {step.at}; there, frames can only be selected.")
-    own = (reduction.lane(0) if reduction.lanes else reduction).cpu()
-    chosen = own.index.tolist()  # type: ignore[union-attr]
-    if own.n != view.n or not chosen or sorted(set(chosen)) != chosen or chosen[0] < 0 or chosen[-1] >= view.n:
-        raise WinnowError(f"{slug} chose the frames {chosen} of {view.n}; give ascending indices, and at least one.")
-    return own
-
-
-def _followed(state: State, chosen: list[int]) -> State:
-    """Token fields `[1, T, …]` are those of the frames that are left."""
-    token = {name: value[:, chosen] for name, value in state.token.items()}
-    return State(token, state.item, state.request, {name: value[:, chosen] for name, value in state.summed.items()})
 
 
 def tell_videos(plan: BoundPlan, videos: Sequence[Sampled] | None, items: Sequence[Any]) -> None:

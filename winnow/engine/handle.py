@@ -18,9 +18,12 @@ from winnow.engine.engine import Engine
 from winnow.engine.frames import chosen_frames
 from winnow.engine.kv import BoundedCache
 from winnow.engine.merged import checked_placeholders
+from winnow.engine.prompt import Prompt, chosen_prompt
+from winnow.engine.prompt_items import checked_prompts
 from winnow.engine.request import Override, overridden
 from winnow.engine.spans import checked_spans
 from winnow.models.families import unwrap
+from winnow.models.picture_sizes import PictureSizes
 from winnow.video import Video
 
 
@@ -99,6 +102,52 @@ class Handle:
         """
         return chosen_frames(self._engine.active(), video, features)
 
+    def prompt(
+        self, messages: Any, *, features: Tensor | None = None, question_features: Tensor | None = None
+    ) -> Prompt:
+        """Messages as the steps of the plan at `prompt`, `frames` and `pixels` let them in, ahead of a processor.
+
+        Steps at `prompt` say which pictures enter, those at `frames` which frames of each video, those at `pixels` how
+        each picture is cut and scaled (bicubic). Text stays as it is, and so do pictures that no step changed: they
+        are the caller's own objects. What was given is not changed. Name the result in `using(prompt=…)`.
+
+        Args:
+            messages: of one conversation, as `processor.apply_chat_template` takes them. Pictures are parts such as
+                `{"type": "image", "image": …}` with a PIL image, an array or a path of the local user; videos
+                `{"type": "video", "video": winnow.open_video(…)}`. Messages of others may name files of yours: put
+                opened pictures into them first.
+            features: `[K, D]` what is known of each picture, for methods that ask for it.
+            question_features: `[D]` what is known of the question, in the same space.
+
+        Raises:
+            WinnowError: the messages cannot be read or were prepared before, or a step asked for pictures, parts or
+                sizes that cannot be had.
+            UnsupportedError: a step asked for what is not done at its point, or the plan would leave a video as it is.
+        """
+        sizes = PictureSizes.of(self._engine.processor, self.info.token_side)
+        return chosen_prompt(self._engine.active(), messages, features, question_features, sizes)
+
+    def pictures(
+        self,
+        pictures: Sequence[Any],
+        question: str = "",
+        *,
+        features: Tensor | None = None,
+        question_features: Tensor | None = None,
+    ) -> Prompt:
+        """The same for pictures without messages; `.pictures` of the result are for `processor(images=…)`.
+
+        Args:
+            pictures: PIL images, arrays or paths, in the order of the prompt.
+            question: that is asked about them, for methods that read it.
+            features, question_features: as in `prompt`.
+        """
+        if isinstance(pictures, str) or not isinstance(pictures, Sequence):
+            raise WinnowError(f"pictures= is a {type(pictures).__name__}; give a list of pictures.")
+        parts = [{"type": "image", "image": picture} for picture in pictures]
+        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+        return self.prompt(messages, features=features, question_features=question_features)
+
     @contextmanager
     def using(
         self,
@@ -107,6 +156,7 @@ class Handle:
         spans: Sequence[tuple[int, int]] | None = None,
         placeholders: Tensor | None = None,
         videos: Sequence[Video] | None = None,
+        prompt: Prompt | Sequence[Prompt] | None = None,
     ) -> Iterator["Handle"]:
         """Another plan in this context only: this thread, this task. A thread that is started inside does not see it.
 
@@ -118,13 +168,22 @@ class Handle:
                 are. Each unbroken run is one picture; nothing is known of its grid, nor of the tower.
             videos: of the requests in this context, in the order of their prompts, as `frames` or `open_video` returned
                 them: the ledger then says of each how its frames were chosen. Plans that choose frames need it.
+            prompt: the request in this context, as `prompt` or `pictures` returned it; for a batch, one for each row.
+                The ledger then says of each picture how it entered. Plans that choose, cut or scale pictures need it.
+                It names the videos as well.
         """
         engine = self._engine
         if not engine.attached:
             raise WinnowError("this handle is detached; call winnow.compress again.")
         bound = engine.bind(Plan.of(FULL if plan is None else plan))
+        prompts = checked_prompts(bound, engine.bound, prompt)
+        entered = None if prompts is None else tuple(own.entered for own in prompts)
+        if prompts is not None:
+            if videos is not None or placeholders is not None:
+                raise WinnowError("prompt= names pictures and videos already; leave out videos= and placeholders=.")
+            videos = [video for own in prompts for video in own.videos]
         named = None if videos is None else tuple(video.sampled for video in videos)
-        override = Override(bound, checked_spans(spans), checked_placeholders(placeholders), named)
+        override = Override(bound, checked_spans(spans), checked_placeholders(placeholders), named, entered)
         with overridden(engine.attachment, override):
             yield self
 

@@ -366,6 +366,11 @@ def _check_plan(plan: BoundPlan) -> None:
             f"{plan.plan} chooses frames, which happens before a processor makes inputs: use winnow.compress, whose "
             "handle has frames(video)."
         )
+    if plan.changes_pictures:
+        raise UnsupportedError(
+            f"{plan.plan} chooses, cuts or scales pictures, which happens before a processor makes inputs: use "
+            "winnow.compress, whose handle has prompt(messages)."
+        )
     if stretching(plan) is not None:
         raise UnsupportedError(
             f"{plan.plan} stretches rotary positions, which the model does with inputs as it was trained; use "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from winnow.core.entered import Entered
 from winnow.core.ledger import Ledger
 from winnow.core.sampled import Sampled
 from winnow.engine.bound_model import BoundModel
@@ -45,6 +46,7 @@ class Override:
     spans: Spans | None
     placeholders: Tensor | None = None
     videos: tuple[Sampled, ...] | None = None
+    prompts: tuple[tuple[Entered, ...], ...] | None = None
     memory: dict[int, dict[str, Any]] | None = None
 
 
@@ -94,6 +96,7 @@ class Request:
         outputs: modality → what the encoder gave in this forward.
         placeholders: `[B, S]` where the caller's embeddings hold pictures.
         videos: how the frames of its videos were chosen, where the caller says it.
+        prompts: how the pictures of each of its rows entered, where the caller says it.
         memory: what methods remember of the stream that this request is a part of, by their number; None: it is none.
         question_from: where the question of a conversation that is read again begins at the earliest.
         uses_layers: whether the layers of the LM are hooked for this request.
@@ -120,6 +123,7 @@ class Request:
     outputs: dict[str, Any] = field(default_factory=dict)
     placeholders: Tensor | None = None
     videos: tuple[Sampled, ...] | None = None
+    prompts: tuple[tuple[Entered, ...], ...] | None = None
     memory: dict[int, dict[str, Any]] | None = None
     question_from: int = 0
     uses_layers: bool = False

@@ -95,6 +95,11 @@ def most_slots(plan: Plan, bound: BoundModel) -> int | None:
 
 def check_steps(plan: BoundPlan) -> None:
     """Refuse what a stream cannot give a step: the question, or the layers of the language model."""
+    if plan.changes_pictures:
+        raise UnsupportedError(
+            f"{plan.plan} chooses, cuts or scales the pictures of a request, and a stream has frames; use methods that "
+            "act on their tokens, and methods of the cache."
+        )
     if plan.reads_text:
         raise UnsupportedError(
             f"{plan.plan} looks at the text, and frames of a stream are read before any question is known; use methods "

@@ -11,6 +11,7 @@ from winnow.models.towers import MergedTiles
 class CohereVision(MergedTiles):
     name = "cohere_vision"
     model_types = ("aya_vision", "cohere2_vision")
+    tiles_apart = True
 
     def merge(self, model: Any) -> int:
         return model.config.downsample_factor

@@ -56,6 +56,8 @@ class Family:
             one item. Only for families without steps at `features`, where the prompt is not known yet.
         frames_apart: whether each frame of a video is an item of the encoder. Where the caller names the videos of a
             request, `layouts` is asked for one item of `Encoding.parts` frames each, whose modality is video.
+        tiles_apart: whether the tiles of a picture may be items of their own, so that the number of items does not tell
+            that of pictures.
         generic: whether nothing is known of the class but its seams.
         cross: whether pictures are keys of cross-attention layers, and not in the sequence; see `CrossPass`.
         halves: of a block, the norm before its MLP and the MLP, whose output is added to what the norm was given.
@@ -81,6 +83,7 @@ class Family:
     short: ClassVar[bool] = False
     joined: ClassVar[bool] = False
     frames_apart: ClassVar[bool] = False
+    tiles_apart: ClassVar[bool] = False
     generic: ClassVar[bool] = False
     cross: ClassVar[bool] = False
     halves: ClassVar[tuple[str, str]] = ("layer_norm2", "mlp")

@@ -56,6 +56,7 @@ class Generic(Family):
     tower = blocks = projector = None
     points: ClassVar[tuple[str, ...]] = ("projected", "layers")
     generic = True
+    tiles_apart = True
 
     def __init__(self, model: Any, points: tuple[str, ...]) -> None:
         self.encoders = _encoders(model)  # type: ignore[misc]

@@ -22,6 +22,7 @@ class Idefics3(MergedTiles):
     blocks = "vision_model.encoder.layers"
     projector = "connector"
     frames_apart = True
+    tiles_apart = True
 
     def merge(self, model: Any) -> int:
         return model.config.scale_factor

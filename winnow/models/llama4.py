@@ -16,6 +16,7 @@ class Llama4(Family):
     name = "llama4"
     model_types = ("llama4",)
     tower = blocks = projector = None
+    tiles_apart = True
     points = ("projected", "layers")
 
     def check_prompt(self, model: Any, tokens: int) -> None:

@@ -22,6 +22,7 @@ class MiniCPMV46(KnownTower):
     blocks = "vision_tower.encoder.layers"
     projector = "merger.mlp.0"
     frames_apart = True
+    tiles_apart = True
     encoders = (
         ("get_image_features", "image", "image_token_id"),
         ("get_video_features", "video", "video_token_id"),

@@ -52,6 +52,7 @@ class PatchGrids(Family):
             points=self.points,
             mrope=self.mrope,
             merge=model.config.vision_config.spatial_merge_size,
+            token_side=model.config.vision_config.spatial_merge_size * model.config.vision_config.patch_size,
         )
 
     def grids(self, model: Any, encoding: Encoding) -> Tensor:

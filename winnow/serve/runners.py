@@ -16,6 +16,7 @@ from winnow.engine.compress import compress
 from winnow.engine.handle import Handle
 from winnow.engine.preparation import Preparation
 from winnow.engine.prepared import Prepared, bucketed, joined
+from winnow.engine.prompt_items import on_made_inputs
 from winnow.engine.twin import twin
 from winnow.models.inputs import moved
 from winnow.serve.job import Job, Started
@@ -78,7 +79,9 @@ class Runners:
             return None
 
     def _handle(self, plan: Plan) -> Handle:
-        return compress(twin(self.model), plan, processor=self.processor)
+        made = compress(twin(self.model), plan, processor=self.processor)
+        on_made_inputs(made.bind(plan))
+        return made
 
 
 def _kept(known: OrderedDict[str, Any], key: str, make: Callable[[], Any]) -> Any:

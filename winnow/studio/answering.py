@@ -18,6 +18,7 @@ from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.plan import Plan
 from winnow.core.registry import Entry, entries, method_class
 from winnow.engine.compress import compress
+from winnow.engine.prompt_items import on_made_inputs
 from winnow.models.families import family_of, unwrap
 from winnow.models.inputs import model_inputs
 from winnow.models.text import Text
@@ -63,7 +64,8 @@ class Asker:
 
     def _refused(self, entry: Entry) -> str:
         try:
-            compress(self.model, entry.slug, processor=self.processor).detach()
+            with compress(self.model, entry.slug, processor=self.processor) as handle:
+                on_made_inputs(handle.bind(entry.slug))
         except WinnowError as error:
             return told(error)
         return ""
@@ -82,6 +84,7 @@ class Asker:
         ledger: Any
         if plan.methods:
             with compress(self.model, plan, processor=self.processor) as handle:
+                on_made_inputs(handle.bind(plan))
                 handle.timing = True
                 text, times = answer(self.model, self.processor, inputs, **asking, handle=handle)
                 ledger = handle.last

@@ -12,6 +12,7 @@ model classes and compares it with what you worked out by hand.
 
 from winnow.testing.cache_checks import CACHE_CHECKS
 from winnow.testing.checks import CHECKS, check_form, check_method, checks_of
+from winnow.testing.input_checks import INPUT_CHECKS
 from winnow.testing.models import Build, Worked, check_on_models
 from winnow.testing.pictures import PICTURES, WITH_CLS, WITHOUT_CLS, Picture
 from winnow.testing.plain import StepResult, run_step
@@ -20,6 +21,7 @@ from winnow.testing.subject import Act, Subject, run
 __all__ = [
     "CACHE_CHECKS",
     "CHECKS",
+    "INPUT_CHECKS",
     "PICTURES",
     "WITHOUT_CLS",
     "WITH_CLS",

@@ -20,6 +20,7 @@ from winnow.core.reduction import Reduction
 from winnow.core.step import Step
 from winnow.core.view import View
 from winnow.testing.cache_checks import CACHE_CHECKS
+from winnow.testing.input_checks import INPUT_CHECKS, NATIVE, POINTS
 from winnow.testing.largest import Largest
 from winnow.testing.pictures import PICTURES, WITH_CLS, WITHOUT_CLS, Picture
 from winnow.testing.subject import Act, Subject, emitted, expect, run
@@ -242,17 +243,25 @@ def check_method(
     kind: type[Method],
     *,
     settings: Mapping[str, Any] | None = None,
-    infos: Sequence[ModelInfo] = (WITH_CLS, WITHOUT_CLS),
+    infos: Sequence[ModelInfo] | None = None,
 ) -> None:
     """Run every check on a method; the first that fails raises AssertionError. See `Subject` for the arguments."""
-    subject = Subject(kind, settings or {}, tuple(infos))
+    given = ((NATIVE,) if _ahead(kind) else (WITH_CLS, WITHOUT_CLS)) if infos is None else tuple(infos)
+    subject = Subject(kind, settings or {}, given)
     for check in checks_of(kind):
         check(subject)
 
 
 def checks_of(kind: type[Method]) -> tuple[Callable[[Subject], None], ...]:
-    """The checks that a method must pass: of the tokens of pictures, or of the cache."""
-    return (check_registration, *CACHE_CHECKS) if issubclass(kind, CacheMethod) else CHECKS
+    """The checks that a method must pass: of the tokens of pictures, of the cache, or ahead of the processor."""
+    if issubclass(kind, CacheMethod):
+        return (check_registration, *CACHE_CHECKS)
+    return (check_registration, *INPUT_CHECKS) if _ahead(kind) else CHECKS
+
+
+def _ahead(kind: type[Method]) -> bool:
+    """Whether a method acts ahead of the processor alone."""
+    return kind.at in POINTS and not issubclass(kind, CacheMethod)
 
 
 def _views(subject: Subject, b: int = 2, **settings: Any) -> Iterator[tuple[Step, View]]:

@@ -22,6 +22,7 @@ from winnow.core.info import ModelInfo
 from winnow.core.method import Method
 from winnow.core.plan import Plan
 from winnow.engine.compress import compress
+from winnow.engine.prompt_items import on_made_inputs
 from winnow.tuning.answers import Answers, readable
 from winnow.tuning.candidates import BUDGETS, Candidate, children, first, usable
 from winnow.tuning.halving import (
@@ -241,7 +242,7 @@ class Search:
         candidates = list(candidates)
         with compress(self.answers.model, Plan(()), processor=self.answers.processor) as handle:
             self._info: ModelInfo = handle.info
-            good, bad = usable(candidates, handle.bind)
+            good, bad = usable(candidates, lambda plan: on_made_inputs(handle.bind(plan)))
         self.unusable |= bad
         self._seen |= {candidate.key for candidate in candidates}
         return good

@@ -23,6 +23,11 @@ def check_positions(plan: Plan, known: str, model: str) -> None:
 def check_eligible(plan: BoundPlan) -> None:
     """Refuse what vLLM cannot give a method: it encodes a picture before, and for, all questions about it."""
     text = plan.plan
+    if plan.changes_pictures:
+        raise UnsupportedError(
+            f"{text} chooses, cuts or scales pictures before a processor reads them, and vLLM's has read them before "
+            "winnow is asked; use a method that acts on tokens."
+        )
     if plan.reads_text or plan.text_signals or plan.needs_text_encoder:
         raise UnsupportedError(
             f"{text} reads the question. vLLM encodes a picture once for all questions about it, and before it knows "

@@ -31,9 +31,9 @@ from winnow.engine.runner import StepRunner
 from winnow.models.families import family_of
 from winnow.serve.vllm.eligible import check_eligible, check_positions
 
-# A method may leave out what a model has no point for. That would be silent, so frames and the cache are among these: a
-# plan that acts at them is refused, for videos and always.
-POINTS = ("frames", "features", "projected", "kv")
+# A method may leave out what a model has no point for. That would be silent, so points ahead of the processor and the
+# cache are among these: a plan that acts at frames is refused for videos, and at the others always.
+POINTS = ("prompt", "frames", "pixels", "features", "projected", "kv")
 REMEMBERED = 4096  # plans, and counts: requests make new ones
 
 
