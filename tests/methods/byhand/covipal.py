@@ -12,7 +12,7 @@ from torch.nn.functional import gelu
 from methods.byhand import glorot
 
 SETTINGS = {"ratios": ("60%", "30%"), "layers": (0, 2), "weights": "untrained"}
-DIM, HEADS = 256, 4
+DIM, HEADS = 32, 4  # half of the width of the LM in all builds
 
 
 def by_hand(
