@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,12 +13,28 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from winnow.contract import Method, Point, Step
+
 QUESTION = "what is this ?"
 TOKEN = 28  # pixels of a side of a token of Qwen2.5-VL
 TEMPLATE = (
     "{% for m in messages %}<s>user {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}"
     "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} answer"
 )
+
+
+@dataclass(frozen=True)
+class Told(Method):
+    """Asks for what it is told, or for what a function of the view says."""
+
+    what: Any = field(default=None, metadata={"setting": False})
+    identity = None
+
+    def steps(self, info):
+        return (Step(Point(self.at), self.act),)
+
+    def act(self, view, state):
+        return self.what(view) if callable(self.what) else self.what
 
 
 def tokenizer(start: bool = False) -> PreTrainedTokenizerFast:

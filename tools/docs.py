@@ -264,7 +264,7 @@ def on_pictures(measured: dict[str, Any]) -> str:
         parts.append(
             "The columns *twin* are the same questions to the model's [twin](reference-model.md), which has the same "
             "tower and whose language model never missed a token in training; its weights are not shipped. Made by"
-            f"\n\n```sh\n{held['made']}\n{held['command']}\n```"
+            f"\n\n```sh\nmake twin\n{held['command']}\n```"
         )
     free = [row for row in rows if not row["budget"]]
     if free:
@@ -404,7 +404,7 @@ def _twin(path: str, shipped: Any) -> dict[str, Any]:
         report = reports(store)[-1]
     if sorted(report.questions) != sorted(shipped.questions):
         raise WinnowError(f"{path} holds answers to other questions; run `winnow bench` alike for both models")
-    return {**figures_of(report), "made": "make twin"}
+    return figures_of(report)
 
 
 def _draw(store: Any, report: Any, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,13 +11,13 @@ import pytest
 import torch
 import zoo
 from builds.mllama import BUILDS
-from picture_processors import TOKEN, QwenProcessor, asked, inputs_of, joined
+from picture_processors import TOKEN, QwenProcessor, Told, asked, inputs_of, joined
 from picture_processors import processor as of_build
 from PIL import Image
 from probes import MIDDLE, Pick, forward, generate, new_tokens
 
 import winnow
-from winnow.contract import Method, Observe, PictureView, Point, Recut, Reduction, State, Step
+from winnow.contract import Observe, Point, Recut, Reduction, Step
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.plan import Plan
 
@@ -31,19 +31,9 @@ def picture(width: int = 300, height: int = 200, seed: int = 0) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class Cut(Method):
-    """Asks for what it is told."""
-
-    what: Any = field(default=None, metadata={"setting": False})
+class Cut(Told):
     at: ClassVar[str] = "pixels"
     slug: ClassVar[str] = "cut"
-    identity = None
-
-    def steps(self, info):
-        return (Step(Point(self.at), self._act),)
-
-    def _act(self, view: PictureView, state: State):
-        return self.what(view) if callable(self.what) else self.what
 
 
 def qwen() -> QwenProcessor:
@@ -68,7 +58,7 @@ class Looking(Cut):
     slug: ClassVar[str] = "looking"
 
     def steps(self, info):
-        return (Step(Point(self.at), self._act, (MIDDLE,)),)
+        return (Step(Point(self.at), self.act, (MIDDLE,)),)
 
 
 @pytest.mark.parametrize("plan", ["full", "downscale:keep=100%", Cut(Observe()), Cut(Recut())])

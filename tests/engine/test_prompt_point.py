@@ -11,7 +11,7 @@ import pytest
 import torch
 import zoo
 from cases import TURN, prolonged
-from picture_processors import QUESTION, QwenProcessor, asked, inputs_of
+from picture_processors import QUESTION, QwenProcessor, Told, asked, inputs_of
 from PIL import Image
 from probes import MIDDLE, forward, generate
 from subjects import Subject
@@ -50,16 +50,9 @@ class Dark(Method):
 
 
 @dataclass(frozen=True)
-class Ask(Method):
-    """Asks for what it is told."""
-
-    what: Any = field(default=None, metadata={"setting": False})
+class Ask(Told):
     at: ClassVar[str] = "prompt"
     slug: ClassVar[str] = "ask"
-    identity = None
-
-    def steps(self, info):
-        return (Step(Point(self.at), lambda view, state: self.what(view)),)
 
 
 def test_a_step_chooses_pictures_and_the_ledger_says_which():

@@ -1,18 +1,16 @@
 """FramesView: what a step at `frames` sees. The frames of videos before any processor or model."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from winnow.core.errors import WinnowError
-from winnow.core.signal import Signal
+from winnow.core.ahead_view import SeveralAhead
 
 
 @dataclass(frozen=True)
-class FramesView:
+class FramesView(SeveralAhead):
     """The frames of one video, of which a step says which enter.
 
     A budget of this view is a number of frames, or a share of them: `keep.of(view)`.
@@ -26,33 +24,12 @@ class FramesView:
         notes: what the step records.
     """
 
+    point: ClassVar[str] = "frames"
+    sees: ClassVar[str] = "pixels, times and features"
+
     pixels: UInt8[Tensor, "b t h w 3"]
     times: Float[Tensor, "b t"]
     features: Float[Tensor, "b t d"] | None = None
     seed: int = 0
     module: Any = None
     notes: dict[str, Any] = field(default_factory=dict)
-
-    def __getitem__(self, signal: Signal) -> Tensor:
-        raise WinnowError(
-            f"A step at frames cannot see {signal}: no model has run. It sees pixels, times and features."
-        )
-
-    @property
-    def b(self) -> int:
-        return self.pixels.shape[0]
-
-    @property
-    def n(self) -> int:
-        """Frames."""
-        return self.pixels.shape[1]
-
-    @property
-    def n_visual(self) -> int:
-        """Frames: what a share of a budget is a share of."""
-        return self.n
-
-    def rand(self, *shape: int) -> Float[Tensor, "..."]:
-        """Uniform numbers in [0, 1), `[b, *shape]`."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.rand(*shape, generator=generator).to(self.pixels.device).expand(self.b, *shape)

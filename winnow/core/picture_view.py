@@ -1,18 +1,17 @@
 """PictureView: what a step at `pixels` sees. One picture before any processor or model."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
+from winnow.core.ahead_view import AheadView
 from winnow.core.errors import WinnowError
-from winnow.core.signal import Signal
 
 
 @dataclass(frozen=True)
-class PictureView:
+class PictureView(AheadView):
     """One picture, of which a step says which part enters and at what size.
 
     A budget of this view is a number of tokens, or a share of those that the model would make of the picture as it is:
@@ -30,6 +29,9 @@ class PictureView:
         notes: what the step records.
     """
 
+    point: ClassVar[str] = "pixels"
+    sees: ClassVar[str] = "pixels, the size, and how many tokens the picture would become"
+
     pixels: UInt8[Tensor, "b h w 3"]
     size: tuple[int, int]
     side: int | None = None
@@ -38,16 +40,6 @@ class PictureView:
     seed: int = 0
     module: Any = None
     notes: dict[str, Any] = field(default_factory=dict)
-
-    def __getitem__(self, signal: Signal) -> Tensor:
-        raise WinnowError(
-            f"A step at pixels cannot see {signal}: no model has run. It sees pixels, the size, and how many tokens "
-            "the picture would become."
-        )
-
-    @property
-    def b(self) -> int:
-        return self.pixels.shape[0]
 
     @property
     def n_visual(self) -> int:
@@ -58,8 +50,3 @@ class PictureView:
                 "their own resolution, and its processor: winnow.compress(model, plan, processor=processor)."
             )
         return self.tokens
-
-    def rand(self, *shape: int) -> Float[Tensor, "..."]:
-        """Uniform numbers in [0, 1), `[b, *shape]`."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.rand(*shape, generator=generator).to(self.pixels.device).expand(self.b, *shape)

@@ -21,6 +21,7 @@ STAGE = {
     "kv": "cache",
     "decode": "decoding",
 }
+AHEAD = ("prompt", "frames", "pixels")  # of the processor
 # What does the same in models that do not offer a point.
 INSTEAD = {
     "prompt": "leave pictures out of the messages",

@@ -1,18 +1,16 @@
 """PromptView: what a step at `prompt` sees. The pictures of one request before any processor or model."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from winnow.core.errors import WinnowError
-from winnow.core.signal import Signal
+from winnow.core.ahead_view import SeveralAhead
 
 
 @dataclass(frozen=True)
-class PromptView:
+class PromptView(SeveralAhead):
     """The pictures of one request, of which a step says which enter.
 
     A budget of this view is a number of pictures, or a share of them: `keep.of(view)`.
@@ -29,6 +27,9 @@ class PromptView:
         notes: what the step records.
     """
 
+    point: ClassVar[str] = "prompt"
+    sees: ClassVar[str] = "pixels, sizes, text and features"
+
     pixels: UInt8[Tensor, "b k h w 3"]
     sizes: Int[Tensor, "b k 2"]
     text: str = ""
@@ -37,27 +38,3 @@ class PromptView:
     seed: int = 0
     module: Any = None
     notes: dict[str, Any] = field(default_factory=dict)
-
-    def __getitem__(self, signal: Signal) -> Tensor:
-        raise WinnowError(
-            f"A step at prompt cannot see {signal}: no model has run. It sees pixels, sizes, text and features."
-        )
-
-    @property
-    def b(self) -> int:
-        return self.pixels.shape[0]
-
-    @property
-    def n(self) -> int:
-        """Pictures."""
-        return self.pixels.shape[1]
-
-    @property
-    def n_visual(self) -> int:
-        """Pictures: what a share of a budget is a share of."""
-        return self.n
-
-    def rand(self, *shape: int) -> Float[Tensor, "..."]:
-        """Uniform numbers in [0, 1), `[b, *shape]`."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.rand(*shape, generator=generator).to(self.pixels.device).expand(self.b, *shape)

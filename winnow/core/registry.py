@@ -20,13 +20,13 @@ from typing import Any, TypeVar, dataclass_transform
 
 from winnow.core.errors import WinnowError
 from winnow.core.listing import class_attribute, described_class, read_class
+from winnow.core.point import AHEAD
 
 M = TypeVar("M", bound=type)
 METHODS_DIR = Path(__file__).resolve().parent.parent / "methods"
 STAGES = ("input", "encoder", "connector", "decoder", "cache", "decoding")
 KINDS = ("training-free", "learned")
 _CACHE = "CacheMethod"  # what methods of the cache derive
-_INPUT = ("prompt", "frames", "pixels")
 _ARXIV = re.compile(r"arXiv[: ](\d{4}\.\d{4,5})")
 
 
@@ -99,7 +99,7 @@ def register(
             facts = ("user", tuple(stages), kind, source, summary, cls.__name__)
             of_cache = any(base.__name__ == _CACHE for base in cls.__mro__)
             of_sounds = _without_pictures(getattr(cls, "modalities", None))
-            of_input = getattr(cls, "at", None) in _INPUT
+            of_input = getattr(cls, "at", None) in AHEAD
             _extra[slug] = Entry(slug, cls.__module__, *facts, *described_class(cls), of_cache, of_sounds, of_input)
         return cls
 
@@ -139,7 +139,7 @@ def _read(path: Path) -> list[Entry]:
                 summary = (ast.get_docstring(node) or "").split("\n")[0]
                 facts["settings"], facts["released"] = read_class(node)
                 facts["of_sounds"] = _without_pictures(class_attribute(node, "modalities"))
-                facts["of_input"] = class_attribute(node, "at") in _INPUT
+                facts["of_input"] = class_attribute(node, "at") in AHEAD
                 facts["of_cache"] = any(ast.unparse(base).rpartition(".")[2] == _CACHE for base in node.bases)
                 entries.append(Entry(slug, f"winnow.methods.{path.stem}", summary=summary, name=node.name, **facts))
     return entries

@@ -346,7 +346,7 @@ class LMPass:
         last = packing.last_slots()[:, None]
         if queries == {"last"}:
             return last
-        asked = question_slots(packing, self.spans(last.device))
+        asked = question_slots(packing, self.questions)
         rows = last.repeat(1, 1 + max(map(len, asked)))
         for b, slots in enumerate(asked):
             rows[b, : len(slots)] = slots

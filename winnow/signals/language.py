@@ -104,7 +104,7 @@ class LMAttentionInputs:
         return attention_rows(rows, self.k, self.scaling, seen).mean(1)[:, 0, self.before :]
 
     def _question_slots(self) -> list[Int[Tensor, " r"]]:
-        return question_slots(self.packing, self.spans)
+        return question_slots(self.packing, self.spans.questions)
 
     def by_head(self, b: int, slots: Int[Tensor, " r"]) -> Iterator[tuple[slice, Float[Tensor, "h t n"]]]:
         """Attention of some slots of sample b to all keys in each head, in tiles: which of them, and their rows."""
@@ -152,7 +152,7 @@ class LMEntry:
     def last_of_question(self, count: int) -> Float[Tensor, "b t d"]:
         """The last `count` rows of each question; where it has fewer, zeros stand before them."""
         found = self.hidden.new_zeros(len(self.spans.questions), count, self.hidden.shape[-1])
-        for b, slots in enumerate(question_slots(self.packing, self.spans)):
+        for b, slots in enumerate(question_slots(self.packing, self.spans.questions)):
             own = slots[-count:]
             found[b, count - own.shape[0] :] = self.hidden[b, own]
         return found
@@ -171,10 +171,10 @@ class LMEntry:
         return mean, wide.gather(1, last[:, None, None].expand(-1, 1, wide.shape[-1]))[:, 0]
 
 
-def question_slots(packing: Packing, spans: TextSpans) -> list[Int[Tensor, " r"]]:
+def question_slots(packing: Packing, questions: Sequence[tuple[int, int]]) -> list[Int[Tensor, " r"]]:
     """The slots of each sample's question."""
     slots = packing.to_logical()
-    return [slots[b, start:end] for b, (start, end) in enumerate(spans.questions)]
+    return [slots[b, start:end] for b, (start, end) in enumerate(questions)]
 
 
 def as_visible(mask: Any) -> Bool[Tensor, "b 1 p n"] | None:

@@ -9,7 +9,8 @@ and calls the implementation that the model has at this moment. Masks and all ot
 import copy
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -177,13 +178,8 @@ class Tap:
 def probe(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Queries and keys that a tapped attention module would use in this call; it stops before it attends."""
     box: list[tuple[Tensor, Tensor]] = []
-    token = probed.set(box)
-    try:
+    with _until_stopped(probed, box):
         call(*args, **kwargs)
-    except Stop:
-        pass
-    finally:
-        probed.reset(token)
     if not box:
         raise UnsupportedError(
             f"{getattr(call, '__qualname__', call)} did not attend through transformers' attention functions, so it "
@@ -194,13 +190,20 @@ def probe(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Tensor, 
 
 def only_show(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Run a block or layer whose attention is tapped and called once: the listener is shown it, then the call ends."""
-    token = _only_shown.set(True)
-    try:
+    with _until_stopped(_only_shown, True):
         call(*args, **kwargs)
+
+
+@contextmanager
+def _until_stopped(mode: ContextVar[Any], value: Any) -> Iterator[None]:
+    """A call in this mode, which may end by `Stop`."""
+    token = mode.set(value)
+    try:
+        yield
     except Stop:
         pass
     finally:
-        _only_shown.reset(token)
+        mode.reset(token)
 
 
 def scaling_of(attention: nn.Module, q: Tensor) -> float:

@@ -12,9 +12,9 @@ from torch import Tensor
 from winnow.cache.rotary import Rotary
 from winnow.core.kv import Codec, KVStep, KVView
 from winnow.core.kv_budget import KVBudget
-from winnow.core.step import KVReduce, Observe, State
+from winnow.core.step import KVReduce, Observe
 from winnow.testing.largest import Largest
-from winnow.testing.subject import Subject, expect
+from winnow.testing.subject import Subject, answer, expect
 
 B, G, GROUP, D = 2, 2, 2, 16
 ROTARY = Rotary(10000.0 ** (-torch.arange(0, D, 2) / D))
@@ -142,11 +142,6 @@ CACHE_CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_identity,
     check_memory,
 )
-
-
-def answer(step: KVStep, view: KVView) -> Any:
-    """What a step does to a cache of which it remembers nothing."""
-    return step.act(view, State())[0]
 
 
 def _cases(subject: Subject, n: int, *, b: int = B, **settings: Any) -> Iterator[Case]:

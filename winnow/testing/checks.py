@@ -16,11 +16,12 @@ from winnow.core.info import ModelInfo
 from winnow.core.kv_method import CacheMethod
 from winnow.core.method import Method
 from winnow.core.plan import Plan
+from winnow.core.point import AHEAD
 from winnow.core.reduction import Reduction
 from winnow.core.step import Step
 from winnow.core.view import View
 from winnow.testing.cache_checks import CACHE_CHECKS
-from winnow.testing.input_checks import INPUT_CHECKS, NATIVE, POINTS
+from winnow.testing.input_checks import INPUT_CHECKS, NATIVE
 from winnow.testing.largest import Largest
 from winnow.testing.pictures import PICTURES, WITH_CLS, WITHOUT_CLS, Picture
 from winnow.testing.subject import Act, Subject, emitted, expect, run
@@ -261,7 +262,7 @@ def checks_of(kind: type[Method]) -> tuple[Callable[[Subject], None], ...]:
 
 def _ahead(kind: type[Method]) -> bool:
     """Whether a method acts ahead of the processor alone."""
-    return kind.at in POINTS and not issubclass(kind, CacheMethod)
+    return kind.at in AHEAD and not issubclass(kind, CacheMethod)
 
 
 def _views(subject: Subject, b: int = 2, **settings: Any) -> Iterator[tuple[Step, View]]:

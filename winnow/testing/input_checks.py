@@ -13,13 +13,13 @@ from winnow.core.budget import Budget
 from winnow.core.frames_view import FramesView
 from winnow.core.info import ModelInfo
 from winnow.core.picture_view import PictureView
+from winnow.core.point import AHEAD
 from winnow.core.prompt_view import PromptView
-from winnow.core.step import Observe, Recut, Reduce, State, Step
+from winnow.core.step import Observe, Recut, Reduce, Step
 from winnow.models.picture_sizes import PictureSizes
-from winnow.testing.subject import Subject, expect
+from winnow.testing.subject import Subject, answer, expect
 
-POINTS = ("prompt", "frames", "pixels")
-NATIVE = ModelInfo("a model that takes pictures at their own resolution", points=POINTS, token_side=28)
+NATIVE = ModelInfo("a model that takes pictures at their own resolution", points=AHEAD, token_side=28)
 PROCESSOR = PictureSizes(28, 4 * 28**2, 1280 * 28**2)
 COUNTS = (1, 2, 7, 16)  # of pictures or frames
 SIZES = ((84, 56), (200, 300), (480, 640), (1000, 31), (57, 4000), (3000, 2000))  # height and width of pictures
@@ -127,11 +127,6 @@ INPUT_CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_broken,
     check_identity,
 )
-
-
-def answer(step: Step, view: View) -> Any:
-    """What a step asks for that remembers nothing."""
-    return step.act(view, State())[0]
 
 
 def _cases(subject: Subject, **settings: Any) -> Iterator[tuple[Step, View]]:

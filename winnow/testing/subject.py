@@ -90,6 +90,11 @@ class Subject:
         return View(tokens, layout, ids.sort(1).values, n_visual, signals, seed=seed, module=act.module)
 
 
+def answer(step: Step, view: Any) -> Any:
+    """What a step asks for that remembers nothing."""
+    return step.act(view, State())[0]
+
+
 def run(step: Step, view: View, state: State | None = None) -> Reduction | None:
     """What a step asks for: its map, or None if it only looked."""
     action, _ = step.act(view, state or State())
