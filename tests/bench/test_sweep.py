@@ -11,7 +11,7 @@ from winnow.bench.plans import jobs
 from winnow.bench.processes import Sweep, run, run_all
 from winnow.bench.reuse import Encoded
 from winnow.bench.store import Store
-from winnow.bench.tasks import world_task
+from winnow.bench.tasks import Ask, world_task
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.engine.compress import compress
 from winnow.methods.fastervlm import FasterVLM
@@ -176,13 +176,16 @@ def test_answers_that_generate_does_not_give_mark_the_cell_and_fail_the_run(swee
     assert all(cell.status == "ok" for cell in store.cells(key))
 
 
-@pytest.mark.parametrize("batch", [1, 7, 16])
-def test_at_least_fifty_questions_of_each_method_are_checked(batch):
+@pytest.mark.parametrize("size", [1, 7, 16])
+def test_at_least_fifty_questions_of_each_method_are_checked(size):
     planned = jobs(EIGHT, ("128", "64", "32"), 256)
-    sizes = [batch] * (400 // batch)
-    checks = runner._checks(planned, sizes, runner.CHECKED)
+    asks = [Ask(str(i), "", "", "", "") for i in range(400)]
+    cut = [tuple(asks[at : at + size]) for at in range(0, 400, size)]
+    checks = runner._checks(planned, cut, runner.CHECKED)
     for label in {job.cell.label for job in planned}:
-        assert sum(sum(sizes[i] for i in checks[job.key]) for job in planned if job.cell.label == label) >= 50
+        own = [checks[job.key] for job in planned if job.cell.label == label]
+        assert sum(len(batch) for chosen in own for batch in chosen) >= 50
+        assert {len(batch) for chosen in own for batch in chosen} == {size}, "large ones come first"
 
 
 def test_checks_ask_each_checked_question_once_more(sweep, generated):

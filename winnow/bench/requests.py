@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,14 +74,44 @@ def _as_shown(boxes: Boxes, shown: tuple[float, ...], size: tuple[int, int]) -> 
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches of questions, and the questions that cannot be asked, each with the reason."""
+    """Questions by the shapes of their inputs: a batch of equal shapes computes what its questions compute alone.
 
-    batches: tuple[tuple[Ask, ...], ...]
+    Attributes:
+        alike: questions whose inputs have equal shapes, group by group.
+        bad: the questions that cannot be asked, each with the reason.
+    """
+
+    size: int
+    alike: tuple[tuple[Ask, ...], ...]
     bad: tuple[str, ...]
+
+    @property
+    def batches(self) -> tuple[tuple[Ask, ...], ...]:
+        """Of all questions, `size` at a time."""
+        return self._cut(frozenset(self.pictures))
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Those that are asked about."""
+        return tuple(dict.fromkeys(ask.image for own in self.alike for ask in own))
+
+    def windows(self, count: int) -> tuple[tuple[tuple[Ask, ...], ...], ...]:
+        """Batches of the questions about a part of the pictures, for `count` parts of about as many questions."""
+        asked = Counter(ask.image for own in self.alike for ask in own)
+        parts: list[set[str]] = [set() for _ in range(count)]
+        before, total = 0, asked.total()
+        for picture in sorted(asked):
+            parts[before * count // total].add(picture)
+            before += asked[picture]
+        return tuple(self._cut(part) for part in parts if part)
+
+    def _cut(self, pictures: Set[str]) -> tuple[tuple[Ask, ...], ...]:
+        chosen = [[ask for ask in own if ask.image in pictures] for own in self.alike]
+        return tuple(tuple(own[at : at + self.size]) for own in chosen for at in range(0, len(own), self.size))
 
 
 def batches(model: Any, processor: Any, task: Task, size: int) -> Batches:
-    """Questions whose inputs have equal shapes, `size` at a time: a batch computes what its questions compute alone."""
+    """Questions of a task, `size` at a time."""
     groups: dict[Any, list[Ask]] = defaultdict(list)
     bad: list[str] = []
     for ask in task.questions:
@@ -96,8 +126,12 @@ def batches(model: Any, processor: Any, task: Task, size: int) -> Batches:
     if not groups:
         raise WinnowError(f"No question can be asked: {'; '.join(bad[:3])}")
     ordered = sorted(groups.items(), key=lambda pair: repr(pair[0]))
-    cut = (tuple(own[at : at + size]) for _, own in ordered for at in range(0, len(own), size))
-    return Batches(tuple(cut), tuple(bad))
+    return Batches(size, tuple(tuple(own) for _, own in ordered), tuple(bad))
+
+
+def one_of_each_picture(window: Iterable[Sequence[Ask]]) -> list[Ask]:
+    """A question about each picture that some batches ask about."""
+    return list({ask.image: ask for batch in window for ask in batch}.values())
 
 
 def joined(requests: Sequence[Request]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from winnow.bench.requests import Request
 from winnow.core.errors import UnsupportedError
 from winnow.core.info import ModelInfo
 from winnow.core.layout import Layout
@@ -98,6 +99,11 @@ class Encoded:
         if bound.acts_in_tower:
             return self._encode(plan)
         return dataclasses.replace(self._output, winnow=dataclasses.replace(record_of(self._output), plan=bound))  # type: ignore[type-var]
+
+
+def layout_of(handle: Handle, request: Request) -> Layout:
+    """The layout of a question's picture in the LM's sequence."""
+    return Encoded(handle, listening(handle, []), request.inputs).layouts[0]
 
 
 def check_one_picture_each(layouts: tuple[Layout, ...], rows: int) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from winnow.bench.baselines import BASELINES, NEED_EVIDENCE
 from winnow.bench.environment import code_settings, environment, model_settings, run_key
 from winnow.bench.plans import FULL_JOB, Job, Keep, jobs
-from winnow.bench.requests import Request, batches, joined, request
-from winnow.bench.reuse import Encoded, listening
+from winnow.bench.requests import Request, batches, one_of_each_picture, request
+from winnow.bench.reuse import Encoded, layout_of, listening
 from winnow.bench.schema import Question
 from winnow.bench.shared_layers import SharedLayers
+from winnow.bench.shared_pictures import SharedPictures
 from winnow.bench.store import Store
 from winnow.bench.sweep import Outcome, Sweeper
 from winnow.bench.tasks import Ask, Task
@@ -51,16 +53,17 @@ def bench(
 ) -> str:
     """Measure methods and baselines at all budgets, and return the key of the run.
 
-    Pictures are encoded once for all plans (`reuse`), and blocks and layers that plans give equal inputs are computed
-    once (`shared_layers`). Of each method `checked` questions, spread over its budgets, are also asked through the
-    plain `model.generate` with the pixels, where nothing is shared.
+    Pictures are encoded once for all plans (`reuse`), or once for each plan that acts in the tower (`shared_pictures`),
+    and blocks and layers that plans give equal inputs are computed once (`shared_layers`). Of each method `checked`
+    questions, spread over its budgets, are also asked through the plain `model.generate` with the pixels, where nothing
+    is shared.
 
     Args:
         methods, budgets: see `plans.jobs`.
         name: of the model, for readers; its weights are hashed.
         batch: questions in a forward; it changes no answer and is not part of the key.
         seed: of the baselines' draws.
-        shard: (i, n): every n-th batch from the i-th on, so that n processes can share a store.
+        shard: (i, n): every n-th window of pictures from the i-th on, so that n processes can share a store.
         resume: keep what the store has of this run; otherwise it is measured anew.
         progress: show a bar with the time left on stderr.
         say: called with a message about rows that cannot be used.
@@ -74,7 +77,8 @@ def bench(
         asked = batches(model, processor, task, batch)
         for row in (*task.bad, *asked.bad):
             say(f"left out: {row}")
-        planned = _jobs(handle, processor, task, asked.batches[0][0], methods, budgets, baselines, positions)
+        content = layout_of(handle, request(model, processor, task, asked.alike[0][0])).n_content
+        planned = _jobs(task, content, methods, budgets, baselines, positions)
         settings = code_settings() | model_settings(model, processor, name)
         settings |= {"kind": "accuracy", "task": task.settings, "seed": seed, "max_new_tokens": max_new_tokens}
         run = run_key(settings)
@@ -86,30 +90,28 @@ def bench(
         cells = {j.key: store.add_cell(run, j.cell) for j in planned}
         planned = _supported(handle, planned, cells, store)
         reader = listening(handle, [j.plan for j in planned])
-        sweeper = Sweeper(handle, processor, reader, layers, max_new_tokens, seed, _drawn(task))
-        mine = list(enumerate(asked.batches))[shard[0] :: shard[1]]
-        checks = _checks(planned, [len(own) for own in asked.batches], checked)
+        pictures = SharedPictures(handle, reader, layers)
+        sweeper = Sweeper(handle, processor, reader, layers, pictures, max_new_tokens, seed, _drawn(task))
+        windows = pictures.windows(asked, [j.plan for j in planned], content, shard[1])
+        mine = windows[shard[0] :: shard[1]]
+        checks = _checks(planned, [own for turn in zip_longest(*windows) for own in turn if own], checked)
         try:
-            with bar(len(mine) * len(planned), progress) as step:
-                for number, asks in mine:
-                    _batch(sweeper, task, store, planned, cells, asks, lambda job: number in checks[job.key], step)  # noqa: B023
+            with bar(sum(map(len, mine)) * len(planned), progress) as step:
+                for window in mine:
+                    _encode(sweeper, task, store, planned, cells, window)
+                    for asks in window:
+                        _batch(sweeper, task, store, planned, cells, asks, lambda job: asks in checks[job.key], step)  # noqa: B023
         finally:
             store.settle(run, FULL_JOB.key)
     refuse_mismatches(store, run)
     return run
 
 
-def _jobs(
-    handle: Handle, processor: Any, task: Task, first: Ask, methods: Any, budgets: Any, baselines: Any, positions: Any
-) -> list[Job]:
-    """Cells, with shares read as counts of the first picture's tokens; baselines that need evidence only with it."""
-    alone = request(handle.model, processor, task, first)
-    layouts = Encoded(handle, listening(handle, []), joined([alone])).layouts
+def _jobs(task: Task, content: int, methods: Any, budgets: Any, baselines: Any, positions: Any) -> list[Job]:
+    """Cells, with shares read as counts; baselines that need evidence only with it."""
     if not any(ask.evidence for ask in task.questions):
         baselines = [b for b in baselines if b not in NEED_EVIDENCE]
-    return jobs(
-        methods, budgets, layouts[0].n_content, baselines=baselines, positions=positions, shows=tuple(task.shows)
-    )
+    return jobs(methods, budgets, content, baselines=baselines, positions=positions, shows=tuple(task.shows))
 
 
 def _supported(handle: Handle, planned: list[Job], cells: dict[str, int], store: Store) -> list[Job]:
@@ -122,6 +124,22 @@ def _supported(handle: Handle, planned: list[Job], cells: dict[str, int], store:
         except WinnowError as error:
             store.mark(cells[job.key], "error:unsupported", str(error))
     return found
+
+
+def _encode(
+    sweeper: Sweeper,
+    task: Task,
+    store: Store,
+    planned: list[Job],
+    cells: dict[str, int],
+    window: Sequence[Sequence[Ask]],
+) -> None:
+    """What the tower makes of a window's pictures, under the plans that lack answers about any of them."""
+    asked = {ask.id for own in window for ask in own}
+    lacking = [job.plan for job in planned if not asked <= store.answered(cells[job.key])]
+    model, processor = sweeper.handle.model, sweeper.processor
+    requests = [request(model, processor, task, ask) for ask in one_of_each_picture(window)]
+    sweeper.pictures.encode(lacking, requests, max(map(len, window)))
 
 
 def _batch(
@@ -160,16 +178,20 @@ def _write(store: Store, cell: int, outcome: Outcome, lacking: set[str]) -> None
     store.add_batch(cell, answers, [o for o in outcome.overlays if o.question in lacking], **marks)
 
 
-def _checks(planned: list[Job], sizes: list[int], wanted: int) -> dict[str, set[int]]:
-    """For each cell, the numbers of the batches that are checked: enough for `wanted` questions of each method."""
+def _checks(planned: list[Job], batches: Sequence[tuple[Ask, ...]], wanted: int) -> dict[str, set[tuple[Ask, ...]]]:
+    """For each cell, the batches that are checked: enough for `wanted` questions of each method.
+
+    Large ones first: they are rounded as the calls are in which pictures were encoded for a window.
+    """
     found = {}
     for label in {job.cell.label for job in planned}:
         own = [job for job in planned if job.cell.label == label]
         each = -(-wanted // len(own))
         for place, job in enumerate(own):
-            chosen: set[int] = set()
-            order = [(place + i) % len(sizes) for i in range(len(sizes))]  # other batches for other budgets
-            while order and sum(sizes[i] for i in chosen) < each:
+            chosen: set[tuple[Ask, ...]] = set()
+            order = [batches[(place + i) % len(batches)] for i in range(len(batches))]  # others for other budgets
+            order.sort(key=len, reverse=True)
+            while order and sum(map(len, chosen)) < each:
                 chosen.add(order.pop(0))
             found[job.key] = chosen
     return found

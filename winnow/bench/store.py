@@ -131,7 +131,7 @@ class Store:
             for o in overlays
         ]
         with self.transaction():
-            self._insert("answers", "OR REPLACE", [dataclasses.asdict(a) for a in answers])
+            self._insert("answers", "OR REPLACE", [vars(a) for a in answers])
             self._insert("overlays", "OR REPLACE", kept)
             if status:
                 self.mark(cell, status, note)

@@ -21,6 +21,7 @@ from winnow.bench.requests import Request, joined, without_pixels
 from winnow.bench.reuse import Encoded
 from winnow.bench.schema import Answer, Overlay
 from winnow.bench.shared_layers import SharedLayers
+from winnow.bench.shared_pictures import SharedPictures
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.layout import Layout
 from winnow.core.ledger import ItemLedger, Ledger
@@ -57,6 +58,7 @@ class Sweeper:
     Attributes:
         reader: the plan that records what any of the plans needs from the tower.
         layers: what plans share of the tower and of the language model.
+        pictures: what plans that act in the tower made of the pictures of a window.
         drawn: ids of the questions whose overlays are kept.
     """
 
@@ -64,6 +66,7 @@ class Sweeper:
     processor: Any
     reader: Plan
     layers: SharedLayers
+    pictures: SharedPictures
     max_new_tokens: int
     seed: int = 0
     drawn: frozenset[str] = frozenset()
@@ -108,7 +111,8 @@ class Sweeper:
         given = without_pixels(encoded.inputs)
         with self.handle.using(job.plan), choosing(choices):
             with self.layers.under(self.handle.bind(job.plan)):
-                output = encoded.under(job.plan)
+                output = None if job.show else self.pictures.under(job.plan, requests)
+                output = encoded.under(job.plan) if output is None else output
                 shared = given | {"mm_encoder_outputs": {encoded.modality: output}}
                 ids, ledger = self._generate(shared | {"generation_config": self._greedy})
             mismatch = self._compare(requests, encoded.inputs, ids, ledger) if check else ""

@@ -141,15 +141,15 @@ def read_attention(request: Request, site: Site, module: nn.Module, q: Tensor, k
 
 def lm_signal(bound: BoundModel, record: EncoderRecord, number: int, signal: Signal) -> Tensor:
     """`[V, …]` a signal of the encoder for the content tokens of an item, in their order in the LM's sequence."""
-    cells = _cells(bound, record, signal)
+    cells = cells_of(bound, record, signal)
     layout = record.layouts[number]
     start = bound.family.cell_starts(bound.model, record)[number]
     index = torch.from_numpy(start + layout.cell[layout.kind == CONTENT]).to(cells.device)
     return cells[index]
 
 
-def _cells(bound: BoundModel, record: EncoderRecord, signal: Signal) -> Tensor:
-    """`[cells, …]` joined once for all items."""
+def cells_of(bound: BoundModel, record: EncoderRecord, signal: Signal) -> Tensor:
+    """`[cells, …]` a signal of the encoder, joined once for all items."""
     if signal.site(bound.info).stack == "pixels" and signal not in record.readings:
         patches = bound.family.patches(bound.model, record).to(bound.device)
         record.readings[signal] = Reading([signal.read(Pixels(patches))[None]])
@@ -257,7 +257,7 @@ def _of_tower(bound: BoundModel, record: EncoderRecord, item: TowerTokens, signa
     if signal.site(bound.info).stack == "pixels":
         cells = int((item.layout.kind == CONTENT).sum())
         start = sum(int((other.layout.kind == CONTENT).sum()) for other in record.items[: item.number])
-        return _cells(bound, record, signal)[start : start + cells]
+        return cells_of(bound, record, signal)[start : start + cells]
     return torch.cat(record.calls_of(signal).calls)[item.tiles].flatten(0, 1)
 
 

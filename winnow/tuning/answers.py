@@ -8,11 +8,12 @@ from typing import Any
 
 from winnow.bench.environment import environment, run_key
 from winnow.bench.plans import FULL_JOB, Job
-from winnow.bench.requests import batches, joined, request
-from winnow.bench.reuse import Encoded, listening
+from winnow.bench.requests import Request, batches, one_of_each_picture, request
+from winnow.bench.reuse import layout_of, listening
 from winnow.bench.runner import bar, refuse_mismatches
 from winnow.bench.schema import Cell, Question
 from winnow.bench.shared_layers import SharedLayers
+from winnow.bench.shared_pictures import SharedPictures
 from winnow.bench.store import Store
 from winnow.bench.sweep import Outcome, Sweeper
 from winnow.bench.tasks import Ask, Task
@@ -71,9 +72,9 @@ class Answers:
     def layout(self) -> Layout:
         """Of the first question that can be asked: what shares of tokens are shares of."""
         first = batches(self.model, self.processor, self._part(self.task.questions[:8]), 1).batches[0][0]
-        alone = request(self.model, self.processor, self.task, first)
+        alone = self._request(first)
         with compress(self.model, Plan(()), processor=self.processor) as handle:
-            return Encoded(handle, listening(handle, []), joined([alone])).layouts[0]
+            return layout_of(handle, alone)
 
     def ask(
         self, plans: Sequence[Plan], questions: Sequence[Ask], *, check: bool = False, say: Callable[[str], None]
@@ -102,21 +103,44 @@ class Answers:
         failed: set[str] = set()
         with compress(self.model, Plan(()), processor=self.processor) as handle, SharedLayers(handle) as layers:
             reader = listening(handle, [job.plan for job in jobs])
-            sweeper = Sweeper(handle, self.processor, reader, layers, self.max_new_tokens)
-            with bar(len(asked.batches) * len(jobs), self.progress) as step:
-                for number, own in enumerate(asked.batches):
-                    requests = [request(self.model, self.processor, self.task, ask) for ask in own]
-                    encoded = sweeper.shared(requests)
-                    for job in jobs:
-                        want = {ask.id for ask in own} - done[job.key]
-                        if want and job.key not in failed:
-                            checked = check and number == 0 and job is not FULL_JOB
-                            outcome = sweeper.run(job, self._cells[job.key], requests, encoded, checked)
-                            if not self._write(job, outcome, want):
-                                failed.add(job.key)
-                        step()
+            pictures = SharedPictures(handle, reader, layers)
+            sweeper = Sweeper(handle, self.processor, reader, layers, pictures, self.max_new_tokens)
+            content = layout_of(handle, self._request(asked.alike[0][0])).n_content
+            windows = pictures.windows(asked, [job.plan for job in jobs], content)
+            first = windows[0][0] if check else None
+            with bar(sum(map(len, windows)) * len(jobs), self.progress) as step:
+                for window in windows:
+                    left = [job.plan for job in jobs if job.key not in failed]
+                    each = [self._request(ask) for ask in one_of_each_picture(window)]
+                    pictures.encode(left, each, max(map(len, window)))
+                    for own in window:
+                        self._batch(sweeper, jobs, own, done, failed, own is first, step)
         self.store.settle(self.run, FULL_JOB.key)
         refuse_mismatches(self.store, self.run)
+
+    def _batch(
+        self,
+        sweeper: Sweeper,
+        jobs: Sequence[Job],
+        own: Sequence[Ask],
+        done: dict[str, set[str]],
+        failed: set[str],
+        check: bool,
+        step: Callable[[], None],
+    ) -> None:
+        """Ask each plan that has not failed what it lacks of a batch."""
+        requests = [self._request(ask) for ask in own]
+        encoded = sweeper.shared(requests)
+        for job in jobs:
+            want = {ask.id for ask in own} - done[job.key]
+            if want and job.key not in failed:
+                outcome = sweeper.run(job, self._cells[job.key], requests, encoded, check and job is not FULL_JOB)
+                if not self._write(job, outcome, want):
+                    failed.add(job.key)
+            step()
+
+    def _request(self, ask: Ask) -> Request:
+        return request(self.model, self.processor, self.task, ask)
 
     def _write(self, job: Job, outcome: Outcome, want: set[str]) -> bool:
         """A batch; whether all of it was answered, without which a plan is not asked more."""
