@@ -178,7 +178,7 @@ measured: $(STAMP) ## Measure every method on the reference model for the tables
 	$(MEASURE) --store out/measured.sqlite
 	$(BIN)/python tools/docs.py measure out/measured.sqlite
 
-twin: $(STAMP) ## Train the twin of the shipped model: its tower, and a language model that never missed a token (2 hours of a core)
+twin: $(STAMP) ## Train the twin of the shipped model: its tower, and a language model that never missed a token (2 hours of 2 cores)
 	$(TRAIN) --seed $(SEED) --out $(RUNS)/twin --no-dropout --tower $(SMALL)
 
 measured-twin: measured twin ## Measure every method on the twin as well

@@ -263,7 +263,8 @@ def on_pictures(measured: dict[str, Any]) -> str:
     if twin:
         parts.append(
             "The columns *twin* are the same questions to the model's [twin](reference-model.md), which has the same "
-            "tower and whose language model never missed a token in training; its weights are not shipped. Made by"
+            "tower and whose language model never missed a token in training; its weights are not shipped. Learned "
+            "methods have weights for the shipped model alone, and so no figures there. Made by"
             f"\n\n```sh\nmake twin\n{held['command']}\n```"
         )
     free = [row for row in rows if not row["budget"]]
