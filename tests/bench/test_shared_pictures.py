@@ -166,3 +166,19 @@ def test_a_sweep_is_the_same_with_and_without_shared_pictures(sweep, exported, m
     monkeypatch.setattr(shared_pictures, "BYTES", 1)
     alone, _ = sweep("alone.sqlite", methods=methods, baselines=BASELINES, checked=8)
     assert exported(shared) == exported(alone)
+
+
+def test_clips_are_left_to_their_batches():
+    pictures, asked = _requests("qwen2_5_vl", 2)
+    clips = [
+        dataclasses.replace(one, inputs={n.replace("pixel_values", "pixel_values_videos").replace("image", "video"): x
+                                         for n, x in one.inputs.items()})
+        for one in pictures
+    ]  # fmt: skip
+    with compress(zoo.model("qwen2_5_vl"), Plan(())) as handle, SharedLayers(handle) as layers, torch.no_grad():
+        plan = Plan.of("tome:r=2")
+        kept = SharedPictures(handle, listening(handle, [plan]), layers)
+        kept.encode([plan], pictures, rows=2)
+        assert kept.under(plan, asked) is not None
+        kept.encode([plan], clips, rows=2)
+        assert kept.under(plan, clips) is None

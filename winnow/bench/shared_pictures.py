@@ -71,7 +71,7 @@ class SharedPictures:
         """
         self._kept.clear()
         sharing = self._sharing(plans)
-        if not sharing:
+        if not sharing or not self._given(requests[:1]):  # clips are encoded by another method
             return
         alike: dict[Any, list[Request]] = defaultdict(list)
         for request in requests:
