@@ -42,7 +42,7 @@ SEED    := 1
 LEARNED := covipal diffrate dyvte explainability-compression frames toc3d
 
 .DEFAULT_GOAL := help
-.PHONY: connectors help venv venv-newest demo test test-newest test-all lint bench bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured measured-twin twin images reference learned card recall clean video test-studio venv-vllm test-vllm bench-stream bench-video bench-serve bench-serve-vllm demo-video clips-table
+.PHONY: connectors help venv venv-newest demo test test-newest test-all lint bench bench-lightcompress bench-cache bench-cache-memory bench-select selection systems systems-check families families-check docs cache-table measured measured-twin twin images reference learned card recall clean video test-studio venv-vllm test-vllm bench-stream bench-video bench-serve bench-serve-vllm demo-video clips-table
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r a b; do printf '%-22s %s\n' "$$a" "$$b"; done
@@ -123,6 +123,11 @@ bench: $(STAMP) ## Speed against the plain model and against the same model with
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/decode.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/classes.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/tower.py
+
+bench-lightcompress: $(STAMP) ## The methods that LightCompress has as well, beside its own (LIGHTCOMPRESS=<its checkout>; 7 minutes)
+	@test -d "$(LIGHTCOMPRESS)/llmc" || (echo "make bench-lightcompress LIGHTCOMPRESS=<a checkout of github.com/ModelTC/LightCompress>" && exit 2)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target out/lightcompress -r benchmarks/lightcompress.txt
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lightcompress.py "$(LIGHTCOMPRESS)" out/lightcompress
 
 bench-cache: $(STAMP) ## Decoding from compressed caches against the plain one, and bytes held
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cache.py

@@ -44,8 +44,10 @@ method from blind selections are tests (those marked *directional* in `tests/met
 """
 TWIN = """
 The column *twin* is the same on the shipped model's twin, whose language model never missed a token in training and
-whose tower is the same (see [the card](reference-model.md)). What is read off the tower alone differs by the projector
-at most; where the two disagree on what happens inside the language model, the claim hangs on how a model was trained.
+whose tower is the same (see [the card](reference-model.md)). The twin is not shipped: `make twin` trains it anew, and
+this page, the card and [the table of pictures](pictures.md) may each be of another run of that training. What is read
+off the tower alone differs by the projector at most; where the two disagree on what happens inside the language model,
+the claim hangs on how a model was trained.
 """
 NOT_REPEATED = """
 None of these rows, nor of those in the section below, has been repeated on the twin or on any other model. The first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
@@ -98,9 +98,11 @@ def bench(
         try:
             with bar(sum(map(len, mine)) * len(planned), progress) as step:
                 for window in mine:
-                    _encode(sweeper, task, store, planned, cells, window)
+                    done = {job.key: store.answered(cells[job.key]) for job in planned}
+                    _encode(sweeper, task, planned, done, window)
                     for asks in window:
-                        _batch(sweeper, task, store, planned, cells, asks, lambda job: asks in checks[job.key], step)  # noqa: B023
+                        again = {job.key for job in planned if asks in checks[job.key]}
+                        _batch(sweeper, task, store, planned, cells, done, asks, again, step)
         finally:
             store.settle(run, FULL_JOB.key)
     refuse_mismatches(store, run)
@@ -129,14 +131,17 @@ def _supported(handle: Handle, planned: list[Job], cells: dict[str, int], store:
 def _encode(
     sweeper: Sweeper,
     task: Task,
-    store: Store,
     planned: list[Job],
-    cells: dict[str, int],
+    done: Mapping[str, Set[str]],
     window: Sequence[Sequence[Ask]],
 ) -> None:
-    """What the tower makes of a window's pictures, under the plans that lack answers about any of them."""
+    """What the tower makes of a window's pictures, under the plans that lack answers about any of them.
+
+    Args:
+        done: the questions that each job has answered before this window.
+    """
     asked = {ask.id for own in window for ask in own}
-    lacking = [job.plan for job in planned if not asked <= store.answered(cells[job.key])]
+    lacking = [job.plan for job in planned if not asked <= done[job.key]]
     model, processor = sweeper.handle.model, sweeper.processor
     requests = [request(model, processor, task, ask) for ask in one_of_each_picture(window)]
     sweeper.pictures.encode(lacking, requests, max(map(len, window)))
@@ -148,12 +153,17 @@ def _batch(
     store: Store,
     planned: list[Job],
     cells: dict[str, int],
+    done: Mapping[str, Set[str]],
     asks: Sequence[Ask],
-    checked: Callable[[Job], bool],
+    checked: Set[str],
     step: Callable[[], None],
 ) -> None:
-    """One batch of questions in every cell that lacks an answer to any of them."""
-    lacking = {job.key: [a for a in asks if a.id not in store.answered(cells[job.key])] for job in planned}
+    """One batch of questions in every cell that lacks an answer to any of them.
+
+    Args:
+        done: the questions that each job had answered before this window.
+        checked: the jobs that are also asked through `model.generate`.
+    """
 
     @functools.cache
     def shown(show: str) -> tuple[list[Request], Callable[[], Encoded]]:
@@ -161,13 +171,13 @@ def _batch(
         return requests, sweeper.shared(requests)
 
     for job in planned:
-        if lacking[job.key]:
-            outcome = sweeper.run(job, cells[job.key], *shown(job.show), checked(job))
-            _write(store, cells[job.key], outcome, {ask.id for ask in lacking[job.key]})
+        if lacking := {ask.id for ask in asks} - done[job.key]:
+            outcome = sweeper.run(job, cells[job.key], *shown(job.show), job.key in checked)
+            _write(store, cells[job.key], outcome, lacking)
         step()
 
 
-def _write(store: Store, cell: int, outcome: Outcome, lacking: set[str]) -> None:
+def _write(store: Store, cell: int, outcome: Outcome, lacking: Set[str]) -> None:
     """A batch with its marks, in one transaction."""
     answers = [a for a in outcome.answers if a.question in lacking]
     marks = {}
