@@ -73,8 +73,9 @@ def test_open_gates_change_nothing_and_gradients_flow_through_them():
     assert (grad.abs() > 0).sum() > 20
 
 
-def test_a_scorer_is_half_as_wide_as_the_lm():
-    assert [sizes_for(width)["dim"] for width in (12, 192, 384, 1024, 4096)] == [4, 96, 192, 256, 256]
+def test_a_scorer_is_a_quarter_as_wide_as_the_lm_and_not_too_narrow():
+    widths = 12, 192, 384, 512, 1024, 4096
+    assert [sizes_for(width)["dim"] for width in widths] == [4, 96, 96, 128, 256, 256]
     assert {own.visual.out_features for own in CoViPAL(weights="untrained").resolve(LLAMA).build(LLAMA).values()} == {4}
 
 

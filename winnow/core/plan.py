@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import os
 import re
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ class Plan:
         """The shortest string that reads back as this plan: settings at their defaults are left out."""
         return self._text(all_settings=False)
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """The string with its schema version and every setting: equal keys are equal plans in any later version."""
         return f"v{SCHEMA}|{self._text(all_settings=True)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,13 +17,14 @@ def lm_flops(config: Any, layer_tokens: Sequence[Sequence[int]], head_tokens: in
         config: the text configuration (hidden_size, intermediate_size, heads, key-value heads, head_dim).
         head_tokens: rows that go through the LM head.
     """
-    total, d = 0, config.hidden_size
-    for index, counts in enumerate(layer_tokens):
-        f, heads, kv, hd = _layer_shape(config, index)
-        keys = _reach(config, index)
+    d, layers = config.hidden_size, len(layer_tokens)
+    # Most layers are alike, and configurations are slow to read: each kind is counted once.
+    alike = Counter(zip(_layer_shapes(config, layers), _reaches(config, layers), map(tuple, layer_tokens), strict=True))
+    total = 0
+    for ((f, heads, kv, hd), keys, counts), times in alike.items():
         for n in counts:
             projections = 2 * n * d * (heads * hd) * 2 + 2 * n * d * (kv * hd) * 2
-            total += projections + 4 * n * min(n, keys) * heads * hd + 6 * n * d * f
+            total += times * (projections + 4 * n * min(n, keys) * heads * hd + 6 * n * d * f)
     return total + 2 * head_tokens * d * config.vocab_size
 
 
@@ -34,12 +36,19 @@ def cross_flops(config: Any, words: Sequence[int], keys: Sequence[int], cross: S
         cross: the layers that read pictures.
     """
     total, d = 0, config.hidden_size
-    for index in range(config.num_hidden_layers):
-        f, heads, kv, hd = _layer_shape(config, index)
+    for index, (f, heads, kv, hd) in enumerate(_layer_shapes(config, config.num_hidden_layers)):
         for n, m in zip(words, keys if index in cross else words, strict=True):
             if m:  # without pictures their layers are left out
                 total += 4 * n * d * heads * hd + 4 * m * d * kv * hd + 4 * n * m * heads * hd + 6 * n * d * f
     return total
+
+
+def _layer_shapes(config: Any, layers: int) -> list[tuple[int, int, int, int]]:
+    """`_layer_shape` of each of the first layers."""
+    widths = getattr(config, "intermediate_size", None)
+    if isinstance(widths, list | tuple) or getattr(config, "is_heterogeneous", False):
+        return [_layer_shape(config, index) for index in range(layers)]
+    return [_layer_shape(config, 0)] * layers
 
 
 def _layer_shape(config: Any, index: int) -> tuple[int, int, int, int]:
@@ -57,10 +66,14 @@ def _layer_shape(config: Any, index: int) -> tuple[int, int, int, int]:
     return (active * expert if active and expert else f), heads, kv, hd
 
 
-def _reach(config: Any, index: int) -> int:
-    """Keys that a query of a layer reads at most: a window, none where a state takes their place."""
-    kinds = getattr(config, "layer_types", None)
-    kind = kinds[index] if kinds else "full_attention"
+def _reaches(config: Any, layers: int) -> list[int]:
+    """Keys that a query of each layer reads at most: a window, none where a state takes their place."""
+    kinds = getattr(config, "layer_types", None) or ("full_attention",) * layers
+    reach = {kind: _reach(config, kind) for kind in set(kinds[:layers])}
+    return [reach[kind] for kind in kinds[:layers]]
+
+
+def _reach(config: Any, kind: str) -> int:
     if kind in LINEAR:
         return 0
     if kind == "chunked_attention":

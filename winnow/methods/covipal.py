@@ -1,7 +1,7 @@
 """CoViPAL (arXiv 2508.17243): small scorers that see all visual tokens and the question prune at and early in the LM.
 
 Looks at: the visual tokens at each cut, and the last rows of the question there. Cost: a transformer layer of width
-d on V + T tokens for each cut, O(V · D · d + V² · d); d is half of D and at most 256.
+d on V + T tokens for each cut, O(V · D · d + V² · d); d is a quarter of D, at most 256, and at least 96 or half of D.
 
 At its cut a scorer S(H_v, H_t) gives each visual token a logit: both are normalised and projected to d channels, an
 embedding tells them apart, a pre-norm layer lets all attend to all, and a linear head reads the visual ones. It is
@@ -57,8 +57,11 @@ class Scorer(nn.Module):
 
 
 def sizes_for(width: int) -> dict[str, int]:
-    """Of a scorer, for an LM of this width: half of it, at most 256. A quarter learns less of the question."""
-    return {"dim": min(256, width // 8 * 4), "heads": 4}
+    """Of a scorer, for an LM of this width: a quarter of it, at most 256.
+
+    For narrow LMs half of it, up to 96: on the reference model, 192 wide, a scorer of 48 learns less of the question.
+    """
+    return {"dim": min(256, max(width // 16 * 4, min(96, width // 8 * 4))), "heads": 4}
 
 
 def extent(x: Float[torch.Tensor, "b n w"]) -> Float[torch.Tensor, "b n"]:
