@@ -22,6 +22,10 @@ CONFIGS = {
         layer_types=["linear_attention", "full_attention"] * 4,
     ),
     "widths of their own": SimpleNamespace(**SMALL, intermediate_size=[40, 30, 20, 10, 40, 30, 20, 10]),
+    "widths by layer, in transformers' words": LlamaConfig(
+        **SMALL, num_hidden_layers=8, intermediate_size=40,
+        per_layer_config={0: {"intermediate_size": 20}, 2: {"intermediate_size": 10}},
+    ),
     "layers of their own": SimpleNamespace(
         **SMALL, is_heterogeneous=True,
         per_layer_config=[

@@ -45,8 +45,8 @@ def cross_flops(config: Any, words: Sequence[int], keys: Sequence[int], cross: S
 
 def _layer_shapes(config: Any, layers: int) -> list[tuple[int, int, int, int]]:
     """`_layer_shape` of each of the first layers."""
-    widths = getattr(config, "intermediate_size", None)
-    if isinstance(widths, list | tuple) or getattr(config, "is_heterogeneous", False):
+    each_its_own = getattr(config, "is_heterogeneous", False)  # asked first: such a configuration may have no one width
+    if each_its_own or isinstance(getattr(config, "intermediate_size", None), list | tuple):
         return [_layer_shape(config, index) for index in range(layers)]
     return [_layer_shape(config, 0)] * layers
 
