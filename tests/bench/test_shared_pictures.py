@@ -130,15 +130,25 @@ def test_a_plan_that_fails_is_left_to_its_batches(monkeypatch):
 
 def test_windows_have_each_question_once_and_no_picture_twice():
     asks = [_ask(number, f"picture {number * 7 % 10}") for number in range(40)]
-    cut = Batches(4, (tuple(asks[:25]), tuple(asks[25:])), ())
-    assert cut.windows(1) == (cut.batches,)
+    whole = tuple(sorted(asks, key=lambda ask: ask.image))
+    cut = Batches(4, (tuple(asks[:25]), tuple(asks[25:])), (), (whole,))
+    assert [window.alike for window in cut.windows(1)] == [cut.batches]
     for count in (2, 3, 10, 99):
         windows = cut.windows(count)
         assert len(windows) == min(count, 10)
-        assert sorted(ask.id for window in windows for own in window for ask in own) == sorted(ask.id for ask in asks)
-        pictures = [{ask.image for own in window for ask in own} for window in windows]
-        assert sum(map(len, pictures)) == 10
-        assert all(len(own) <= 4 for window in windows for own in window)
+        for parts in ([window.alike for window in windows], [window.whole for window in windows]):
+            assert sorted(ask.id for part in parts for own in part for ask in own) == sorted(ask.id for ask in asks)
+            pictures = [{ask.image for own in part for ask in own} for part in parts]
+            assert sum(map(len, pictures)) == 10
+            assert all(len(own) <= 4 for part in parts for own in part)
+
+
+def test_batches_of_whole_pictures_part_none_that_fits():
+    counts = {"a": 3, "b": 2, "c": 1, "d": 6, "e": 2}
+    asks = [_ask(f"{name}{n}", name) for name, count in counts.items() for n in range(count)]
+    (window,) = Batches(4, (tuple(asks),), (), (tuple(asks),)).windows(1)
+    made = ["".join(ask.image for ask in own) for own in window.whole]
+    assert made == ["aaa", "bbc", "dddd", "ddee"]
 
 
 def test_windows_have_room_for_their_pictures(monkeypatch):

@@ -181,7 +181,7 @@ def test_at_least_fifty_questions_of_each_method_are_checked(size):
     planned = jobs(EIGHT, ("128", "64", "32"), 256)
     asks = [Ask(str(i), "", "", "", "") for i in range(400)]
     cut = [tuple(asks[at : at + size]) for at in range(0, 400, size)]
-    checks = runner._checks(planned, cut, runner.CHECKED)
+    checks = runner._checks([(tuple(cut), planned)], runner.CHECKED)
     for label in {job.cell.label for job in planned}:
         own = [checks[job.key] for job in planned if job.cell.label == label]
         assert sum(len(batch) for chosen in own for batch in chosen) >= 50

@@ -12,13 +12,13 @@ from typing import Any
 from winnow.bench.baselines import BASELINES, NEED_EVIDENCE
 from winnow.bench.environment import code_settings, environment, model_settings, run_key
 from winnow.bench.plans import FULL_JOB, Job, Keep, jobs
-from winnow.bench.requests import Request, batches, one_of_each_picture, request
+from winnow.bench.requests import Request, Window, batches, one_of_each_picture, request
 from winnow.bench.reuse import Encoded, layout_of, listening
 from winnow.bench.schema import Question
 from winnow.bench.shared_layers import SharedLayers
 from winnow.bench.shared_pictures import SharedPictures
 from winnow.bench.store import Store
-from winnow.bench.sweep import Outcome, Sweeper
+from winnow.bench.sweep import Outcome, Part, Sweeper
 from winnow.bench.tasks import Ask, Task
 from winnow.core.errors import WinnowError
 from winnow.core.plan import Plan
@@ -93,16 +93,17 @@ def bench(
         pictures = SharedPictures(handle, reader, layers)
         sweeper = Sweeper(handle, processor, reader, layers, pictures, max_new_tokens, seed, _drawn(task))
         windows = pictures.windows(asked, [j.plan for j in planned], content, shard[1])
-        mine = windows[shard[0] :: shard[1]]
-        checks = _checks(planned, [own for turn in zip_longest(*windows) for own in turn if own], checked)
+        parts = [sweeper.parts(window, planned) for window in windows]
+        checks = {k: own for kind in zip(*parts, strict=True) for k, own in _checks(kind, checked).items()}
+        mine = list(zip(windows, parts, strict=True))[shard[0] :: shard[1]]
         try:
-            with bar(sum(map(len, mine)) * len(planned), progress) as step:
-                for window in mine:
+            with bar(sum(len(own) * len(jobs) for _, apart in mine for own, jobs in apart), progress) as step:
+                for window, apart in mine:
                     done = {job.key: store.answered(cells[job.key]) for job in planned}
                     _encode(sweeper, task, planned, done, window)
-                    for asks in window:
-                        again = {job.key for job in planned if asks in checks[job.key]}
-                        _batch(sweeper, task, store, planned, cells, done, asks, again, step)
+                    for asks, jobs in ((asks, jobs) for own, jobs in apart for asks in own if jobs):
+                        again = {job.key for job in jobs if asks in checks[job.key]}
+                        _batch(sweeper, task, store, jobs, cells, done, asks, again, step)
         finally:
             store.settle(run, FULL_JOB.key)
     refuse_mismatches(store, run)
@@ -133,18 +134,18 @@ def _encode(
     task: Task,
     planned: list[Job],
     done: Mapping[str, Set[str]],
-    window: Sequence[Sequence[Ask]],
+    window: Window,
 ) -> None:
     """What the tower makes of a window's pictures, under the plans that lack answers about any of them.
 
     Args:
         done: the questions that each job has answered before this window.
     """
-    asked = {ask.id for own in window for ask in own}
+    asked = {ask.id for ask in window.questions}
     lacking = [job.plan for job in planned if not asked <= done[job.key]]
     model, processor = sweeper.handle.model, sweeper.processor
     requests = [request(model, processor, task, ask) for ask in one_of_each_picture(window)]
-    sweeper.pictures.encode(lacking, requests, max(map(len, window)))
+    sweeper.pictures.encode(lacking, requests, window.rows)
 
 
 def _batch(
@@ -188,11 +189,16 @@ def _write(store: Store, cell: int, outcome: Outcome, lacking: Set[str]) -> None
     store.add_batch(cell, answers, [o for o in outcome.overlays if o.question in lacking], **marks)
 
 
-def _checks(planned: list[Job], batches: Sequence[tuple[Ask, ...]], wanted: int) -> dict[str, set[tuple[Ask, ...]]]:
+def _checks(parts: Sequence[Part], wanted: int) -> dict[str, set[tuple[Ask, ...]]]:
     """For each cell, the batches that are checked: enough for `wanted` questions of each method.
 
     Large ones first: they are rounded as the calls are in which pictures were encoded for a window.
+
+    Args:
+        parts: of each window, for the same jobs.
     """
+    batches = [own for turn in zip_longest(*(own for own, _ in parts)) for own in turn if own]
+    planned = parts[0][1]
     found = {}
     for label in {job.cell.label for job in planned}:
         own = [job for job in planned if job.cell.label == label]

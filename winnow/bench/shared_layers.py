@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+from winnow.bench.shared_prompts import SharedPrompts
 from winnow.core.signal import Site
 from winnow.engine.bound_plan import BoundPlan
 from winnow.engine.handle import Handle
@@ -61,9 +62,10 @@ class SharedLayers:
 
     def __init__(self, handle: Handle) -> None:
         bound = handle.bound
-        self._packed = bound.family.packed
+        self._bound = bound
         self._removers: list[Callable[[], None]] = []
         self._plan: BoundPlan | None = None
+        self._prompts: SharedPrompts | None = None
         self._known: dict[Site, Call] = {}
         # Where there are several towers, blocks share a number; and layers may read the keys of others.
         towers = () if bound.family.other_blocks else bound.blocks
@@ -85,13 +87,28 @@ class SharedLayers:
         self._known.clear()
 
     @contextmanager
-    def under(self, plan: BoundPlan) -> Iterator[None]:
-        """Share what runs inside, and runs under this plan."""
-        self._plan = plan
+    def under(self, plan: BoundPlan, prompts: SharedPrompts | None = None) -> Iterator[None]:
+        """Share what runs inside, and runs under this plan.
+
+        Args:
+            prompts: where rows of the request share what their prompts begin with.
+        """
+        self._plan, self._prompts = plan, prompts
         try:
             yield
         finally:
-            self._plan = None
+            self._plan = self._prompts = None
+
+    def shares_prompts(self, plan: BoundPlan) -> bool:
+        """Whether prompts about one picture may begin alike under a plan, all the way through the language model.
+
+        Then batches of whole pictures are worth their padding.
+        """
+        bound, config = self._bound, self._bound.lm.config
+        plain = config._attn_implementation == "sdpa" and any(site.stack == "lm" for site, _ in self._parts)
+        acts = plan.first_layer is not None or plan.kv or plan.cross_reads
+        looks = plan.reads_text or plan.probed or any(site.stack == "lm" for site in plan.listeners)
+        return plain and not (acts or looks or bound.family.cross)
 
     def _run(self, site: Site, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
@@ -103,7 +120,11 @@ class SharedLayers:
             return plain(*args, **kwargs)  # layers may leave something there for others
         known, looked = self._known.get(site), modules_seen() if site.stack == "lm" else None
         if known is None or not _alike(known.given, given) or (looked is not None and not known.modules):
-            output = plain(*args, **kwargs)
+            output = None
+            if self._prompts is not None and site.stack == "lm" and looked is None:
+                output = self._prompts.run(plain, site.index, args, kwargs)
+            if output is None:
+                output = plain(*args, **kwargs)
             self._remember(site, given, output, cache, dict(looked or {}))
             return output
         if site in self._plan.listeners:
@@ -120,7 +141,7 @@ class SharedLayers:
             return False
         if site.stack == "vision":
             # Blocks of packed tiles attend several times, and behind the first step tokens may be weighted.
-            shown_once = site not in plan.listeners or not self._packed
+            shown_once = site not in plan.listeners or not self._bound.family.packed
             return cache is None and shown_once and (plan.first_block is None or site.index < plan.first_block)
         if cache is None or plan.kv or plan.cross_reads:
             return False

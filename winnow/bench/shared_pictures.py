@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from winnow.bench.requests import Batches, Request
+from winnow.bench.requests import Batches, Request, Window
 from winnow.bench.reuse import encode, taken_by
 from winnow.bench.shared_layers import SharedLayers
-from winnow.bench.tasks import Ask
 from winnow.core.errors import WinnowError
 from winnow.core.memory import out_of_memory
 from winnow.core.plan import Plan
@@ -49,10 +48,8 @@ class SharedPictures:
         whole = family.generic or family.joined or family.frames_apart or family.cross  # no item for each picture
         self._methods = [] if whole else [name for name, modality, _ in family.encoders if modality == "image"]
 
-    def windows(
-        self, asked: Batches, plans: Iterable[Plan], content: int, shards: int = 1
-    ) -> tuple[tuple[tuple[Ask, ...], ...], ...]:
-        """Batches by windows of pictures for whose encodings there is room; as many windows for each of `shards`.
+    def windows(self, asked: Batches, plans: Iterable[Plan], content: int, shards: int = 1) -> tuple[Window, ...]:
+        """Windows of pictures for whose encodings there is room; as many windows for each of `shards`.
 
         Args:
             content: content tokens of a picture.

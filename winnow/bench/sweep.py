@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from winnow.bench.baselines import Choice, choose, choosing
+from winnow.bench.baselines import PER_QUESTION, Choice, choose, choosing
 from winnow.bench.meters import Cost, costs, evidence_recall, judge, merged_into, read_by_layer
-from winnow.bench.plans import Job
-from winnow.bench.requests import Request, joined, without_pixels
+from winnow.bench.plans import FULL_JOB, Job
+from winnow.bench.requests import Request, Window, joined, without_pixels
 from winnow.bench.reuse import Encoded
 from winnow.bench.schema import Answer, Overlay
 from winnow.bench.shared_layers import SharedLayers
 from winnow.bench.shared_pictures import SharedPictures
+from winnow.bench.shared_prompts import SharedPrompts
+from winnow.bench.tasks import Ask
 from winnow.core.errors import UnsupportedError, WinnowError
 from winnow.core.layout import Layout
 from winnow.core.ledger import ItemLedger, Ledger
@@ -30,6 +33,7 @@ from winnow.core.plan import Plan
 from winnow.engine.handle import Handle
 from winnow.media import MediaError
 
+Part = tuple[tuple[tuple[Ask, ...], ...], list[Job]]  # batches, and the jobs that are asked in them
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
 
 
@@ -77,9 +81,24 @@ class Sweeper:
         def encode() -> Encoded:
             self.layers.forget()
             with self.layers.under(self.handle.bind(self.reader)):
-                return Encoded(self.handle, self.reader, joined(requests))
+                return Encoded(self.handle, self.reader, joined(requests, self._pad))
 
         return functools.cache(encode)
+
+    def parts(self, window: Window, jobs: Sequence[Job]) -> tuple[Part, Part]:
+        """The jobs of a window with their batches: of whole pictures where prompts about one picture begin alike."""
+        whole = [job for job in jobs if self._shares_prompts(job)]
+        return (window.alike, [job for job in jobs if job not in whole]), (window.whole, whole)
+
+    def _shares_prompts(self, job: Job) -> bool:
+        told_apart = self._pad is None or job.baseline in PER_QUESTION
+        if told_apart or job is FULL_JOB:  # its first layers are those of plans that act inside the LM
+            return False
+        return self.layers.shares_prompts(self.handle.bind(job.plan))
+
+    @functools.cached_property
+    def _pad(self) -> int | None:
+        return getattr(self.processor.tokenizer, "pad_token_id", None)
 
     def run(
         self, job: Job, cell: int, requests: Sequence[Request], encoded: Callable[[], Encoded], check: bool
@@ -109,16 +128,18 @@ class Sweeper:
     def _ask(self, job: Job, cell: int, requests: Sequence[Request], encoded: Encoded, check: bool) -> Outcome:
         choices = self.choices(job, requests, encoded.layouts)
         given = without_pixels(encoded.inputs)
+        prompts = SharedPrompts([r.ask.image for r in requests]) if self._shares_prompts(job) else None
         with self.handle.using(job.plan), choosing(choices):
-            with self.layers.under(self.handle.bind(job.plan)):
+            with self.layers.under(self.handle.bind(job.plan), prompts):
                 output = None if job.show else self.pictures.under(job.plan, requests)
                 output = encoded.under(job.plan) if output is None else output
                 shared = given | {"mm_encoder_outputs": {encoded.modality: output}}
                 ids, ledger = self._generate(shared | {"generation_config": self._greedy})
-            mismatch = self._compare(requests, encoded.inputs, ids, ledger) if check else ""
-        prompt, model = given["input_ids"].shape[1], self.handle.model
+            ids = ids[:, given["input_ids"].shape[1] :]
+            mismatch = self._compare(requests, choices, ids, ledger) if check else ""
+        model = self.handle.model
         spent = costs(ledger, model.config.get_text_config(), model.dtype.itemsize)
-        read = [self._read(cell, r, row, ids[row, prompt:], ledger, spent[row]) for row, r in enumerate(requests)]
+        read = [self._read(cell, r, row, ids[row], ledger, spent[row]) for row, r in enumerate(requests)]
         overlays = [
             overlay
             for row, r in enumerate(requests)
@@ -138,13 +159,31 @@ class Sweeper:
             raise UnsupportedError("the model read no picture in this request, so there is nothing to measure.")
         return ids.cpu(), ledger
 
-    def _compare(self, requests: Sequence[Request], inputs: dict[str, Tensor], ids: Tensor, ledger: Ledger) -> str:
-        again, other = self._generate(inputs | {"max_new_tokens": self.max_new_tokens, **GREEDY})
-        kept, others = ([item.kept.tolist() for item in x.items] for x in (ledger, other))
+    def _compare(
+        self, requests: Sequence[Request], choices: Sequence[Choice] | None, ids: Tensor, ledger: Ledger
+    ) -> str:
+        """The question that the plain path answers otherwise, or of which it keeps other tokens; "" is none.
+
+        Args:
+            ids: `[B, S]` what was answered, behind the prompts.
+        """
+        rows: dict[int, list[int]] = defaultdict(list)
         for row, r in enumerate(requests):
-            if not torch.equal(ids[row], again[row]) or kept[row] != others[row]:
-                return r.ask.id
+            rows[r.inputs["input_ids"].shape[-1]].append(row)  # nothing is padded there
+        for prompt, own in rows.items():
+            with choosing(None if choices is None else [choices[row] for row in own]):
+                plain = joined([requests[row] for row in own])
+                again, other = self._generate(plain | {"max_new_tokens": self.max_new_tokens, **GREEDY})
+            for place, row in enumerate(own):
+                same = self._said(ids[row]) == self._said(again[place, prompt:])
+                if not same or _item(ledger, row).kept.tolist() != _item(other, place).kept.tolist():
+                    return requests[row].ask.id
         return ""
+
+    def _said(self, ids: Tensor) -> list[int]:
+        """What was said up to its end; others of a batch may have gone on."""
+        tokens, ends = ids.tolist(), _ends(self.handle.model)
+        return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens)) + 1]
 
     def choices(self, job: Job, requests: Sequence[Request], layouts: Sequence[Layout]) -> list[Choice] | None:
         """What a baseline keeps of each question."""

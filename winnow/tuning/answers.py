@@ -107,14 +107,15 @@ class Answers:
             sweeper = Sweeper(handle, self.processor, reader, layers, pictures, self.max_new_tokens)
             content = layout_of(handle, self._request(asked.alike[0][0])).n_content
             windows = pictures.windows(asked, [job.plan for job in jobs], content)
-            first = windows[0][0] if check else None
-            with bar(sum(map(len, windows)) * len(jobs), self.progress) as step:
-                for window in windows:
+            parts = [sweeper.parts(window, jobs) for window in windows]
+            first = [own[0] for own, _ in parts[0]] if check else []
+            with bar(sum(len(own) * len(some) for apart in parts for own, some in apart), self.progress) as step:
+                for window, apart in zip(windows, parts, strict=True):
                     left = [job.plan for job in jobs if job.key not in failed]
                     each = [self._request(ask) for ask in one_of_each_picture(window)]
-                    pictures.encode(left, each, max(map(len, window)))
-                    for own in window:
-                        self._batch(sweeper, jobs, own, done, failed, own is first, step)
+                    pictures.encode(left, each, window.rows)
+                    for own, some in ((own, some) for batches, some in apart for own in batches if some):
+                        self._batch(sweeper, some, own, done, failed, own in first, step)
         self.store.settle(self.run, FULL_JOB.key)
         refuse_mismatches(self.store, self.run)
 
