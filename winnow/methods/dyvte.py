@@ -20,6 +20,11 @@ import winnow.contract as wn
 from winnow.parts.learned import in_fp32, learned
 
 
+def hidden_for(width: int) -> int:
+    """Of a router, for an LM of this width: 2048, as published for 4096 and more, and less for narrow ones."""
+    return min(2048, 2 * width // 3)
+
+
 class Routers(nn.ModuleDict):
     """For each LM layer from the first on, logits of staying and leaving from a summary of the text."""
 
@@ -36,12 +41,13 @@ class DyVTE(wn.Method):
 
     Args:
         exit: `learned`, `never`, or the layer before which all samples drop them.
-        hidden: width of untrained routers; trained ones have their own.
+        hidden: width of untrained routers; default: what trained ones have, two thirds of the LM's width and at most
+            the 2048 of the paper.
         weights: a file that `winnow train dyvte` wrote, or `untrained`; default: those for the reference model.
     """
 
     exit: wn.Layer | Literal["learned", "never"] = "learned"
-    hidden: Annotated[int, wn.Between(1)] = 2048
+    hidden: Annotated[int, wn.Between(1)] | None = None
     weights: str | None = None
 
     identity = {"exit": "never"}
@@ -51,7 +57,7 @@ class DyVTE(wn.Method):
         if self.exit != "learned":
             return None
 
-        def make(hidden: int = self.hidden) -> Routers:
+        def make(hidden: int = self.hidden or hidden_for(info.width)) -> Routers:
             return Routers(info.width, info.depth, hidden)
 
         return learned(self.slug, self.weights, info, make)

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from winnow.learn.fitting import Phase, Record
 from winnow.learn.pruners.frozen import Example, Frozen, Recorder, device_of
-from winnow.methods.dyvte import DyVTE, Routers
+from winnow.methods.dyvte import DyVTE, Routers, hidden_for
 from winnow.signals.entering import TextSummary
 
 AGREEMENT, MORE_LOSS = 0.99, 1.03
@@ -30,7 +30,7 @@ class Recipe:
         self.frozen, self.scale = frozen, scale
         info = frozen.handle.info
         self.depth, self.width = info.depth, info.width
-        self.sizes = {"hidden": min(2048, 2 * info.width // 3)}
+        self.sizes = {"hidden": hidden_for(info.width)}
         looks = tuple((f"layers[{k}]", (TextSummary(k),)) for k in range(1, info.depth))
         self.recorder = Recorder(looks)
 
