@@ -12,6 +12,8 @@ WORKERS ?= 2
 # Nothing here downloads a model; the tests say so to the libraries as well.
 export HF_HUB_OFFLINE := 1
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
+# Many tests start processes, which would compile winnow anew each.
+unexport PYTHONDONTWRITEBYTECODE
 
 # In the order of the files: by the number of tests, the slow ones would come last and keep one worker waiting.
 SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder

@@ -388,7 +388,12 @@ class Reference:
 
 def _cache_keyword(layer: nn.Module) -> str:
     """`cache` since transformers 5.24."""
-    return "cache" if "cache" in inspect.signature(type(layer).forward).parameters else "past_key_values"
+    return _cache_keyword_of(type(layer).forward)
+
+
+@functools.cache
+def _cache_keyword_of(forward: Any) -> str:
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def _runs(ids: Tensor) -> tuple[Tensor, ...]:
