@@ -14,14 +14,13 @@ from torch import Tensor
 
 from winnow.bench.tasks import Ask, Boxes, Task
 from winnow.core.errors import WinnowError
-from winnow.engine.prepared import PER_TOKEN, widened
+from winnow.engine.prepared import AS_LONG, widened
 from winnow.models.inputs import model_inputs
 from winnow.overlay import shown_box
 from winnow.reference.video import ClipProcessor
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 SIZES = ("image_sizes", "image_grid_thw", "video_grid_thw")  # pictures of equal sizes have equal layouts
-WIDENED = {"input_ids", "attention_mask", *PER_TOKEN}  # as long as the prompt
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def batches(model: Any, processor: Any, task: Task, size: int) -> Batches:
         shapes = tuple((name, tuple(x.shape)) for name, x in sorted(inputs.items()))
         sizes = tuple(tuple(inputs[name].flatten().tolist()) for name in SIZES if name in inputs)
         groups[shapes, sizes].append(ask)
-        fixed = tuple((name, shape) for name, shape in shapes if name not in WIDENED or "attention_mask" not in inputs)
+        fixed = tuple((name, shape) for name, shape in shapes if name not in AS_LONG or "attention_mask" not in inputs)
         pictures[fixed, sizes][ask.image].append((inputs["input_ids"].shape[-1], ask))
     if not groups:
         raise WinnowError(f"No question can be asked: {'; '.join(bad[:3])}")
@@ -179,7 +178,7 @@ def batches(model: Any, processor: Any, task: Task, size: int) -> Batches:
 
 
 def _whole(pictures: Mapping[str, Sequence[tuple[int, Ask]]]) -> tuple[Ask, ...]:
-    """Questions picture by picture; pictures whose prompts are about as long, and as many, stand together."""
+    """Questions picture by picture; pictures of one question first, then those with prompts about as long together."""
     ranked = sorted(pictures.values(), key=lambda own: (len(own) > 1, max(length for length, _ in own)))
     return tuple(ask for own in ranked for _, ask in own)
 

@@ -17,8 +17,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from winnow.engine.versions import CACHE_NAMES
+
 WORTH = 0.85  # of a batch's tokens: where more are left to compute, the batch is computed as it is
-TAKEN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"}  # by a layer
+TAKEN = {"attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "position_embeddings"}  # by a layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +69,10 @@ class SharedPrompts:
             index: of the layer in the cache, which holds nothing of it yet.
         """
         given = {name: x for name, x in kwargs.items() if x is not None}
-        if len(args) != 1 or given.keys() - TAKEN or not {"position_embeddings", "past_key_values"} <= given.keys():
+        held = next((name for name in CACHE_NAMES if name in given), None)
+        if len(args) != 1 or given.keys() - TAKEN or held is None or "position_embeddings" not in given:
             return None
-        hidden, mask, cache = args[0], given.pop("attention_mask", None), given.pop("past_key_values")
+        hidden, mask, cache = args[0], given.pop("attention_mask", None), given.pop(held)
         rotary, places = given.pop("position_embeddings"), given.pop("position_ids", None)
         b, s = hidden.shape[:2]
         if b != len(self._group) or any(x.ndim != 3 for x in rotary) or (places is not None and places.ndim != 2):
@@ -80,7 +83,7 @@ class SharedPrompts:
             return None
         apart = DynamicCache()
         own: dict[str, Any] = {"position_embeddings": tuple(map(begin.of, rotary))}
-        own |= {"attention_mask": None, "past_key_values": apart}
+        own |= {"attention_mask": None, held: apart}
         if places is not None:
             places = places.expand(b, -1)
             own["position_ids"] = begin.of(places[..., None])[..., 0]
@@ -92,7 +95,7 @@ class SharedPrompts:
         cache.update(*(begin.spread(x.transpose(1, 2)).transpose(1, 2) for x in (stored.keys, stored.values)), index)
         sees = _causal(b, s, hidden.device) if mask is None else mask
         own = {"position_embeddings": tuple(x[:, cut:] for x in rotary), "attention_mask": sees[:, :, cut:]}
-        own |= {"position_ids": None if places is None else places[:, cut:], "past_key_values": cache}
+        own |= {"position_ids": None if places is None else places[:, cut:], held: cache}
         output = torch.cat([begin.spread(first), layer(hidden[:, cut:], **given, **own)], 1)
         if not output.is_inference():
             self._known = (output, output._version, begin)

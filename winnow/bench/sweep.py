@@ -87,8 +87,11 @@ class Sweeper:
 
     def parts(self, window: Window, jobs: Sequence[Job]) -> tuple[Part, Part]:
         """The jobs of a window with their batches: of whole pictures where prompts about one picture begin alike."""
-        whole = [job for job in jobs if self._shares_prompts(job)]
-        return (window.alike, [job for job in jobs if job not in whole]), (window.whole, whole)
+        apart: list[Job] = []
+        together: list[Job] = []
+        for job in jobs:
+            (together if self._shares_prompts(job) else apart).append(job)
+        return (window.alike, apart), (window.whole, together)
 
     def _shares_prompts(self, job: Job) -> bool:
         told_apart = self._pad is None or job.baseline in PER_QUESTION

@@ -31,7 +31,7 @@ from winnow.engine.forward import joined_items, questions_of
 from winnow.engine.handle import Handle
 from winnow.engine.item_tokens import find_spans
 from winnow.engine.ledgers import ledger_of, why_in_full
-from winnow.engine.prepared import PER_TOKEN, Bucket, Prepared, bucketed, widened
+from winnow.engine.prepared import AS_LONG, PER_TOKEN, Bucket, Prepared, bucketed, widened
 from winnow.engine.question import Questions
 from winnow.engine.request import Request
 from winnow.engine.runner import StepRunner
@@ -167,8 +167,7 @@ class Preparation:
                 f"prepare takes an attention_mask of the shape of input_ids, {tuple(ids.shape)} (1 real, 0 padding); "
                 f"got {_shape(mask)}."
             )
-        known = {"input_ids", "attention_mask", "position_ids", *PER_TOKEN}
-        strange = [n for n, x in given.items() if n not in known and _shape(x)[:2] == tuple(ids.shape)]
+        strange = [n for n, x in given.items() if n not in AS_LONG and _shape(x)[:2] == tuple(ids.shape)]
         if strange:
             raise UnsupportedError(
                 f"prepare does not know how to shorten {', '.join(strange)}, which has a value for each token; "

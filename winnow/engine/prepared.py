@@ -16,6 +16,8 @@ Bucket = int | Sequence[int] | None
 
 # Inputs that have a value for each token, and what stands for it where a row is padded.
 PER_TOKEN = {"token_type_ids": 0, "mm_token_type_ids": 0, "moe_mm_token_type_ids": 0, "labels": -100}
+PADDED = PER_TOKEN | {"attention_mask": 0, "position_ids": 0}
+AS_LONG = frozenset({"input_ids", *PADDED})  # as the prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +110,7 @@ def bucketed(width: int, bucket: Bucket) -> int:
 
 def widened(made: dict[str, Any], width: int, pad: int) -> dict[str, Any]:
     """Inputs with all rows padded on the left to a width."""
-    fill = PER_TOKEN | {"input_ids": pad, "attention_mask": 0, "position_ids": 0}
+    fill = PADDED | {"input_ids": pad}
     return {k: _padded(x, width, fill[k]) if k in fill else x for k, x in made.items()}
 
 
